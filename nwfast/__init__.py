@@ -1,0 +1,7 @@
+"""Nadaraya-Watson kernel regression: attention pooling with a Gaussian kernel, without the (M, N) matrix."""
+
+from . import backends
+from .functional import attention_weights, nadaraya_watson
+
+__version__ = "0.1.0"
+__all__ = ["attention_weights", "backends", "nadaraya_watson"]

@@ -1,0 +1,165 @@
+"""The public functions: docstring, validate, choose, call the op."""
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .backends import reference
+from .validation import canonical, check_method
+
+
+def nadaraya_watson(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = 1.0,
+    *,
+    key_weight: Tensor | None = None,
+    exclude_self: bool = False,
+    method: str = "auto",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Nadaraya-Watson kernel regression: attention pooling with a Gaussian kernel, without the (M, N) matrix.
+
+    .. math::
+
+        s_{ij} = -\tfrac12 \sum_f (w_f (q_{if} - k_{jf}))^2, \qquad
+        \mathrm{out}_i = \frac{\sum_j a_j e^{s_{ij}} v_j}{\sum_j a_j e^{s_{ij}}}, \qquad
+        \mathrm{lse}_i = \log \sum_j a_j e^{s_{ij}}
+
+    It takes the place of ``softmax(-((query - key) * w)**2 / 2) @ value``, in O(M + N) memory.
+
+    Parameters
+    ----------
+    query : Tensor
+        Points at which to regress: (M,) for one feature, or (..., M, D).
+    key : Tensor
+        Observed inputs, in the unit of query: (N,), or (..., N, D) of as many dimensions as query; or (M, N), one row
+        of keys a query (M,).
+    value : Tensor
+        Observed outputs: (N,) or (N, C); (..., N, C) or (..., N); (M, N) for one row of keys a query.
+    w : float or Tensor
+        Inverse bandwidth 1/h, in the inverse unit of query; the sign does not matter and 0 is average pooling. A
+        scalar, (1,), (D,), or (..., D) with leading dimensions of the batch (one per head).
+    key_weight : Tensor, optional
+        Weights a_j >= 0 of shape (N,) or (..., N); 0 masks a key out. A negative weight gives NaN.
+    exclude_self : bool
+        Leave key i out for query i (leave-one-out); needs M == N.
+    method : {"auto", "dense"}
+        How to sum. "dense" visits all pairs that can matter, O(M N).
+    backend : {"auto", "native", "numba", "reference"}
+        Where to compute; see `nwfast.backends.available`. Only "auto" chooses, a named backend runs or raises.
+    return_lse : bool
+        Also return lse: up to the constant log((2 pi)^(D/2) h^D) the log of the kernel density estimate times sum(a),
+        and what is needed to merge results over disjoint sets of keys.
+
+    Returns
+    -------
+    out : Tensor
+        (M,), (M, C), (..., M, C) or (..., M), as value has a channel dimension or not; the dtype of query.
+    lse : Tensor
+        (..., M), with ``return_lse=True`` only; float64 for float64 inputs, else float32.
+
+    Raises
+    ------
+    TypeError
+        Arguments that are no tensors, integer or mixed dtypes.
+    ValueError
+        Shapes that do not fit, mixed devices, N = 0, M != N with exclude_self, unknown method or backend.
+    RuntimeError
+        The named backend cannot run here (the message says why).
+
+    Notes
+    -----
+    float32 and float64 are computed in their own precision; float16 and bfloat16 are storage, computed in float32.
+    Under autocast, half-precision inputs are computed in float32 too, and so are returned. Differentiable in query,
+    key, value, w and key_weight, twice in all of them (the second derivative builds (M, N) matrices); works under
+    torch.compile(fullgraph=True), torch.export and torch.func. A row that has no key left (all weights 0, or
+    exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
+
+    References
+    ----------
+    Nadaraya (1964), "On Estimating Regression"; Watson (1964), "Smooth Regression Analysis"; Zhang, Lipton, Li and
+    Smola, "Dive into Deep Learning", chapter "Attention Pooling: Nadaraya-Watson Kernel Regression".
+
+    Examples
+    --------
+    >>> import torch, nwfast
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> y = torch.tensor([0.0, 1.0, 4.0])
+    >>> nwfast.nadaraya_watson(torch.tensor([1.0]), x, y, w=10.0)
+    tensor([1.])
+    >>> nwfast.nadaraya_watson(x, x, y, w=0.0)  # average pooling
+    tensor([1.6667, 1.6667, 1.6667])
+    """
+    query, key, value, w, key_weight = _autocast(query, key, value, w, key_weight)
+    check_method(method)
+    form = canonical(query, key, value, w, key_weight, exclude_self)
+    name = backends.resolve(backend, query.device)
+    out, lse = ops.nadaraya_watson(
+        name, form.query, form.key, form.value, form.w, form.key_weight, exclude_self, return_lse
+    )
+    if form.drop_channel_dim:
+        out = out.squeeze(-1)
+    if form.drop_query_dim:
+        out, lse = out.squeeze(-1), lse.squeeze(-1) if return_lse else lse
+    if out.dtype != query.dtype:
+        out = out.to(query.dtype)
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    w: float | Tensor = 1.0,
+    *,
+    key_weight: Tensor | None = None,
+    exclude_self: bool = False,
+) -> Tensor:
+    """The weights p that `nadaraya_watson` averages with, as a matrix: for plots and checks, O(M N) memory.
+
+    .. math:: p_{ij} = a_j e^{s_{ij}} / \\sum_l a_l e^{s_{il}}
+
+    Parameters
+    ----------
+    query, key, w, key_weight, exclude_self
+        As for `nadaraya_watson`.
+
+    Returns
+    -------
+    Tensor
+        (M, N) or (..., M, N), rows sum to 1; the dtype of query. A row that has no key left is NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `nadaraya_watson`.
+
+    Examples
+    --------
+    >>> import torch, nwfast
+    >>> x = torch.tensor([0.0, 1.0])
+    >>> nwfast.attention_weights(x, x, w=0.0)
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]])
+    """
+    query, key, _, w, key_weight = _autocast(query, key, key, w, key_weight)
+    per_feature = isinstance(key, Tensor) and key.ndim > 1 and key.ndim == getattr(query, "ndim", 0)
+    value = key[..., :1] if per_feature else key
+    form = canonical(query, key, value, w, key_weight, exclude_self)
+    weights = reference.attention_weights(form.query, form.key, form.w, form.key_weight, exclude_self)
+    if form.drop_query_dim:
+        weights = weights.squeeze(-2)
+    return weights.to(query.dtype)
+
+
+def _autocast(*tensors):
+    """Under autocast, half-precision inputs become float32: Gaussian scores in half precision mean nothing."""
+    query = tensors[0]
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return tensors
+    half = torch.float16, torch.bfloat16
+    return tuple(
+        tensor.float() if isinstance(tensor, Tensor) and tensor.dtype in half else tensor for tensor in tensors
+    )
