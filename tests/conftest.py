@@ -1,0 +1,65 @@
+"""Fixtures that all tests share."""
+
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import nwfast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Timings are noisy, hence no deadline. In CI the examples are the same at every run.
+settings.register_profile("nwfast", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("nwfast")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def missing_toolchain() -> Callable[[], str]:
+    """setup.py's own check: why no extension can be built here, or the empty string."""
+    return runpy.run_path(str(ROOT / "setup.py"))["missing_toolchain"]
+
+
+def require(name: str, missing_toolchain: Callable[[], str]) -> str:
+    """The backend's name if it works here.
+
+    A backend that should work and does not fails the test. Only the extension may be missing, and only where it cannot
+    be built.
+    """
+    answer = nwfast.backends.available()[name]
+    if answer is True:
+        return name
+    if name == "native" and missing_toolchain():
+        pytest.skip(f"{answer}; {missing_toolchain()}")
+    pytest.fail(f"backend {name!r} should work here: {answer}")
+
+
+@pytest.fixture(params=["native", "numba"])
+def backend(request: pytest.FixtureRequest, missing_toolchain: Callable[[], str]) -> str:
+    """Every backend that has kernels for the CPU, in turn."""
+    return require(request.param, missing_toolchain)
+
+
+@pytest.fixture
+def native(missing_toolchain: Callable[[], str]) -> str:
+    """The C++ backend, for tests of it alone."""
+    return require("native", missing_toolchain)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that reading memory that no kernel wrote shows in the result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory is on by default
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
