@@ -2,6 +2,7 @@
 
 from . import backends
 from .functional import attention_weights, nadaraya_watson
+from .nn import NWKernelRegression
 
 __version__ = "0.1.0"
-__all__ = ["attention_weights", "backends", "nadaraya_watson"]
+__all__ = ["NWKernelRegression", "attention_weights", "backends", "nadaraya_watson"]
