@@ -33,8 +33,8 @@ def missing_toolchain() -> Callable[[], str]:
 def require(name: str, missing_toolchain: Callable[[], str]) -> str:
     """The backend's name if it works here.
 
-    A backend that should work and does not fails the test. Only the extension may be missing, and only where it cannot
-    be built.
+    A backend that should work and does not fails the test. Only the extension may be missing, and only where
+    it cannot be built.
     """
     answer = nwfast.backends.available()[name]
     if answer is True:
@@ -58,7 +58,7 @@ def native(missing_toolchain: Callable[[], str]) -> str:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that reading memory that no kernel wrote shows in the result."""
+    """Fill what torch.empty returns with NaN, so that reading what no kernel wrote shows in the result."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory is on by default
     assert torch.empty(3).isnan().all()
     yield

@@ -1,0 +1,181 @@
+"""The wheels: built from a copy of the sources, audited, installed in fresh environments without a compiler."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, require
+
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "nwfast")
+
+# In an installed package: where it is, what works, whether a compiler is in reach, and the op against the formula.
+PROBE = """
+import json, os, shutil, torch, nwfast
+query, key = torch.linspace(-1, 6, 33), torch.rand(101) * 5
+value, w = torch.randn(101, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+out = nwfast.nadaraya_watson(query, key, value, w, backend=os.environ["BACKEND"])
+expected = torch.softmax(-((query[:, None] - key) * w) ** 2 / 2, dim=1) @ value
+torch.testing.assert_close(out, expected)
+found, wanted = (torch.autograd.grad(result.square().sum(), (w, value)) for result in (out, expected))
+torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+compilers = [name for name in ("c++", "g++", "clang++", "gcc", "cc") if shutil.which(name)]
+print(json.dumps([nwfast.__file__, nwfast.backends.available(), compilers]))
+"""
+
+
+def without_compiler(directory: Path, **variables: str) -> dict[str, str]:
+    """The environment with nothing on PATH (an empty folder), and no trace of the sources."""
+    directory.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC", "CXX")}
+    return {**kept, "PATH": str(directory), **variables}
+
+
+def build(directory: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Build a wheel in `directory`/dist from a copy of the sources."""
+    copy = directory / "sources"
+    copy.mkdir(parents=True)
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    options = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--verbose",
+        "--wheel-dir",
+        directory / "dist",
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, copy],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def only_wheel(directory: Path, process: subprocess.CompletedProcess) -> Path:
+    assert process.returncode == 0, process.stdout
+    (wheel,) = (directory / "dist").iterdir()
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory, missing_toolchain) -> Path:
+    require("native", missing_toolchain)
+    directory = tmp_path_factory.mktemp("wheel")
+    return only_wheel(directory, build(directory, {**os.environ, "NWFAST_EXT": "1"}))
+
+
+def run_installed(wheel: Path, directory: Path, backend: str) -> dict[str, bool | str]:
+    """Install the wheel in a fresh environment, run PROBE there; what available() says."""
+    venv.create(directory / "env", with_pip=False)
+    python = directory / "env" / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory / "env")}))
+    # torch, numpy and numba come from this environment: a folder named in a .pth file is searched after the own one.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([*install, wheel], check=True)
+    process = subprocess.run(
+        [python, "-c", PROBE],
+        env=without_compiler(directory / "empty", BACKEND=backend),
+        cwd=directory,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    path, available, compilers = json.loads(process.stdout.splitlines()[-1])
+    assert Path(path).is_relative_to(site)
+    assert compilers == []
+    return available
+
+
+def test_the_wheel_serves_all_pythons_from_3_10(wheel):
+    assert wheel.name.startswith("nwfast-")
+    assert "-cp310-abi3-" in wheel.name
+
+
+def test_the_wheel_keeps_to_the_stable_abi_of_python(wheel):
+    subprocess.run([sys.executable, "-m", "abi3audit", "--strict", "--summary", wheel], check=True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
+def test_the_wheel_keeps_to_the_stable_abi_of_torch(wheel):
+    subprocess.run([Path(sys.executable).with_name("torch-abi-audit"), "--check", "both", wheel], check=True)
+
+
+def test_the_wheel_runs_native_without_a_compiler(wheel, tmp_path):
+    assert run_installed(wheel, tmp_path, "native")["native"] is True
+
+
+def test_without_a_compiler_the_build_says_so_and_numba_serves(tmp_path):
+    process = build(tmp_path, without_compiler(tmp_path / "empty"))
+    wheel = only_wheel(tmp_path, process)
+    assert "the C++ extension nwfast._C is SKIPPED: no C++ compiler: 'c++' is not found" in process.stdout
+    assert wheel.name.endswith("-py3-none-any.whl")
+    available = run_installed(wheel, tmp_path, "numba")
+    assert available["numba"] is True
+    assert "nwfast._C is not built" in available["native"]
+
+
+def test_ext_1_without_a_compiler_fails(tmp_path):
+    process = build(tmp_path, without_compiler(tmp_path / "empty", NWFAST_EXT="1"))
+    assert process.returncode != 0
+    assert "NWFAST_EXT=1, but the C++ extension nwfast._C cannot be built: no C++ compiler" in process.stdout
+
+
+class TestExtensions:
+    """setup.py's choice, in this process."""
+
+    @pytest.fixture
+    def extensions(self, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.delenv("NWFAST_EXT", raising=False)
+        return runpy.run_path("setup.py")["extensions"]
+
+    def test_ext_0_builds_nothing(self, extensions, monkeypatch, capsys):
+        monkeypatch.setenv("NWFAST_EXT", "0")
+        assert extensions() == []
+        assert "SKIPPED: NWFAST_EXT=0" in capsys.readouterr().err
+
+    def test_an_unknown_choice_is_an_error(self, extensions, monkeypatch):
+        monkeypatch.setenv("NWFAST_EXT", "yes")
+        with pytest.raises(SystemExit, match="NWFAST_EXT must be auto, 0 or 1, got 'yes'"):
+            extensions()
+
+    def test_cxx_names_the_compiler(self, extensions, monkeypatch, capsys):
+        monkeypatch.setenv("CXX", "no-such-compiler -m64")
+        assert extensions() == []
+        assert "'no-such-compiler' is not found" in capsys.readouterr().err
+
+    def test_isolation_without_torch_is_an_error(self, extensions, monkeypatch, missing_toolchain):
+        monkeypatch.setitem(extensions.__globals__, "missing_toolchain", lambda: "")
+        monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+        with pytest.raises(SystemExit, match="--no-build-isolation"):
+            extensions()
+
+    def test_no_flag_links_flush_to_zero_into_the_process(self, extensions, monkeypatch):
+        monkeypatch.setitem(extensions.__globals__, "missing_toolchain", lambda: "")
+        (extension,) = extensions()
+        flags = [*extension.extra_compile_args, *extension.extra_link_args]
+        assert not {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"} & set(flags)
