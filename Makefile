@@ -42,10 +42,11 @@ bench: setup  ## the benchmarks, timed
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI of Python and of torch
-	rm -rf dist
+	rm -rf dist build/wheel
 	NWFAST_EXT=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/abi3audit --strict --summary dist/*.whl
-	$(BIN)/torch-abi-audit --check both dist/*.whl
+	$(BIN)/python -m zipfile --extract dist/*.whl build/wheel
+	$(BIN)/torch-abi-audit --check both build/wheel/nwfast
 
 clean:  ## remove everything that was made, .venv included
 	rm -rf .venv build dist demo-output *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks

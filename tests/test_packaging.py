@@ -84,18 +84,8 @@ def run_installed(wheel: Path, directory: Path, backend: str) -> dict[str, bool 
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory / "env")}))
     # torch, numpy and numba come from this environment: a folder named in a .pth file is searched after the own one.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*install, wheel], check=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*install, "--no-deps", "--no-index", wheel], check=True)
     process = subprocess.run(
         [python, "-c", PROBE],
         env=without_compiler(directory / "empty", BACKEND=backend),
@@ -120,8 +110,10 @@ def test_the_wheel_keeps_to_the_stable_abi_of_python(wheel):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
-def test_the_wheel_keeps_to_the_stable_abi_of_torch(wheel):
-    subprocess.run([Path(sys.executable).with_name("torch-abi-audit"), "--check", "both", wheel], check=True)
+def test_the_wheel_keeps_to_the_stable_abi_of_torch(wheel, tmp_path):
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    audit = Path(sys.executable).with_name("torch-abi-audit")
+    subprocess.run([audit, "--check", "both", tmp_path / "nwfast"], check=True)
 
 
 def test_the_wheel_runs_native_without_a_compiler(wheel, tmp_path):
