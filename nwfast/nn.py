@@ -182,18 +182,17 @@ class NWKernelRegression(nn.Module):
         return {**self.__dict__, "_last_call": None}
 
     def extra_repr(self) -> str:
-        shown = [] if tuple(self.w.shape) == (1,) else [f"w={tuple(self.w.shape)}"]
-        shown += [f"{name}=True" for name in ("exclude_self",) if getattr(self, name)]
-        shown += ["log_bandwidth=True"] if self._learns_log else []
-        shown += [
-            f"{name}={getattr(self, name)!r}" for name in ("method", "backend") if getattr(self, name) != "auto"
-        ]
+        """Options that differ from their defaults, and the shape of w where it is not (1,)."""
+        shape = tuple(self.w.shape)
+        shown = [f"w={shape}"] if shape != (1,) else []
+        options = {"log_bandwidth": self._learns_log, "exclude_self": self.exclude_self}
+        shown += [f"{name}=True" for name, on in options.items() if on]
+        choices = {"method": self.method, "backend": self.backend}
+        shown += [f"{name}={choice!r}" for name, choice in choices.items() if choice != "auto"]
         return ", ".join(shown)
 
 
-def _start(
-    w: float | Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
+def _start(w: float | Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     """The start value of w as a tensor of its own."""
     if w is None:
         return torch.rand((1,), device=device, dtype=dtype)

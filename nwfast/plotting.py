@@ -28,7 +28,9 @@ def thin(n: int, most: int) -> Tensor:
     >>> thin(9, 3)
     tensor([0, 4, 8])
     """
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most, dtype=torch.float64).round().long()
+    return (
+        torch.arange(n) if n <= most else torch.linspace(0, n - 1, most, dtype=torch.float64).round().long()
+    )
 
 
 def regression(
@@ -49,14 +51,16 @@ def regression(
     """
     figure, axes = _figure(6.0, 4.0, title)
     shown = _sample(len(x_train))
-    label = "training data" if len(shown) == len(x_train) else f"training data ({len(shown)} of {len(x_train)})"
+    label = (
+        "training data" if len(shown) == len(x_train) else f"training data ({len(shown)} of {len(x_train)})"
+    )
     x_points, y_points = x_train[shown], y_train[shown]
     alpha, size = (0.5, 36.0) if len(shown) <= 200 else (0.25, 9.0)
-    axes.scatter(*_arrays(x_points, y_points), s=size, color=_DATA, alpha=alpha, linewidths=0, label=label)
-    axes.plot(*_arrays(x_test, y_truth), color=_TRUTH, linewidth=2, label="truth")
+    axes.scatter(*_points(x_points, y_points), s=size, color=_DATA, alpha=alpha, linewidths=0, label=label)
+    axes.plot(*_points(x_test, y_truth), color=_TRUTH, linewidth=2, label="truth")
     if prediction is not None:
         axes.plot(
-            *_arrays(x_test, prediction), color=_PREDICTION, linewidth=2, linestyle="--", label="prediction"
+            *_points(x_test, prediction), color=_PREDICTION, linewidth=2, linestyle="--", label="prediction"
         )
     axes.set(xlabel="x", ylabel="y", xlim=(0, 5), ylim=(-1, 5))
     axes.legend(loc="lower left", frameon=False)
@@ -77,7 +81,7 @@ def heatmap(weights: Tensor, x_train: Tensor, x_test: Tensor, title: str) -> "Fi
     """
     figure, axes = _figure(5.6, 4.6, title)
     image = axes.imshow(
-        *_arrays(weights), cmap="Reds", aspect="auto", interpolation="nearest", vmin=0.0, origin="upper"
+        _array(weights), cmap="Reds", aspect="auto", interpolation="nearest", vmin=0.0, origin="upper"
     )
     colour_bar = figure.colorbar(image, ax=axes, shrink=0.9)
     colour_bar.set_label("weight")
@@ -104,7 +108,7 @@ def loss(losses: Sequence[float], title: str, ylabel: str = "loss") -> "Figure":
     axes.set(xlabel="epoch", ylabel=ylabel)
     if any(map(math.isfinite, losses)):
         axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return figure
 
 
@@ -130,7 +134,7 @@ def flights(hour: Tensor, delay: Tensor, grid: Tensor, curves: Mapping[str, Tens
     centres = (torch.arange(len(count)) + 0.5) / 2
     axes.axhline(0.0, color="0.6", linewidth=1)
     axes.scatter(
-        *_arrays(centres[full], mean[full]),
+        *_points(centres[full], mean[full]),
         s=(4 + count[full].sqrt() / 2).numpy(),
         color=_DATA,
         alpha=0.6,
@@ -140,7 +144,7 @@ def flights(hour: Tensor, delay: Tensor, grid: Tensor, curves: Mapping[str, Tens
     )
     for index, (label, curve) in enumerate(curves.items()):
         colour, width = (_TRUTH, 0.8) if index == 0 else (_PREDICTION, 2.2)
-        axes.plot(*_arrays(grid, curve), color=colour, linewidth=width, label=label, zorder=3 + index)
+        axes.plot(*_points(grid, curve), color=colour, linewidth=width, label=label, zorder=3 + index)
     axes.set(xlabel="scheduled departure (hour of the day)", ylabel="arrival delay (minutes)", xlim=(5, 24))
     axes.set_xticks(range(6, 25, 3))
     axes.legend(loc="upper left", frameon=False)
@@ -188,5 +192,9 @@ def _sample(n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_MOST_POINTS]
 
 
-def _arrays(*tensors: Tensor) -> list[Any]:
-    return [tensor.detach().cpu().double().numpy() for tensor in tensors]
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _points(x: Tensor, y: Tensor) -> tuple[Any, Any]:
+    return _array(x), _array(y)
