@@ -1,0 +1,135 @@
+"""Runs the C++ kernels over odd shapes; test_sanitizers.py starts it in a process with the sanitizers' build.
+
+Sizes stand on both sides of every vector and tile width. Results are compared with the reference, loosely: the point
+is what memory the kernels touch on the way.
+"""
+
+import itertools
+import sys
+
+import numpy as np
+import torch
+
+import nwfast
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 129, 257, 1000)
+WIDTHS = ((1, 1), (1, 2), (1, 17), (2, 1), (3, 1), (3, 5), (3, 64), (9, 33), (70, 3))  # features, channels
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def check(query, key, value, w, **options) -> None:
+    """Forward and backward to everything that asks for a gradient, native against the reference."""
+    leaves = [tensor for tensor in (query, key, value, w, options.get("key_weight")) if tensor is not None]
+    results = []
+    for backend in ("native", "reference"):
+        inputs = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        weight = {"key_weight": inputs[4]} if len(inputs) == 5 else {}
+        out = nwfast.nadaraya_watson(*inputs[:4], **{**options, **weight}, backend=backend)
+        outputs = [part.double() for part in (out if isinstance(out, tuple) else (out,))]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        if wanted:
+            loss = sum(
+                (output * torch.sin(torch.arange(output.numel())).view_as(output)).sum() for output in outputs
+            )
+            outputs += [gradient.double() for gradient in torch.autograd.grad(loss, wanted)]
+        results.append(outputs)
+    tolerance = TOLERANCE[query.dtype]
+    for native, reference in zip(*results, strict=True):
+        scale = max(1.0, float(reference.nan_to_num().abs().amax()) if reference.numel() else 1.0)
+        torch.testing.assert_close(
+            native, reference, rtol=0, atol=tolerance * scale, equal_nan=True,
+            msg=lambda text: f"{text}\nM, N, D, C {sizes_of(query, key, value)}, {query.dtype}, {list(options)}",
+        )  # fmt: skip
+
+
+def sizes_of(query, key, value) -> tuple:
+    return tuple(query.shape), tuple(key.shape), tuple(value.shape)
+
+
+def general_form(generator: np.random.Generator) -> None:
+    """(..., M, D) tensors of all dtypes with random options, layouts and gradients asked for."""
+    for number, (n_keys, (features, channels)) in enumerate(itertools.product(SIZES, WIDTHS)):
+        dtype = DTYPES[number % len(DTYPES)]
+        n_queries = int(generator.choice(SIZES[:14]))
+        batch = ((), (2,), (2, 3))[int(generator.choice(3, p=(0.7, 0.2, 0.1)))] if n_keys < 200 else ()
+        coin = generator.random(8) < 0.4
+        exclude_self = bool(coin[0]) and n_keys < 300
+        if exclude_self:
+            n_queries = n_keys
+
+        def tensor(*shape, grad=False, dtype=dtype, transpose=False):
+            drawn = torch.from_numpy(generator.uniform(0, 2, shape)).to(dtype)
+            if transpose:
+                drawn = drawn.mT.contiguous().mT
+            return drawn.requires_grad_(grad)
+
+        shared = tuple(1 for _ in batch)
+        query = tensor(*batch, n_queries, features, grad=coin[1], transpose=coin[2])
+        key = tensor(*(shared if coin[7] else batch), n_keys, features, grad=coin[3], transpose=coin[2])
+        value = tensor(*batch, n_keys, channels, grad=coin[4], transpose=coin[5])
+        if coin[6]:
+            query, key, value = (part[..., ::1, :].flip(-2) for part in (query, key, value))
+            query, key, value = (part.detach().requires_grad_() for part in (query, key, value))
+        w = tensor(*(batch if coin[7] else ()), features if coin[5] else 1, grad=coin[1])
+        options = {"exclude_self": exclude_self, "return_lse": bool(coin[2])}
+        if coin[3]:
+            options["key_weight"] = tensor(*batch, n_keys, grad=coin[6])
+        check(query, key, value, w, **options)
+
+
+def one_feature(generator: np.random.Generator) -> None:
+    """The (M,) and (M, N) forms, keys sorted or not, bandwidths from flat to one-hot, queries beyond the data."""
+    for n_keys, w in itertools.product(SIZES, (0.0, 0.7, 40.0, 3e4)):
+        query = torch.from_numpy(generator.uniform(-3, 8, int(generator.choice(SIZES)))).requires_grad_()
+        key = torch.from_numpy(np.sort(generator.uniform(0, 5, n_keys))).requires_grad_()
+        value = torch.from_numpy(generator.normal(size=n_keys)).requires_grad_()
+        bandwidth = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+        check(query, key, value, bandwidth)
+        check(
+            query.detach().float(), key.detach().float(), value.detach().float(), bandwidth.detach().float()
+        )
+        shuffled = key.detach()[torch.from_numpy(generator.permutation(n_keys))].requires_grad_()
+        check(shuffled, shuffled, value, bandwidth, exclude_self=True)
+    for n_queries, n_keys in ((1, 1), (5, 49), (50, 17), (33, 130)):
+        rows = torch.from_numpy(generator.uniform(0, 5, (2, n_queries, n_keys))).float().requires_grad_()
+        query = torch.linspace(-1, 6, n_queries, requires_grad=True)
+        check(query, rows[0], rows[1], torch.ones(1, requires_grad=True))
+
+
+def special_values() -> None:
+    """No queries, no keys of weight, NaN and infinity: nothing of it may lead an index astray."""
+    x, nan = torch.linspace(0, 4, 37), float("nan")
+    assert nwfast.nadaraya_watson(x[:0], x, x, backend="native").shape == (0,)
+    none = torch.zeros(37)
+    assert nwfast.nadaraya_watson(x, x, x, key_weight=none, backend="native").isnan().all()
+    for bad in (nan, float("inf"), -float("inf"), 3e38):
+        for place in range(3):
+            inputs = [x.clone().requires_grad_() for _ in range(3)]
+            with torch.no_grad():
+                inputs[place][::5] = bad
+            out = nwfast.nadaraya_watson(*inputs, torch.tensor(2.0, requires_grad=True), backend="native")
+            out.sum().backward()
+
+
+def read_out_of_bounds() -> None:
+    """Hand the kernels a tensor that claims more values than its memory holds."""
+    memory = np.zeros(4096)
+    claimed = np.lib.stride_tricks.as_strided(memory, shape=(3 * memory.size,))
+    value = torch.from_numpy(claimed)
+    key = torch.zeros_like(value, memory_format=torch.contiguous_format).uniform_()
+    print(nwfast.nadaraya_watson(key[:8], key, value, backend="native"))
+
+
+if __name__ == "__main__":
+    assert nwfast.backends.available()["native"] is True
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    if sys.argv[1:] == ["read_out_of_bounds"]:
+        read_out_of_bounds()
+    else:
+        generator = np.random.default_rng(0)
+        general_form(generator)
+        one_feature(generator)
+        special_values()
+    print("done")

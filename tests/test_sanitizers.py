@@ -1,0 +1,70 @@
+"""The C++ sources built with AddressSanitizer and UndefinedBehaviorSanitizer, run over odd shapes."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, require
+
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory, missing_toolchain) -> Path:
+    """A folder that holds the package with a sanitized extension."""
+    require("native", missing_toolchain)
+    folder = tmp_path_factory.mktemp("sanitized")
+    process = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-temp", folder / "temp", "--build-lib", folder / "lib"],
+        cwd=ROOT,
+        env={**os.environ, "NWFAST_EXT": "1", "CXXFLAGS": FLAGS, "LDFLAGS": FLAGS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    return folder / "lib"
+
+
+def drive(package: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run sanitizer_driver.py on the sanitized package."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    runtime = subprocess.run(
+        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return subprocess.run(
+        [sys.executable, ROOT / "tests" / "sanitizer_driver.py", *arguments],
+        cwd=package,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package),
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter itself leaves much behind
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("capability", ["", "avx2", "baseline"])
+def test_no_out_of_bounds_access_and_no_undefined_behaviour(package, capability):
+    process = drive(package, NWFAST_CPU_CAPABILITY=capability)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == "done"
+
+
+def test_an_out_of_bounds_read_is_caught(package):
+    process = drive(package, "read_out_of_bounds")
+    assert process.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in process.stderr
+    assert "_C.abi3.so" in process.stderr
+
+
+def test_undefined_behaviour_is_caught(package):
+    (extension,) = package.glob("nwfast/_C*.so")
+    assert b"__ubsan_handle_add_overflow_abort" in extension.read_bytes()
