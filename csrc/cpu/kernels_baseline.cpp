@@ -1,0 +1,70 @@
+// The kernels for any processor, and the choice of the best table for this one.
+
+#include <cstdlib>
+
+#define NWFAST_ISA baseline
+#define NWFAST_LEVEL 128
+#include "kernels_isa.h"
+
+namespace nwfast {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NWFAST_X86 1
+namespace avx512 {
+extern const Kernels<float> kFloatKernels;
+extern const Kernels<double> kDoubleKernels;
+}  // namespace avx512
+namespace avx2 {
+extern const Kernels<float> kFloatKernels;
+extern const Kernels<double> kDoubleKernels;
+}  // namespace avx2
+#endif
+
+namespace {
+
+enum class Level { kBaseline, kAvx2, kAvx512 };
+
+Level detect() {
+#ifdef NWFAST_X86
+  __builtin_cpu_init();
+  const char* limit = std::getenv("NWFAST_CPU_CAPABILITY");  // for tests and comparisons
+  const bool baseline = limit && !std::strcmp(limit, "baseline"), avx2 = limit && !std::strcmp(limit, "avx2");
+  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+    return Level::kAvx512;
+  }
+  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
+#endif
+  return Level::kBaseline;
+}
+
+Level level() {
+  static const Level best = detect();
+  return best;
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  return level() == Level::kAvx512 ? "AVX-512" : level() == Level::kAvx2 ? "AVX2" : "baseline";
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+#ifdef NWFAST_X86
+  if (level() == Level::kAvx512) return avx512::kFloatKernels;
+  if (level() == Level::kAvx2) return avx2::kFloatKernels;
+#endif
+  return baseline::kFloatKernels;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+#ifdef NWFAST_X86
+  if (level() == Level::kAvx512) return avx512::kDoubleKernels;
+  if (level() == Level::kAvx2) return avx2::kDoubleKernels;
+#endif
+  return baseline::kDoubleKernels;
+}
+
+}  // namespace nwfast

@@ -1,0 +1,73 @@
+// Ordering of coordinates: a stable radix sort on the bits of floating-point numbers, O(n).
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "problem.h"
+
+namespace nwfast {
+
+template <typename T>
+struct RadixBits;
+template <>
+struct RadixBits<float> {
+  typedef uint32_t Type;
+};
+template <>
+struct RadixBits<double> {
+  typedef uint64_t Type;
+};
+
+// The integer that orders like the number: negative numbers have all bits flipped, others the sign bit.
+template <typename T>
+typename RadixBits<T>::Type ordered_bits(T x) {
+  typedef typename RadixBits<T>::Type U;
+  U bits;
+  x += T(0);  // -0 and 0 are one number
+  std::memcpy(&bits, &x, sizeof bits);
+  const U sign = U(1) << (8 * sizeof(U) - 1);
+  return bits & sign ? ~bits : bits | sign;
+}
+
+template <typename T>
+bool ascending(const T* x, int64_t n) {
+  bool in_order = n == 0 || x[0] == x[0];
+  for (int64_t i = 1; i < n; ++i) in_order &= x[i - 1] <= x[i];
+  return in_order;
+}
+
+// order such that x[order[0]] <= x[order[1]] <= ..., equal numbers in their original order; n < 2^32, no NaN.
+template <typename T>
+void sort_order(const T* x, int64_t n, uint32_t* order) {
+  typedef typename RadixBits<T>::Type U;
+  struct Item {
+    U bits;
+    uint32_t index;
+  };
+  constexpr int kDigit = 11, kBuckets = 1 << kDigit;
+  Buffer<Item> first(n), second(n);
+  Item *from = first.get(), *to = second.get();
+  for (int64_t i = 0; i < n; ++i) from[i] = {ordered_bits(x[i]), static_cast<uint32_t>(i)};
+  for (int shift = 0; shift < static_cast<int>(8 * sizeof(U)); shift += kDigit) {
+    int64_t places[kBuckets] = {};
+    for (int64_t i = 0; i < n; ++i) ++places[from[i].bits >> shift & (kBuckets - 1)];
+    int64_t sum = 0;
+    bool one_bucket = false;
+    for (int d = 0; d < kBuckets; ++d) {
+      one_bucket |= places[d] == n;
+      const int64_t count = places[d];
+      places[d] = sum;
+      sum += count;
+    }
+    if (one_bucket) continue;
+    for (int64_t i = 0; i < n; ++i) to[places[from[i].bits >> shift & (kBuckets - 1)]++] = from[i];
+    Item* const swap = from;
+    from = to;
+    to = swap;
+  }
+  for (int64_t i = 0; i < n; ++i) order[i] = from[i].index;
+}
+
+}  // namespace nwfast

@@ -1,0 +1,157 @@
+// One call of the op on the CPU, as plain data: strided views of canonical tensors (see nwfast/backends/__init__.py),
+// and how to read them into packed arrays.
+
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "kernels.h"
+
+namespace nwfast {
+
+constexpr int kMaxRank = 64;  // of leading dimensions; torch has no tensors of higher rank
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kHalfLog2E = 0.72134752044448170368;  // base-2 scores are -kHalfLog2E (w d)^2
+
+enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
+
+struct Batch {
+  int rank = 0;
+  int64_t sizes[kMaxRank];
+  int64_t count = 1;
+};
+
+// A canonical tensor: (*B, rows, columns), stride 0 where broadcast. Vectors have one of the two.
+struct View {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat;
+  int64_t batch_strides[kMaxRank];
+  int64_t row_stride = 0, column_stride = 0;
+
+  int64_t offset(const Batch& batch, int64_t b) const {
+    int64_t offset = 0;
+    for (int dim = batch.rank - 1; dim >= 0; --dim) {
+      offset += b % batch.sizes[dim] * batch_strides[dim];
+      b /= batch.sizes[dim];
+    }
+    return offset;
+  }
+};
+
+struct Problem {
+  Batch batch;
+  int64_t queries, keys, features, channels;
+  View query, key, value, w, key_weight;  // key_weight.data may be null
+  bool exclude_self;
+};
+
+// Contiguous results of the forward pass, in the arithmetic dtype; tangents may be null.
+template <typename T>
+struct ForwardResult {
+  T *out, *lse;
+  double* state;
+  T *tangent_w, *tangent_q;
+};
+
+// What the backward pass is given beside the problem, and its contiguous results; null where not needed.
+template <typename T>
+struct BackwardTask {
+  View grad_out, grad_lse;  // grad_lse.data may be null
+  const T* out;
+  const double* state;
+  const T *tangent_w, *tangent_q;  // null where not saved
+  T *grad_query, *grad_key, *grad_value, *grad_key_weight;
+  double* grad_w;  // (batches, features), to be summed over what w was broadcast over
+};
+
+// An uninitialised array, aligned for the widest vectors and padded with zeros to a multiple of kPadding.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n) { allocate(n); }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void allocate(int64_t n) {
+    const int64_t size = padded(n > 0 ? n : 1);
+    if (size > capacity_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>((size * sizeof(T) + 63) / 64 * 64)));
+      capacity_ = data_ ? size : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    for (int64_t i = n; i < size; ++i) data_[i] = T{};
+  }
+  T* get() const { return capacity_ ? data_ : nullptr; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+template <typename S, typename T>
+void read_as(const void* data, int64_t offset, int64_t n, int64_t stride, T* out) {
+  const S* from = static_cast<const S*>(data) + offset;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from[i * stride]);
+  }
+}
+
+// Read n elements of a strided view into an array.
+template <typename T>
+void read(const View& view, int64_t offset, int64_t n, int64_t stride, T* out) {
+  switch (view.dtype) {
+    case Dtype::kFloat:
+      return read_as<float>(view.data, offset, n, stride, out);
+    case Dtype::kDouble:
+      return read_as<double>(view.data, offset, n, stride, out);
+    case Dtype::kHalf:
+      return read_as<torch::headeronly::Half>(view.data, offset, n, stride, out);
+    case Dtype::kBFloat16:
+      return read_as<torch::headeronly::BFloat16>(view.data, offset, n, stride, out);
+  }
+}
+
+// The finite range of some numbers, to centre values and to keep scaled coordinates within bounds.
+struct Range {
+  double low = std::numeric_limits<double>::infinity(), high = -std::numeric_limits<double>::infinity();
+  bool finite = true;
+
+  template <typename T>
+  void include(const T* x, int64_t n) {
+    T least = std::numeric_limits<T>::infinity(), most = -least, sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      least = x[i] < least ? x[i] : least;
+      most = x[i] > most ? x[i] : most;
+      sum += x[i] * T(0);  // NaN if any is infinite or NaN
+    }
+    if (sum == sum) {
+      low = least < low ? least : low;
+      high = most > high ? most : high;
+      return;
+    }
+    finite = false;
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isfinite(x[i])) continue;
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+    }
+  }
+  double magnitude() const { return high < low ? 0 : std::fmax(std::fabs(low), std::fabs(high)); }
+  // What to subtract from values before they are summed: it makes sums of constants exact and gradients accurate.
+  double centre() const { return finite && high >= low ? low / 2 + high / 2 : 0; }
+};
+
+}  // namespace nwfast

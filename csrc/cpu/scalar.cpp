@@ -1,0 +1,450 @@
+// One feature and one channel: what surrounds the windowed sums of scalar_kernels.h.
+//
+// Coordinates are scaled by a power of two (exactly) so that neither their squares nor those of the scores overflow.
+// Where it pays, keys and queries are sorted: then the nearest key is known by a merge, and blocks of queries visit
+// only the keys of a window, outside which all weights together are below the rounding error. Key-side gradients walk
+// over the same windows from the other side.
+
+#include <algorithm>
+#include <cmath>
+
+#include "drivers.h"
+#include "order.h"
+
+namespace nwfast {
+namespace {
+
+constexpr int64_t kKeyBlock = 256;     // keys that one key-side task owns
+constexpr int64_t kSortQueries = 128;  // from so many queries on, sorting the keys pays
+
+template <typename T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr double kLow = 0x1p-30, kHigh = 0x1p60;  // of scale * coordinate, coordinates within (-2, 2)
+  static constexpr double kNegligible = 27;                // a weight of 2^-27 is below the rounding error
+  static constexpr double kWeightRange = 60;               // log2 of the ratio of key weights that fits beside scores
+};
+template <>
+struct Limits<double> {
+  static constexpr double kLow = 0x1p-40, kHigh = 0x1p500;
+  static constexpr double kNegligible = 57;
+  static constexpr double kWeightRange = 900;
+};
+
+// log2 of the ratio between the largest and the smallest positive key weight, over all batch elements.
+double weight_range(const Problem& problem) {
+  if (!problem.key_weight.data) return 0;
+  Buffer<double> weight(problem.keys);
+  double low = INFINITY, high = 0;
+  for (int64_t b = 0; b < problem.batch.count; ++b) {
+    read(problem.key_weight, problem.key_weight.offset(problem.batch, b), problem.keys,
+         problem.key_weight.row_stride, weight.get());
+    for (int64_t j = 0; j < problem.keys; ++j) {
+      if (!(weight[j] > 0 && weight[j] < INFINITY)) continue;
+      low = std::fmin(low, weight[j]);
+      high = std::fmax(high, weight[j]);
+    }
+    bool broadcast = true;
+    for (int dim = 0; dim < problem.batch.rank; ++dim) broadcast &= problem.key_weight.batch_strides[dim] == 0;
+    if (broadcast) break;
+  }
+  return high > 0 ? std::log2(high) - std::log2(low) : 0;
+}
+
+// One batch element in packed form, in the order in which it is computed.
+template <typename T>
+class ScalarBatch {
+ public:
+  // With charges: what the forward pass weighs keys with. Without, value holds the centred values alone.
+  void prepare(const Problem& problem, int64_t b) {
+    queries_ = problem.queries;
+    keys_ = problem.keys;
+    exclude_ = problem.exclude_self;
+    weighted_ = problem.key_weight.data != nullptr;
+    key_.allocate(keys_);
+    query_.allocate(queries_);
+    value_.allocate(keys_);
+    read(problem.key, problem.key.offset(problem.batch, b), keys_, problem.key.row_stride, key_.get());
+    read(problem.query, problem.query.offset(problem.batch, b), queries_, problem.query.row_stride, query_.get());
+    read(problem.value, problem.value.offset(problem.batch, b), keys_, problem.value.row_stride, value_.get());
+    read(problem.w, problem.w.offset(problem.batch, b), 1, 0, &w);
+    scale_coordinates();
+    centre_values();
+    if (weighted_) read_weights(problem, b);
+    order();
+    if (weighted_) {
+      value_charge_.allocate(keys_);
+      for (int64_t j = 0; j < keys_; ++j) value_charge_[j] = weight_[j] * value_[j];
+    }
+    if (sorted_ && weighted_) link_positive();
+    const double ratio = weighted_ ? weight_span_ : 0;
+    negligible_ = Limits<T>::kNegligible + std::log2(static_cast<double>(keys_)) + ratio;
+    windowed_ = sorted_ && finite_;
+  }
+
+  // Fills in the nearest keys and the window of the rows of a block; rows holds the block's part of each array.
+  void locate(const Kernels<T>& kernels, int64_t block, ScalarRows<T>& rows, T* nearest) const {
+    const int64_t first = block * kRowBlock;
+    rows.key = key_.get();
+    rows.total_charge = weighted_ ? weight_.get() : nullptr;
+    rows.value_charge = weighted_ ? value_charge_.get() : value_.get();
+    rows.n = keys_;
+    rows.window_begin = 0;
+    rows.window_end = keys_;
+    rows.scale = static_cast<T>(scale_);
+    rows.rows = std::min(queries_ - first, kRowBlock);
+    rows.query = query_.get() + first;
+    rows.nearest = nearest;
+    rows.excluded = exclude_ ? excluded_.get() + first : nullptr;
+    if (!sorted_) {
+      kernels.scalar_nearest(rows, nearest);
+      return;
+    }
+    double low = INFINITY, high = -INFINITY;
+    bool regular = windowed_;
+    int64_t place = 0;
+    for (int64_t i = 0; i < rows.rows; ++i) {
+      const T x = rows.query[i];
+      place = upper_bound(x, i > 0 ? place : -1);
+      nearest[i] = nearest_of(x, place, rows.excluded ? rows.excluded[i] : -2);
+      const double distance = (static_cast<double>(x) - nearest[i]) * scale_;
+      const double radius = std::sqrt(distance * distance + negligible_) / scale_ * (1 + 1e-6);
+      regular &= std::isfinite(x);
+      low = std::min(low, x - radius);
+      high = std::max(high, x + radius);
+    }
+    if (!regular) return;
+    const T* const begin = key_.get();
+    const T* const end = begin + keys_;
+    const auto below = [](T k, double x) { return k < x; };
+    rows.window_begin = (std::lower_bound(begin, end, low, below) - begin) / kPadding * kPadding;
+    rows.window_end = std::min(keys_, padded(std::lower_bound(begin, end, high, below) - begin + 1));
+  }
+
+  int64_t original_row(int64_t i) const { return row_order_.get() && rows_moved_ ? row_order_[i] : i; }
+  int64_t original_key(int64_t j) const { return keys_moved_ ? key_order_[j] : j; }
+  // 1 for all keys where there are no weights; scaled by a power of two, weight_unit.
+  double weight(int64_t j) const { return weighted_ ? static_cast<double>(weight_[j]) : 1; }
+
+  const T* key() const { return key_.get(); }
+  const T* query() const { return query_.get(); }
+  const T* value() const { return value_.get(); }
+  const int64_t* excluded() const { return exclude_ ? excluded_.get() : nullptr; }
+  double scale() const { return scale_; }
+
+  double w = 0;
+  double unit = 1;         // coordinates are multiplied by it
+  double weight_unit = 1;  // weights are divided by it
+  double centre = 0;       // subtracted from values
+  Range values;
+
+ private:
+  void scale_coordinates() {
+    Range range;
+    range.include(key_.get(), keys_);
+    finite_ = range.finite;
+    range.include(query_.get(), queries_);
+    const double magnitude = range.magnitude();
+    int exponent = 0;
+    if (magnitude > 0) std::frexp(magnitude, &exponent);
+    unit = std::ldexp(1.0, 1 - exponent);
+    for (int64_t j = 0; j < keys_; ++j) key_[j] = static_cast<T>(key_[j] * unit);
+    for (int64_t i = 0; i < queries_; ++i) query_[i] = static_cast<T>(query_[i] * unit);
+    scale_ = std::fabs(w) * std::sqrt(kHalfLog2E) / unit;
+    // Below, all weights are 1 to rounding and tangents would underflow; above, only the nearest key has weight.
+    if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
+    if (scale_ > Limits<T>::kHigh) scale_ = Limits<T>::kHigh;
+  }
+
+  void centre_values() {
+    values = Range();
+    values.include(value_.get(), keys_);
+    finite_ &= values.finite;
+    centre = static_cast<double>(static_cast<T>(values.centre()));
+    for (int64_t j = 0; j < keys_; ++j) value_[j] = static_cast<T>(value_[j] - centre);
+  }
+
+  void read_weights(const Problem& problem, int64_t b) {
+    weight_.allocate(keys_);
+    read(problem.key_weight, problem.key_weight.offset(problem.batch, b), keys_, problem.key_weight.row_stride,
+         weight_.get());
+    double low = INFINITY, high = 0;
+    for (int64_t j = 0; j < keys_; ++j) {
+      if (weight_[j] < 0) weight_[j] = std::numeric_limits<T>::quiet_NaN();
+      finite_ &= std::isfinite(weight_[j]);
+      if (!(weight_[j] > 0) || !std::isfinite(weight_[j])) continue;
+      low = std::fmin(low, weight_[j]);
+      high = std::fmax(high, weight_[j]);
+    }
+    int exponent = 0;
+    if (high > 0) std::frexp(high, &exponent);
+    weight_unit = std::ldexp(1.0, exponent);
+    weight_span_ = high > 0 ? std::log2(high) - std::log2(low) : 0;
+    for (int64_t j = 0; j < keys_; ++j) weight_[j] = static_cast<T>(weight_[j] / weight_unit);
+  }
+
+  template <typename V>
+  static void permute(V* x, const uint32_t* order, int64_t n, Buffer<V>& scratch) {
+    scratch.allocate(n);
+    for (int64_t i = 0; i < n; ++i) scratch[i] = x[order[i]];
+    std::memcpy(x, scratch.get(), static_cast<size_t>(n) * sizeof(V));
+  }
+
+  void order() {
+    sorted_ = ascending(key_.get(), keys_);
+    keys_moved_ = rows_moved_ = false;
+    constexpr int64_t kMost = int64_t{1} << 32;
+    Buffer<T> scratch;
+    if (!sorted_ && finite_ && queries_ >= kSortQueries && keys_ > kPadding && keys_ < kMost) {
+      key_order_.allocate(keys_);
+      sort_order(key_.get(), keys_, key_order_.get());
+      permute(key_.get(), key_order_.get(), keys_, scratch);
+      permute(value_.get(), key_order_.get(), keys_, scratch);
+      if (weighted_) permute(weight_.get(), key_order_.get(), keys_, scratch);
+      sorted_ = keys_moved_ = true;
+    }
+    if (sorted_ && queries_ >= kSortQueries && queries_ < kMost && !ascending(query_.get(), queries_)) {
+      bool ordered = true;
+      for (int64_t i = 0; i < queries_; ++i) ordered &= query_[i] == query_[i];
+      if (ordered) {
+        row_order_.allocate(queries_);
+        sort_order(query_.get(), queries_, row_order_.get());
+        permute(query_.get(), row_order_.get(), queries_, scratch);
+        rows_moved_ = true;
+      }
+    }
+    if (!exclude_) return;
+    excluded_.allocate(queries_);
+    Buffer<int64_t> place(keys_);
+    for (int64_t j = 0; j < keys_; ++j) place[original_key(j)] = j;
+    for (int64_t i = 0; i < queries_; ++i) excluded_[i] = place[original_row(i)];
+  }
+
+  // For each key the nearest places, up to and from it, of keys with a weight.
+  void link_positive() {
+    before_.allocate(keys_);
+    after_.allocate(keys_);
+    int64_t last = -1;
+    for (int64_t j = 0; j < keys_; ++j) before_[j] = last = weight_[j] == 0 ? last : j;
+    last = keys_;
+    for (int64_t j = keys_ - 1; j >= 0; --j) after_[j] = last = weight_[j] == 0 ? last : j;
+  }
+
+  // The first place whose key is greater than x; hint is the answer for a smaller x, or -1.
+  int64_t upper_bound(T x, int64_t hint) const {
+    const T* const begin = key_.get();
+    if (hint >= 0 && (hint == 0 || begin[hint - 1] <= x)) {
+      int64_t place = hint;
+      for (int step = 0; step < 16; ++step, ++place) {
+        if (place == keys_ || begin[place] > x) return place;
+      }
+    }
+    return std::upper_bound(begin, begin + keys_, x) - begin;
+  }
+
+  T nearest_of(T x, int64_t place, int64_t excluded) const {
+    const auto before = [&](int64_t j) { return weighted_ && j >= 0 ? before_[j] : j; };
+    const auto after = [&](int64_t j) { return weighted_ && j < keys_ ? after_[j] : j; };
+    int64_t left = before(place - 1), right = after(place);
+    if (left == excluded) left = before(left - 1);
+    if (right == excluded) right = after(right + 1);
+    if (left < 0 && right >= keys_) return key_[0];  // no key is left: all sums will be 0
+    if (left < 0) return key_[right];
+    if (right >= keys_) return key_[left];
+    return x - key_[left] <= key_[right] - x ? key_[left] : key_[right];
+  }
+
+  int64_t queries_ = 0, keys_ = 0;
+  bool exclude_ = false, weighted_ = false, finite_ = true, sorted_ = false, windowed_ = false;
+  bool keys_moved_ = false, rows_moved_ = false;
+  double scale_ = 1, weight_span_ = 0, negligible_ = 0;
+  Buffer<T> key_, query_, value_, value_charge_, weight_;
+  Buffer<uint32_t> key_order_, row_order_;
+  Buffer<int64_t> excluded_, before_, after_;
+};
+
+template <typename T, typename R>
+void forward_block(const Problem& problem, const ScalarBatch<T>& batch, const Kernels<T>& kernels, int64_t b,
+                   int64_t block, const ForwardResult<R>& result) {
+  T nearest[kRowBlock];
+  double sums[kRowBlock * kScalarSums], shift[kRowBlock];
+  ScalarRows<T> rows;
+  batch.locate(kernels, block, rows, nearest);
+  rows.scores = result.tangent_w != nullptr;
+  rows.offsets = result.tangent_q != nullptr;
+  rows.sums = sums;
+  rows.shift = shift;
+  kernels.scalar_rows(rows);
+  const double step = batch.scale() * batch.unit;  // from user coordinates to those of the scores
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const int64_t row = b * problem.queries + batch.original_row(block * kRowBlock + i);
+    const double* sum = sums + i * kScalarSums;
+    const double total = sum[kTotal], mean = sum[kValue] / total;
+    const bool empty = total == 0;
+    double out = batch.centre + mean;
+    if (batch.values.finite) out = std::fmin(std::fmax(out, batch.values.low), batch.values.high);
+    // fmin and fmax drop NaN.
+    result.out[row] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
+    const double offset = (static_cast<double>(rows.query[i]) - nearest[i]) / batch.unit * batch.w;
+    const double lse = kLn2 * std::log2(total * batch.weight_unit) - (shift[i] > 0 ? offset * offset / 2 : 0);
+    result.lse[row] = static_cast<R>(empty ? -INFINITY : lse);
+    result.state[2 * row] = shift[i];
+    result.state[2 * row + 1] = total * batch.weight_unit;
+    if (rows.scores) {
+      const double covariance = (sum[kScoreValue] - mean * sum[kScoreTotal]) / total;
+      result.tangent_w[row] = static_cast<R>(empty ? 0 : covariance / step * (batch.w / step));
+    }
+    if (rows.offsets) {
+      const double covariance = (sum[kOffsetValue] - mean * sum[kOffsetTotal]) / total;
+      result.tangent_q[row] = static_cast<R>(empty ? 0 : -covariance * batch.w * (batch.w / step));
+    }
+  }
+}
+
+template <typename T, typename R>
+void forward_in(const Problem& problem, const ForwardResult<R>& result) {
+  const Kernels<T>& table = kernels<T>();
+  const int64_t blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
+  const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
+  if (problem.batch.count > blocks) {
+    parallel_blocks(problem.batch.count, pairs * static_cast<double>(problem.batch.count) < kSerialPairs,
+                    [&](int64_t b) {
+                      ScalarBatch<T> batch;
+                      batch.prepare(problem, b);
+                      for (int64_t block = 0; block < blocks; ++block) {
+                        forward_block(problem, batch, table, b, block, result);
+                      }
+                    });
+    return;
+  }
+  ScalarBatch<T> batch;
+  for (int64_t b = 0; b < problem.batch.count; ++b) {
+    batch.prepare(problem, b);
+    parallel_blocks(blocks, pairs < kSerialPairs,
+                    [&](int64_t block) { forward_block(problem, batch, table, b, block, result); });
+  }
+}
+
+// The rows of a batch element as the key side sees them.
+template <typename T>
+struct KeySide {
+  Buffer<T> nearest, value_grad, offset_grad;
+  Buffer<double> shift;
+  Buffer<int64_t> windows;
+
+  template <typename R>
+  void gather(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch,
+              const Kernels<T>& kernels, int64_t b, int64_t block) {
+    const int64_t first = block * kRowBlock;
+    const int64_t grad = task.grad_out.offset(problem.batch, b);
+    const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
+    ScalarRows<T> rows;
+    batch.locate(kernels, block, rows, nearest.get() + first);
+    windows[2 * block] = rows.window_begin;
+    windows[2 * block + 1] = rows.window_end;
+    for (int64_t i = first; i < first + rows.rows; ++i) {
+      const int64_t original = batch.original_row(i), row = b * problem.queries + original;
+      double g = 0, g_lse = 0;
+      read(task.grad_out, grad + original * task.grad_out.row_stride, 1, 0, &g);
+      if (task.grad_lse.data) read(task.grad_lse, grad_lse + original * task.grad_lse.row_stride, 1, 0, &g_lse);
+      const double total = task.state[2 * row + 1] / batch.weight_unit;
+      const bool empty = total == 0;
+      shift[i] = task.state[2 * row];
+      value_grad[i] = static_cast<T>(empty ? 0 : g / total);
+      offset_grad[i] = static_cast<T>(empty ? 0 : (g * (task.out[row] - batch.centre) - g_lse) / total);
+    }
+  }
+};
+
+template <typename T, typename R>
+void key_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch,
+               const KeySide<T>& side, const Kernels<T>& kernels, int64_t b, int64_t block) {
+  double sum_value[kKeyBlock], sum_weight[kKeyBlock], sum_offset[kKeyBlock];
+  ScalarKeys<T> keys;
+  keys.key = batch.key();
+  keys.value = batch.value();
+  keys.n = problem.keys;
+  keys.key_begin = block * kKeyBlock;
+  keys.key_end = std::min(problem.keys, keys.key_begin + kKeyBlock);
+  keys.scale = static_cast<T>(batch.scale());
+  keys.rows = problem.queries;
+  keys.query = batch.query();
+  keys.nearest = side.nearest.get();
+  keys.shift = side.shift.get();
+  keys.value_grad = side.value_grad.get();
+  keys.offset_grad = side.offset_grad.get();
+  keys.excluded = batch.excluded();
+  keys.windows = side.windows.get();
+  keys.sum_value = sum_value;
+  keys.sum_weight = sum_weight;
+  keys.sum_offset = sum_offset;
+  kernels.scalar_keys(keys);
+  for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
+    const int64_t i = j - keys.key_begin, place = b * problem.keys + batch.original_key(j);
+    const double weight = batch.weight(j);
+    if (task.grad_value) task.grad_value[place] = static_cast<R>(weight * sum_value[i]);
+    if (task.grad_key) {
+      task.grad_key[place] = static_cast<R>(batch.w * (batch.w / batch.unit) * weight * sum_offset[i]);
+    }
+    if (task.grad_key_weight) task.grad_key_weight[place] = static_cast<R>(sum_weight[i] / batch.weight_unit);
+  }
+}
+
+template <typename T, typename R>
+void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
+  const Kernels<T>& table = kernels<T>();
+  const int64_t row_blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
+  const int64_t key_blocks = (problem.keys + kKeyBlock - 1) / kKeyBlock;
+  const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
+  const auto run = [&](int64_t b, bool serial) {
+    ScalarBatch<T> batch;
+    KeySide<T> side;
+    batch.prepare(problem, b);
+    for (Buffer<T>* buffer : {&side.nearest, &side.value_grad, &side.offset_grad}) buffer->allocate(problem.queries);
+    side.shift.allocate(problem.queries);
+    side.windows.allocate(2 * row_blocks);
+    parallel_blocks(row_blocks, serial,
+                    [&](int64_t block) { side.gather(problem, task, batch, table, b, block); });
+    parallel_blocks(key_blocks, serial,
+                    [&](int64_t block) { key_block(problem, task, batch, side, table, b, block); });
+  };
+  if (problem.batch.count > key_blocks) {
+    parallel_blocks(problem.batch.count, pairs * static_cast<double>(problem.batch.count) < kSerialPairs,
+                    [&](int64_t b) { run(b, true); });
+  } else {
+    for (int64_t b = 0; b < problem.batch.count; ++b) run(b, pairs < kSerialPairs);
+  }
+}
+
+}  // namespace
+
+template <>
+void scalar_forward<double>(const Problem& problem, const ForwardResult<double>& result) {
+  forward_in<double>(problem, result);
+}
+
+template <>
+void scalar_forward<float>(const Problem& problem, const ForwardResult<float>& result) {
+  if (weight_range(problem) > Limits<float>::kWeightRange) {
+    forward_in<double>(problem, result);
+  } else {
+    forward_in<float>(problem, result);
+  }
+}
+
+template <>
+void scalar_key_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
+  key_backward_in<double>(problem, task);
+}
+
+template <>
+void scalar_key_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
+  if (weight_range(problem) > Limits<float>::kWeightRange) {
+    key_backward_in<double>(problem, task);
+  } else {
+    key_backward_in<float>(problem, task);
+  }
+}
+
+}  // namespace nwfast

@@ -1,0 +1,144 @@
+// Vectors of floats or doubles on GCC's vector extension, of the width of the instruction set that the including
+// source file is compiled for: 64 bytes (AVX-512), 32 (AVX2) or 16 (any other).
+//
+// Included inside the namespace of one instruction set (NWFAST_ISA), so that no function compiled for a newer
+// processor can replace its namesake at link time.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../exp2.h"
+
+#define NWFAST_INLINE inline __attribute__((always_inline))
+
+namespace nwfast {
+namespace NWFAST_ISA {
+
+#if NWFAST_LEVEL == 512
+constexpr int kVectorBytes = 64;
+#elif NWFAST_LEVEL == 256
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+};
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+template <typename T>
+using Vec = typename Simd<T>::Vec;
+template <typename T>
+using IntVec = typename Simd<T>::Int;
+template <typename T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <typename T>
+NWFAST_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+NWFAST_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <typename T>
+NWFAST_INLINE Vec<T> splat(T x) {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
+  return v;
+}
+template <typename T>
+NWFAST_INLINE Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
+  return mask ? yes : no;
+}
+template <typename T>
+NWFAST_INLINE Vec<T> absolute(Vec<T> v) {
+  const IntVec<T> sign = (IntVec<T>)splat<T>(T(-0.0));
+  return (Vec<T>)((IntVec<T>)v & ~sign);
+}
+template <typename T>
+NWFAST_INLINE IntVec<T> lane_numbers() {
+  IntVec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+// Lanes are added in a fixed order, pairwise, in double.
+template <typename T>
+NWFAST_INLINE double horizontal_sum(Vec<T> v) {
+  constexpr int kHalf = kLanes<T> / 2;
+  double sums[kHalf];
+  for (int i = 0; i < kHalf; ++i) sums[i] = static_cast<double>(v[i]) + static_cast<double>(v[i + kHalf]);
+  for (int width = kHalf / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
+// 2^t for t <= 0 and a little above; exactly 0 far below; NaN for NaN.
+template <typename T>
+NWFAST_INLINE Vec<T> exp2(Vec<T> t);
+
+#if NWFAST_LEVEL == 512
+template <>
+NWFAST_INLINE Vec<float> exp2<float>(Vec<float> t) {
+  constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const Vec<float> fraction = _mm512_maskz_reduce_ps(0xffff, t, kFloor);
+  return _mm512_maskz_scalef_ps(0xffff, exp2_polynomial<float>(fraction), t);
+}
+template <>
+NWFAST_INLINE Vec<double> exp2<double>(Vec<double> t) {
+  constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const Vec<double> fraction = _mm512_maskz_reduce_pd(0xff, t, kFloor);
+  return _mm512_maskz_scalef_pd(0xff, exp2_polynomial<double>(fraction), t);
+}
+#else
+NWFAST_INLINE Vec<float> floor_of(Vec<float> t) {
+#if NWFAST_LEVEL == 256
+  return _mm256_floor_ps(t);
+#else
+  const Vec<float> nearest = (t + Simd<float>::kRound) - Simd<float>::kRound;
+  return nearest - select<float>(nearest > t, splat<float>(1), Vec<float>{});
+#endif
+}
+NWFAST_INLINE Vec<double> floor_of(Vec<double> t) {
+#if NWFAST_LEVEL == 256
+  return _mm256_floor_pd(t);
+#else
+  const Vec<double> nearest = (t + Simd<double>::kRound) - Simd<double>::kRound;
+  return nearest - select<double>(nearest > t, splat<double>(1), Vec<double>{});
+#endif
+}
+template <typename T>
+NWFAST_INLINE Vec<T> exp2(Vec<T> t) {
+  // At the clamp the exponent field becomes 0 and the result 0. The comparison keeps NaN.
+  const Vec<T> lowest = splat<T>(-Simd<T>::kBias);
+  t = select<T>(t < lowest, lowest, t);
+  const Vec<T> whole = floor_of(t);
+  const IntVec<T> exponent = (((IntVec<T>)(whole + Simd<T>::kRound)) << Simd<T>::kMantissa) +
+                             (IntVec<T>)splat<T>(1);
+  return exp2_polynomial<T>(t - whole) * (Vec<T>)exponent;
+}
+#endif
+
+}  // namespace NWFAST_ISA
+}  // namespace nwfast

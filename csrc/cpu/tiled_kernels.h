@@ -1,0 +1,321 @@
+// Sums for any number of features and channels, over tiles of keys whose scores are held in the first-level cache.
+//
+// Forward: flash-attention's online softmax. For kTiledRows queries and a tile of keys: scores with their maximum,
+// rescale what was summed if the maximum rose, exponentials, then the product with value. Scores and short channels
+// have keys in lanes, many channels have channels in lanes. Backward: weights are recomputed from the saved shift and
+// total; the query side walks over tiles of keys for a few rows, the key side over blocks of rows for a tile of keys.
+// Parallel over rows and key tiles in the driver.
+
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace nwfast {
+namespace NWFAST_ISA {
+
+constexpr int kQ = kTiledRows;
+constexpr double kLowestScore = -0x1p110;  // finite, so that a row without keys never computes inf - inf
+
+// t_ij (not yet shifted) for kQ rows and the keys [begin, begin + count), to scores (kQ, pitch). kFeatures = 0: at run time.
+template <typename T, int kFeatures, bool kUniform>
+NWFAST_INLINE void score_rows(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
+                              int64_t pitch, T* scores) {
+  const int64_t features = kFeatures ? kFeatures : data.features;
+  const Vec<T> score_scale = splat<T>(-data.score_scale);
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    Vec<T> sum[kQ] = {};
+#pragma GCC unroll 4
+    for (int64_t f = 0; f < features; ++f) {
+      const Vec<T> key = load(data.key + f * data.pitch + begin + j);
+      for (int r = 0; r < kQ; ++r) {
+        Vec<T> d = query[r][f] - key;
+        if (!kUniform) d = d * data.feature_scale[f];
+        sum[r] += d * d;
+      }
+    }
+    const Vec<T> log_weight = data.log_weight ? load(data.log_weight + begin + j) : Vec<T>{};
+    for (int r = 0; r < kQ; ++r) store<T>(scores + r * pitch + j, sum[r] * score_scale + log_weight);
+  }
+}
+
+template <typename T>
+void scores_of(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count, int64_t pitch,
+               T* scores) {
+  if (data.feature_scale) {
+    score_rows<T, 0, false>(data, query, begin, count, pitch, scores);
+  } else if (data.features == 1) {
+    score_rows<T, 1, true>(data, query, begin, count, pitch, scores);
+  } else if (data.features == 2) {
+    score_rows<T, 2, true>(data, query, begin, count, pitch, scores);
+  } else if (data.features == 3) {
+    score_rows<T, 3, true>(data, query, begin, count, pitch, scores);
+  } else {
+    score_rows<T, 0, true>(data, query, begin, count, pitch, scores);
+  }
+}
+
+// Keys beyond n and excluded keys get no weight.
+template <typename T>
+NWFAST_INLINE void mask_scores(int64_t n, int64_t begin, int64_t count, const int64_t* excluded, int rows,
+                               int64_t pitch, T* scores) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t j = n - begin > 0 ? n - begin : 0; j < count; ++j) scores[r * pitch + j] = kNone;
+    if (excluded && excluded[r] >= begin && excluded[r] < begin + count) scores[r * pitch + excluded[r] - begin] = kNone;
+  }
+}
+
+// out (kQ, columns) += weights (kQ, keys; distance `pitch`) @ right (keys, columns; distance `right_pitch`), lanes hold columns.
+// kTransposed: weights (keys, kQ...) with `pitch` between keys.
+template <typename T, int kVectors, bool kTransposed>
+NWFAST_INLINE void multiply_columns(const T* weights, int64_t pitch, int64_t keys, const T* right, int64_t right_pitch,
+                                    double* out, int64_t out_pitch, int64_t columns, int rows) {
+  Vec<T> sum[kQ][kVectors] = {};
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec<T> column[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) column[v] = load(right + j * right_pitch + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < kQ; ++r) {
+      const Vec<T> weight = splat<T>(kTransposed ? weights[j * pitch + r] : weights[r * pitch + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += weight * column[v];
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kLanes<T> && v * kLanes<T> + i < columns; ++i) {
+        out[r * out_pitch + v * kLanes<T> + i] += static_cast<double>(sum[r][v][i]);
+      }
+    }
+  }
+}
+
+template <typename T, bool kTransposed>
+void multiply(const T* weights, int64_t pitch, int64_t keys, const T* right, int64_t right_pitch, double* out,
+              int64_t out_pitch, int64_t columns, int rows) {
+  constexpr int kWide = NWFAST_LEVEL == 512 ? 4 : 2;
+  int64_t c = 0;
+  for (; c < columns; c += kWide * kLanes<T>) {
+    if (columns - c <= kLanes<T>) {
+      multiply_columns<T, 1, kTransposed>(weights, pitch, keys, right + c, right_pitch, out + c, out_pitch,
+                                          columns - c, rows);
+    } else {
+      multiply_columns<T, kWide, kTransposed>(weights, pitch, keys, right + c, right_pitch, out + c, out_pitch,
+                                              columns - c, rows);
+    }
+  }
+}
+
+// Row sums of weights * column for kQ rows, in double.
+template <typename T>
+NWFAST_INLINE void dot_rows(const T* weights, int64_t pitch, int64_t count, const T* column, double* out) {
+  Vec<T> sum[kQ] = {};
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const Vec<T> value = load(column + j);
+    for (int r = 0; r < kQ; ++r) sum[r] += load(weights + r * pitch + j) * value;
+  }
+  for (int r = 0; r < kQ; ++r) out[r] = horizontal_sum<T>(sum[r]);
+}
+
+template <typename T>
+void tiled_rows(const TiledRows<T>& task) {
+  const TiledData<T>& data = task.data;
+  alignas(64) T scores[kQ * kTileKeys];
+  for (int64_t first = 0; first < task.rows; first += kQ) {
+    const int rows = static_cast<int>(task.rows - first < kQ ? task.rows - first : kQ);
+    const T* query[kQ];
+    for (int r = 0; r < kQ; ++r) query[r] = task.query + (first + (r < rows ? r : 0)) * data.features;
+    const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
+    double total[kQ] = {};
+    T top[kQ];
+    double* values = task.values + first * data.channels;
+    for (int r = 0; r < kQ; ++r) top[r] = static_cast<T>(kLowestScore);
+    for (int64_t i = 0; i < rows * data.channels; ++i) values[i] = 0;
+    for (int64_t begin = 0; begin < data.n; begin += kTileKeys) {
+      const int64_t left = data.n - begin;
+      const int64_t keys = left < kTileKeys ? left : kTileKeys;
+      const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+      scores_of(data, query, begin, count, kTileKeys, scores);
+      mask_scores(data.n, begin, count, excluded, rows, kTileKeys, scores);
+      for (int r = 0; r < kQ; ++r) {
+        T* row = scores + r * kTileKeys;
+        Vec<T> high = splat<T>(top[r]);
+        for (int64_t j = 0; j < count; j += kLanes<T>) {
+          const Vec<T> score = load(row + j);
+          high = select<T>(score > high, score, high);
+        }
+        T highest = top[r];
+        for (int i = 0; i < kLanes<T>; ++i) highest = high[i] > highest ? high[i] : highest;
+        if (highest > top[r]) {
+          if (total[r] != 0 && r < rows) {
+            const double factor = __builtin_exp2(static_cast<double>(top[r]) - static_cast<double>(highest));
+            total[r] *= factor;
+            for (int64_t c = 0; c < data.channels; ++c) values[r * data.channels + c] *= factor;
+          }
+          top[r] = highest;
+        }
+        const Vec<T> shift = splat<T>(highest);
+        Vec<T> sum = {};
+        for (int64_t j = 0; j < count; j += kLanes<T>) {
+          const Vec<T> weight = exp2<T>(load(row + j) - shift);
+          sum += weight;
+          store<T>(row + j, weight);
+        }
+        total[r] += horizontal_sum<T>(sum);
+      }
+      if (data.value_columns) {
+        for (int64_t c = 0; c < data.channels; ++c) {
+          double sums[kQ];
+          dot_rows(scores, kTileKeys, count, data.value_columns + c * data.pitch + begin, sums);
+          for (int r = 0; r < rows; ++r) values[r * data.channels + c] += sums[r];
+        }
+      } else {
+        multiply<T, false>(scores, kTileKeys, keys, data.value_rows + begin * data.channel_pitch, data.channel_pitch,
+                           values, data.channels, data.channels, rows);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      task.total[first + r] = total[r];
+      task.shift[first + r] = -static_cast<double>(top[r]);
+    }
+  }
+}
+
+// p_ij and u_ij for kQ rows and the keys [begin, begin + count), to weights and grads (kQ, pitch).
+template <typename T>
+void weights_and_grads(const TiledData<T>& data, const T* const* query, const T* const* value_grad, const T* shift,
+                       const T* inverse_total, const T* offset_grad, const int64_t* excluded, int rows, int64_t begin,
+                       int64_t count, int64_t pitch, T* weights, T* grads) {
+  scores_of(data, query, begin, count, pitch, weights);
+  mask_scores(data.n, begin, count, excluded, rows, pitch, weights);
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    Vec<T> product[kQ];
+    for (int r = 0; r < kQ; ++r) product[r] = splat<T>(-offset_grad[r]);
+    for (int64_t c = 0; c < data.channels; ++c) {
+      const Vec<T> value = load(data.value_columns + c * data.pitch + begin + j);
+      for (int r = 0; r < kQ; ++r) product[r] += value * value_grad[r][c];
+    }
+    for (int r = 0; r < kQ; ++r) {
+      Vec<T> score = load(weights + r * pitch + j) + shift[r];
+      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count.
+      score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
+      const Vec<T> weight = exp2<T>(score) * inverse_total[r];
+      store<T>(weights + r * pitch + j, weight);
+      store<T>(grads + r * pitch + j, weight * product[r]);
+    }
+  }
+}
+
+template <typename T>
+void tiled_query_grad(const TiledQueryGrad<T>& task) {
+  const TiledData<T>& data = task.data;
+  alignas(64) T weights[kQ * kTileKeys];
+  alignas(64) T grads[kQ * kTileKeys];
+  for (int64_t first = 0; first < task.rows; first += kQ) {
+    const int rows = static_cast<int>(task.rows - first < kQ ? task.rows - first : kQ);
+    const T *query[kQ], *value_grad[kQ];
+    T shift[kQ], inverse_total[kQ], offset_grad[kQ];
+    for (int r = 0; r < kQ; ++r) {
+      const int64_t row = first + (r < rows ? r : 0);
+      query[r] = task.query + row * data.features;
+      value_grad[r] = task.value_grad + row * data.channel_pitch;
+      shift[r] = static_cast<T>(task.shift[row]);
+      inverse_total[r] = task.inverse_total[row];
+      offset_grad[r] = task.offset_grad[row];
+    }
+    const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
+    double* first_moment = task.first + first * data.features;
+    double* second_moment = task.second + first * data.features;
+    for (int64_t i = 0; i < rows * data.features; ++i) first_moment[i] = second_moment[i] = 0;
+    for (int64_t begin = 0; begin < data.n; begin += kTileKeys) {
+      const int64_t left = data.n - begin;
+      const int64_t keys = left < kTileKeys ? left : kTileKeys;
+      const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+      weights_and_grads(data, query, value_grad, shift, inverse_total, offset_grad, excluded, rows, begin, count,
+                        kTileKeys, weights, grads);
+      for (int64_t f = 0; f < data.features; ++f) {
+        Vec<T> sum[kQ] = {}, square[kQ] = {};
+        for (int64_t j = 0; j < count; j += kLanes<T>) {
+          const Vec<T> key = load(data.key + f * data.pitch + begin + j);
+          for (int r = 0; r < kQ; ++r) {
+            const Vec<T> difference = query[r][f] - key;
+            const Vec<T> moment = load(grads + r * kTileKeys + j) * difference;
+            sum[r] += moment;
+            square[r] += moment * difference;
+          }
+        }
+        for (int r = 0; r < rows; ++r) {
+          first_moment[r * data.features + f] += horizontal_sum<T>(sum[r]);
+          second_moment[r * data.features + f] += horizontal_sum<T>(square[r]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void tiled_key_grad(const TiledKeyGrad<T>& task) {
+  constexpr int64_t kBlock = 32;  // rows whose weights are held at once
+  const TiledData<T>& data = task.data;
+  alignas(64) T weights[kBlock * kKeyTile];
+  alignas(64) T grads[kBlock * kKeyTile];
+  const int64_t keys = task.key_end - task.key_begin;
+  const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  for (int64_t i = 0; i < keys * data.channels; ++i) task.sum_value[i] = 0;
+  for (int64_t i = 0; i < keys * data.features; ++i) task.sum_offset[i] = 0;
+  for (int64_t i = 0; i < keys; ++i) task.sum_weight[i] = 0;
+  for (int64_t first = 0; first < task.rows; first += kBlock) {
+    const int64_t block = task.rows - first < kBlock ? task.rows - first : kBlock;
+    for (int64_t group = 0; group < block; group += kQ) {
+      const int rows = static_cast<int>(block - group < kQ ? block - group : kQ);
+      const T *query[kQ], *value_grad[kQ];
+      T shift[kQ], inverse_total[kQ], offset_grad[kQ];
+      for (int r = 0; r < kQ; ++r) {
+        const int64_t row = first + group + (r < rows ? r : 0);
+        query[r] = task.query + row * data.features;
+        value_grad[r] = task.value_grad + row * data.channel_pitch;
+        shift[r] = static_cast<T>(task.shift[row]);
+        inverse_total[r] = task.inverse_total[row];
+        offset_grad[r] = task.offset_grad[row];
+      }
+      weights_and_grads(data, query, value_grad, shift, inverse_total, offset_grad,
+                        task.excluded ? task.excluded + first + group : nullptr, rows, task.key_begin, count, kKeyTile,
+                        weights + group * kKeyTile, grads + group * kKeyTile);
+    }
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      const int lanes = static_cast<int>(keys - j < kLanes<T> ? keys - j : kLanes<T>);
+      Vec<T> sum = {};
+      for (int64_t r = 0; r < block; ++r) sum += load(grads + r * kKeyTile + j);
+      for (int i = 0; i < lanes; ++i) task.sum_weight[j + i] += static_cast<double>(sum[i]);
+      for (int64_t f = 0; f < data.features; ++f) {
+        const Vec<T> key = load(data.key + f * data.pitch + task.key_begin + j);
+        Vec<T> moment = {};
+        for (int64_t r = 0; r < block; ++r) {
+          moment += load(grads + r * kKeyTile + j) * (task.query[(first + r) * data.features + f] - key);
+        }
+        for (int i = 0; i < lanes; ++i) task.sum_offset[(j + i) * data.features + f] += static_cast<double>(moment[i]);
+      }
+      if (data.channels <= kMaxColumns) {
+        for (int64_t c = 0; c < data.channels; ++c) {
+          Vec<T> value = {};
+          for (int64_t r = 0; r < block; ++r) {
+            value += load(weights + r * kKeyTile + j) * task.value_grad[(first + r) * data.channel_pitch + c];
+          }
+          for (int i = 0; i < lanes; ++i) task.sum_value[(j + i) * data.channels + c] += static_cast<double>(value[i]);
+        }
+      }
+    }
+    if (data.channels > kMaxColumns) {
+      for (int64_t j = 0; j < keys; j += kQ) {
+        const int some = static_cast<int>(keys - j < kQ ? keys - j : kQ);
+        multiply<T, true>(weights + j, kKeyTile, block, task.value_grad + first * data.channel_pitch,
+                          data.channel_pitch, task.sum_value + j * data.channels, data.channels, data.channels, some);
+      }
+    }
+  }
+}
+
+}  // namespace NWFAST_ISA
+}  // namespace nwfast
