@@ -17,7 +17,7 @@ help:  ## list the targets
 
 setup: .venv/installed $(EXTENSION)  ## virtual environment, pinned packages, C++ extension
 
-demo: setup  ## the chapter on real output, then at scale; options as in make demo ARGS="--n 100000"
+demo: setup  ## the chapter, then a year of flights; options as in make demo ARGS="--n 100000"
 	$(BIN)/python -m nwfast demo $(ARGS)
 
 info: setup  ## versions, what can run here and what cannot, and why
