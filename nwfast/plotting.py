@@ -63,7 +63,7 @@ def regression(
             *_points(x_test, prediction), color=_PREDICTION, linewidth=2, linestyle="--", label="prediction"
         )
     axes.set(xlabel="x", ylabel="y", xlim=(0, 5), ylim=(-1, 5))
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     return figure
 
 
