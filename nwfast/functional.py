@@ -1,11 +1,57 @@
 """The public functions: docstring, validate, choose, call the op."""
 
-import torch
+from typing import Literal, overload
+
 from torch import Tensor
 
 from . import backends, ops
 from .backends import reference
 from .validation import canonical, check_method
+
+
+@overload
+def nadaraya_watson(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def nadaraya_watson(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def nadaraya_watson(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def nadaraya_watson(
@@ -93,20 +139,15 @@ def nadaraya_watson(
     >>> nwfast.nadaraya_watson(x, x, y, w=0.0)  # average pooling
     tensor([1.6667, 1.6667, 1.6667])
     """
-    query, key, value, w, key_weight = _autocast(query, key, value, w, key_weight)
     check_method(method)
     form = canonical(query, key, value, w, key_weight, exclude_self)
-    name = backends.resolve(backend, query.device)
+    query = form[0]  # under autocast of another dtype than the one given
     out, lse = ops.nadaraya_watson(
-        name, form.query, form.key, form.value, form.w, form.key_weight, exclude_self, return_lse
+        backends.resolve(backend, query.device), *form[:5], exclude_self, return_lse, form[5]
     )
-    if form.drop_channel_dim:
-        out = out.squeeze(-1)
-    if form.drop_query_dim:
-        out, lse = out.squeeze(-1), lse.squeeze(-1) if return_lse else lse
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def attention_weights(
@@ -117,9 +158,9 @@ def attention_weights(
     key_weight: Tensor | None = None,
     exclude_self: bool = False,
 ) -> Tensor:
-    """The weights p that `nadaraya_watson` averages with, as a matrix: for plots and checks, O(M N) memory.
+    r"""The weights p that `nadaraya_watson` averages with, as a matrix: for plots and checks, O(M N) memory.
 
-    .. math:: p_{ij} = a_j e^{s_{ij}} / \\sum_l a_l e^{s_{il}}
+    .. math:: p_{ij} = a_j e^{s_{ij}} / \sum_l a_l e^{s_{il}}
 
     Parameters
     ----------
@@ -144,22 +185,6 @@ def attention_weights(
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
-    query, key, _, w, key_weight = _autocast(query, key, key, w, key_weight)
-    per_feature = isinstance(key, Tensor) and key.ndim > 1 and key.ndim == getattr(query, "ndim", 0)
-    value = key[..., :1] if per_feature else key
-    form = canonical(query, key, value, w, key_weight, exclude_self)
-    weights = reference.attention_weights(form.query, form.key, form.w, form.key_weight, exclude_self)
-    if form.drop_query_dim:
-        weights = weights.squeeze(-2)
-    return weights.to(query.dtype)
-
-
-def _autocast(*tensors):
-    """Under autocast, half-precision inputs become float32: Gaussian scores in half precision mean nothing."""
-    query = tensors[0]
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
-        return tensors
-    half = torch.float16, torch.bfloat16
-    return tuple(
-        tensor.float() if isinstance(tensor, Tensor) and tensor.dtype in half else tensor for tensor in tensors
-    )
+    query, key, _, scale, key_weight, drop = canonical(query, key, None, w, key_weight, exclude_self)
+    weights = reference.attention_weights(query, key, scale, key_weight, exclude_self)
+    return (weights.squeeze(-2) if drop == 2 else weights).to(query.dtype)

@@ -1,11 +1,13 @@
 """Every semantic check on user input, once: turns the accepted shapes into the canonical form or raises.
 
 The messages name the argument, what was expected and what came. Checks read shapes, dtypes and devices only, never
-data: they cost no synchronisation and hold under torch.compile.
+data: they cost no synchronisation and hold under torch.compile. They run at every call, so the common case asks
+little; what exactly was wrong is found out only once something is.
 """
 
 import math
-from typing import NamedTuple
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +18,22 @@ METHODS = ("dense",)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
 
-
-class Canonical(NamedTuple):
-    """Inputs in the canonical form of `nwfast.backends`, and which dimensions of the result the caller did not give."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    w: Tensor
-    key_weight: Tensor | None
-    drop_query_dim: bool  # per-query keys: out (M, 1, C), lse (M, 1)
-    drop_channel_dim: bool  # the value had no channel dimension
+# query, key, value (None if None was given), w, key_weight, and how many dimensions of size 1 the result has at its
+# end that the caller did not give: 1 where value has no channel dimension, 2 where keys are per query as well.
+Canonical = tuple[Tensor, Tensor, Any, Tensor, Tensor | None, int]
 
 
 def canonical(
-    query: Tensor, key: Tensor, value: Tensor, w: float | Tensor, key_weight: Tensor | None, exclude_self: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    w: float | Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
 ) -> Canonical:
-    """Check all inputs of the op and bring them into canonical form with views alone.
+    """Check all inputs and bring them into the canonical form of `nwfast.backends`, with views alone.
+
+    Under autocast half-precision inputs become float32 first: Gaussian scores in half precision mean nothing.
 
     Raises
     ------
@@ -41,70 +42,82 @@ def canonical(
     ValueError
         Shapes that do not fit, mixed devices, no keys, or M != N with exclude_self.
     """
-    _check_tensors(query=query, key=key, value=value)
-    dtype, device = query.dtype, query.device
-    if key.dtype != dtype or value.dtype != dtype:
-        raise TypeError(
-            f"query, key and value must have one dtype, got {dtype}, {key.dtype} and {value.dtype} (convert with .to())"
-        )
-    if key.device != device or value.device != device:
-        raise ValueError(
-            f"query, key and value must be on one device, got {device}, {key.device} and {value.device}"
-        )
+    _check_tensor("query", query)
+    _check_tensor("key", key)
+    if value is not None:
+        _check_tensor("value", value)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, w, key_weight = map(_widen, (query, key, value, w, key_weight))
+    _check_companion("key", key, query)
+    if value is not None:
+        _check_companion("value", value, query)
 
-    drop_query_dim = drop_channel_dim = False
-    query_ndim, key_ndim, value_ndim = query.ndim, key.ndim, value.ndim
+    drop = 0
+    query_ndim, key_ndim = query.ndim, key.ndim
+    value_ndim = key_ndim if value is None else value.ndim
     if query_ndim == 1:
         if key_ndim == 1:
             if value_ndim == 1:
-                drop_channel_dim = True
-                value = value.unsqueeze(-1)
+                drop = 1
+                value = value if value is None else value.unsqueeze(-1)
             elif value_ndim != 2:
                 raise _shape_error("value", "(N,) or (N, C)", query, key, value)
             query, key = query.unsqueeze(-1), key.unsqueeze(-1)
         elif key_ndim == 2:
             if key.shape[0] != query.shape[0]:
-                raise _shape_error("key", "(M, N), one row of keys a query,", query, key, value)
-            if value.shape != key.shape:
+                raise _shape_error("key", "(N,), or (M, N) with one row of keys a query", query, key, value)
+            if value is not None and value.shape != key.shape:
                 raise _shape_error("value", "(M, N) as key", query, key, value)
             if exclude_self:
                 raise ValueError(
-                    "exclude_self needs keys shared by all queries, key (N,), got one row of keys a query, key "
-                    f"{tuple(key.shape)}: use key_weight = 1 - torch.eye(N) instead"
+                    "exclude_self needs keys that all queries share, key (N,), got one row of keys a query, key "
+                    f"{tuple(key.shape)}: leave those keys out of the rows instead"
                 )
-            drop_query_dim = drop_channel_dim = True
-            query, key, value = query[:, None, None], key.unsqueeze(-1), value.unsqueeze(-1)
+            drop = 2
+            query, key = query.view(-1, 1, 1), key.unsqueeze(-1)
+            value = value if value is None else value.unsqueeze(-1)
         else:
             raise _shape_error("key", "(N,) or (M, N) with query (M,)", query, key, value)
     else:
-        if query_ndim == 0 or key_ndim != query_ndim:
-            raise _shape_error("key", "(..., N, D) with query (..., M, D)", query, key, value)
+        if query_ndim == 0:
+            raise _shape_error("query", "(M,) or (..., M, D)", query, key, value)
+        if key_ndim != query_ndim:
+            raise _shape_error("key", "(..., N, D), of as many dimensions as query", query, key, value)
         if key.shape[-1] != query.shape[-1]:
-            raise _shape_error("key", f"(..., N, D) with D = {query.shape[-1]} as query", query, key, value)
+            raise _shape_error(
+                "key", f"(..., N, D) with D = {query.shape[-1]} features as query", query, key, value
+            )
         if query.shape[-1] == 0:
             raise _shape_error("query", "(..., M, D) with D >= 1", query, key, value)
         if value_ndim == key_ndim - 1:
-            drop_channel_dim = True
-            value = value.unsqueeze(-1)
+            drop = 1
+            value = value if value is None else value.unsqueeze(-1)
         elif value_ndim != key_ndim:
             raise _shape_error("value", "(..., N, C) or (..., N)", query, key, value)
 
     n_keys = key.shape[-2]
-    if value.shape[-2] != n_keys:
-        raise ValueError(f"value must have one row a key, N = {n_keys}, got {value.shape[-2]} rows")
+    if value is not None:
+        if value.shape[-2] != n_keys:
+            raise ValueError(f"value must have one row a key, N = {n_keys}, got {value.shape[-2]} rows")
+        if value.shape[-1] == 0:
+            raise ValueError("value must have at least one channel, got C = 0")
     if n_keys == 0:
-        raise ValueError("key is empty (N = 0): the weighted average of no values is not defined")
-    if value.shape[-1] == 0:
-        raise ValueError("value must have at least one channel, got C = 0")
+        raise ValueError("key must not be empty, got N = 0: the weighted average of no values is not defined")
     if exclude_self and query.shape[-2] != n_keys:
         raise ValueError(
             f"exclude_self leaves key i out for query i and needs M == N, got M = {query.shape[-2]}, N = {n_keys}"
         )
-    batch = _broadcast_leading(query, key, value)
+    if query_ndim > 2:
+        _check_leading(query, key, value)
+    if isinstance(w, Tensor) and w.ndim == 1 and w.dtype == query.dtype and w.shape[0] == 1:
+        if w.device != query.device:
+            raise _device_error("w", w, query)
+    else:
+        w = _canonical_w(w, query, batch_shape(query, key, key if value is None else value))
     if key_weight is not None:
+        batch = batch_shape(query, key, key if value is None else value)
         key_weight = _canonical_key_weight(key_weight, query, n_keys, batch)
-    w = _canonical_w(w, query, batch)
-    return Canonical(query, key, value, w, key_weight, drop_query_dim, drop_channel_dim)
+    return query, key, value, w, key_weight, drop
 
 
 def check_method(method: str) -> None:
@@ -113,90 +126,101 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}, got {method!r}")
 
 
-def _check_tensors(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise TypeError(f"{name} must have a floating dtype ({expected}), got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must have a floating dtype ({expected}), got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
-def _shape_error(name: str, expected: str, query: Tensor, key: Tensor, value: Tensor) -> ValueError:
-    return ValueError(
-        f"{name} must have shape {expected}, got query {tuple(query.shape)}, key {tuple(key.shape)}, "
-        f"value {tuple(value.shape)}"
-    )
+def _check_companion(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise _device_error(name, tensor, query)
 
 
-def _broadcast_leading(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    if query.ndim == 2:
-        return ()
+def _device_error(name: str, tensor: Tensor, query: Tensor) -> ValueError:
+    return ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+
+
+def _widen(argument):
+    if isinstance(argument, Tensor) and argument.dtype in _HALF:
+        return argument.float()
+    return argument
+
+
+def _shape_error(name: str, expected: str, query: Tensor, key: Tensor, value: Tensor | None) -> ValueError:
+    given = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
+    if value is not None:
+        given += f", value {tuple(value.shape)}"
+    return ValueError(f"{name} must have shape {expected}, got {given}")
+
+
+def _check_leading(query: Tensor, key: Tensor, value: Tensor | None) -> None:
+    named = {"query": query, "key": key} if value is None else {"query": query, "key": key, "value": value}
     for dim in range(query.ndim - 2):
-        sizes = {query.shape[dim], key.shape[dim], value.shape[dim]} - {1}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"leading dimensions must broadcast, dimension {dim} has sizes {query.shape[dim]} (query), "
-                f"{key.shape[dim]} (key), {value.shape[dim]} (value)"
-            )
-    return batch_shape(query, key, value)
-
-
-def _canonical_key_weight(key_weight: Tensor, query: Tensor, n_keys: int, batch: tuple[int, ...]) -> Tensor:
-    _check_tensors(key_weight=key_weight)
-    _check_companion("key_weight", key_weight, query, narrow_query_too=False)
-    if key_weight.ndim == 1 and batch:
-        key_weight = key_weight[(None,) * len(batch)]
-    if (
-        key_weight.ndim != len(batch) + 1
-        or key_weight.shape[-1] != n_keys
-        or not _fits(key_weight.shape[:-1], batch)
-    ):
-        raise ValueError(
-            f"key_weight must have shape (N,) or (..., N) with N = {n_keys} and leading dimensions {batch}, "
-            f"got {tuple(key_weight.shape)}"
-        )
-    return key_weight
+        common = 1
+        for tensor in named.values():
+            size = tensor.shape[dim]
+            if size != 1 and size != common:
+                if common != 1:
+                    sizes = ", ".join(f"{tensor.shape[dim]} ({name})" for name, tensor in named.items())
+                    raise ValueError(f"leading dimensions must broadcast, dimension {dim} has sizes {sizes}")
+                common = size
 
 
 def _canonical_w(w: float | Tensor, query: Tensor, batch: tuple[int, ...]) -> Tensor:
     if not isinstance(w, Tensor):
-        if isinstance(w, bool) or not isinstance(w, (int, float)):
+        if isinstance(w, bool) or not isinstance(w, (int, float, numbers.Real)):
             raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
         if not math.isfinite(w):
             raise ValueError(f"w must be finite, got {w}")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if not abs(w) <= torch.finfo(dtype).max:
+            raise ValueError(f"w must be finite in {dtype}, got {w}")
         return torch.full((1,), w, dtype=dtype, device=query.device)
-    _check_tensors(w=w)
-    _check_companion("w", w, query, narrow_query_too=True)
+    _check_tensor("w", w)
+    # A float32 w may stand beside half-precision data: its gradient needs the bits.
+    if not (w.dtype == torch.float32 and query.dtype in _HALF):
+        _check_companion("w", w, query)
+    elif w.device != query.device:
+        raise _device_error("w", w, query)
     if w.ndim == 0:
         return w.unsqueeze(0)
     features = query.shape[-1]
-    if w.ndim > len(batch) + 1 or w.shape[-1] not in (1, features) or not _fits(w.shape[:-1], batch):
+    if (w.shape[-1] != 1 and w.shape[-1] != features) or not _fits(w.shape[:-1], batch):
         raise ValueError(
             f"w must be a scalar or have shape (1,), (D,) or (..., D) with D = {features} and leading dimensions "
-            f"that broadcast to {batch}, got {tuple(w.shape)}"
+            f"that broadcast to {tuple(batch)}, got {tuple(w.shape)}"
         )
     return w
 
 
-def _check_companion(name: str, tensor: Tensor, query: Tensor, narrow_query_too: bool) -> None:
-    """Dtype and device as the query; w may be float32 beside half-precision data, where its gradient needs the bits."""
-    if tensor.dtype != query.dtype and not (
-        narrow_query_too and tensor.dtype == torch.float32 and query.dtype in _HALF
+def _canonical_key_weight(key_weight: Tensor, query: Tensor, n_keys: int, batch: tuple[int, ...]) -> Tensor:
+    _check_tensor("key_weight", key_weight)
+    _check_companion("key_weight", key_weight, query)
+    if (
+        key_weight.ndim == 0
+        or key_weight.shape[-1] != n_keys
+        or key_weight.ndim not in (1, len(batch) + 1)
+        or not _fits(key_weight.shape[:-1], batch)
     ):
-        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        raise ValueError(
+            f"key_weight must have shape (N,) or (..., N) with N = {n_keys} and leading dimensions that broadcast "
+            f"to {tuple(batch)}, got {tuple(key_weight.shape)}"
+        )
+    if key_weight.ndim == 1 and batch:
+        key_weight = key_weight[(None,) * len(batch)]
+    return key_weight
 
 
 def _fits(leading: torch.Size, batch: tuple[int, ...]) -> bool:
     """Whether `leading` broadcasts to `batch` from the right without enlarging it."""
     if len(leading) > len(batch):
         return False
-    return all(
-        size in (1, batch_size)
-        for size, batch_size in zip(reversed(leading), reversed(batch), strict=False)
-    )
+    pairs = zip(reversed(leading), reversed(batch), strict=False)
+    return all(size == 1 or size == batch_size for size, batch_size in pairs)
