@@ -84,16 +84,31 @@ def backward(
     if grad_lse is not None:
         inputs.append(grad_lse.to(dtype).contiguous())
         about[place.GRAD_LSE] = inputs[-1].data_ptr()
-    keys_wanted = needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT)
-    blocks = -(-call.m // units.QUERY_BLOCK)
-    sums = np.zeros((math.prod(call.batch), blocks, call.d))
-    rows, means = np.empty((math.prod(call.batch) * call.m, 3)), np.empty((math.prod(call.batch) * call.m, call.c))
-    about[place.ROWS], about[place.MEANS] = rows.ctypes.data, means.ctypes.data
+    keys_wanted = bool(needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT))
+    rows_wanted = bool(needs & (NEEDS_QUERY | NEEDS_W))
+    products = (
+        rows_wanted
+        and grad_lse is None
+        and not (needs & NEEDS_QUERY and not tangent_q.numel())
+        and not (needs & NEEDS_W and not tangent_w.numel())
+    )
+    blocks = 1 if products else -(-call.m // units.QUERY_BLOCK)
+    sums = np.zeros((call.size, blocks, call.d))
     if needs & NEEDS_QUERY:
         about[place.GRAD_QUERY] = grad_query.data_ptr()
     if needs & NEEDS_W:
         about[place.GRAD_W] = sums.ctypes.data
-    call.run(units.backward_rows, call.m, units.QUERY_BLOCK)
+    if products:
+        tangents = tangent_w.contiguous(), tangent_q.contiguous()
+        about[place.TANGENT_W], about[place.TANGENT_Q] = tangents[0].data_ptr(), tangents[1].data_ptr()
+        units.backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
+        about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
+    if keys_wanted or not products:
+        rows, means = np.empty((call.size * call.m, 3)), np.empty((call.size * call.m, call.c))
+        kinds = np.empty(call.size * call.m, np.int8)
+        about[place.ROWS], about[place.MEANS] = rows.ctypes.data, means.ctypes.data
+        about[place.KINDS] = kinds.ctypes.data
+        call.run(units.backward_rows, call.m, units.QUERY_BLOCK)
     if needs & NEEDS_W:
         grad_w = _sum_for_w(sums.sum(1), call.batch, w)
     if keys_wanted:

@@ -11,17 +11,17 @@ from numba.extending import intrinsic
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
-EXACT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+EXACT = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 SUMS = {**EXACT, "fastmath": {"nsz", "contract", "reassoc"}}
 
 # Places in the description: sizes, then addresses, then strides (in elements) of the last dimensions.
 BATCH, M, N, D, C, SELF = range(6)
 QUERY, KEY, VALUE, WEIGHT, W = range(8, 13)  # inputs; address 0: absent
 OUT, LSE, STATE, TANGENT_W, TANGENT_Q = range(13, 18)  # contiguous; address 0: not wanted
-GRAD_OUT, GRAD_LSE, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_W, GRAD_WEIGHT, ROWS, MEANS = range(18, 27)
-QUERY_M, QUERY_D, KEY_N, KEY_D, VALUE_N, VALUE_C, WEIGHT_N, W_D = range(27, 35)
-BATCH_DIMS = 35
-BATCHES = 36  # for each batch dimension, last first: its size and the strides of query, key, value, weight and w
+GRAD_OUT, GRAD_LSE, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_W, GRAD_WEIGHT, ROWS, MEANS, KINDS = range(18, 28)
+QUERY_M, QUERY_D, KEY_N, KEY_D, VALUE_N, VALUE_C, WEIGHT_N, W_D = range(28, 36)
+BATCH_DIMS = 36
+BATCHES = 37  # for each batch dimension, last first: its size and the strides of query, key, value, weight and w
 BATCH_ITEMS = 6
 
 # With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.

@@ -246,10 +246,10 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
 
 
 @njit(**EXACT)
-def key_side(example, about, unit, first, last, rows, means, far):
-    """Gradients of the keys first..last for key, value and key_weight from the rows listed in `far`, into float64.
+def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad_value, grad_weight):
+    """Add the gradients of the keys first..last from the rows listed in `far`.
 
-    Returns grad_key (last - first, D), grad_value (last - first, C), grad_weight (last - first,).
+    Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
     """
     n_features, n_channels = about[D], about[C]
     query, key, value = pointer(about[QUERY], example), pointer(about[KEY], example), pointer(about[VALUE], example)
@@ -258,9 +258,6 @@ def key_side(example, about, unit, first, last, rows, means, far):
     at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
     grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
     wanted = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
-    grad_key = np.zeros((last - first, n_features))
-    grad_value = np.zeros((last - first, n_channels))
-    grad_weight = np.zeros(last - first)
     q, w, plain_w = np.empty(n_features), np.empty(n_features), np.empty(n_features)
     load_row(bandwidth, at_w, about[W_D], plain_w)
     for f in range(n_features):
@@ -289,7 +286,7 @@ def key_side(example, about, unit, first, last, rows, means, far):
             pull = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
             for c in range(n_channels):
                 g = float(grad_out[row * n_channels + c])
-                grad_value[j - first, c] += p * g
+                grad_value[c, j - first] += p * g
                 if wanted:
                     pull += g * (float(value[at_v + j * about[VALUE_N] + c * about[VALUE_C]]) - means[row * n_channels + c])
             if wanted:
@@ -297,5 +294,4 @@ def key_side(example, about, unit, first, last, rows, means, far):
                 if p != 0.0:
                     for f in range(n_features):
                         d = q[f] - float(key[place + f * about[KEY_D]])
-                        grad_key[j - first, f] += p * pull * d * plain_w[f] * plain_w[f]
-    return grad_key, grad_value, grad_weight
+                        grad_key[f, j - first] += p * pull * d * plain_w[f] * plain_w[f]

@@ -1,0 +1,262 @@
+"""The query side: sums over all keys for a block of rows, by tiles of keys (see numba_fast for the terms)."""
+
+import numpy as np
+from numba import njit
+
+from . import numba_robust as robust
+from .numba_fast import (
+    ABSENT, HALF_LOG2E, TILE, box_score, gauss, least_of, pack, products4, scores_trusted, tile_moments, tile_scores,
+    tile_terms_unshifted, total_and_product, total_of,
+)  # fmt: skip
+from .numba_math import (
+    C, D, EXACT, GRAD_LSE, GRAD_OUT, GRAD_QUERY, GRAD_W, LN2, LSE, M, N, OUT, QUERY, QUERY_D, QUERY_M, SELF, STATE,
+    TANGENT_Q, TANGENT_W, W, W_D, WEIGHT, exp2_double, offset, pointer,
+)  # fmt: skip
+
+NEAR, FAR, EMPTY = 0, 1, 2
+
+
+@njit(**EXACT)
+def load_queries(example, about, b, start, stop, queries, fit):
+    """Copy the rows start..stop and mark those whose numbers the fast kernels can take."""
+    query = pointer(about[QUERY], example)
+    at = offset(about, b, 0)
+    limit = 1e15 if example.itemsize == 4 else 1e100
+    for i in range(start, stop):
+        fit[i - start] = True
+        for f in range(about[D]):
+            q = query[at + i * about[QUERY_M] + f * about[QUERY_D]]
+            queries[i - start, f] = q
+            fit[i - start] &= abs(float(q)) < limit
+
+
+@njit(**EXACT)
+def load_w(example, about, b, w):
+    bandwidth, at = pointer(about[W], example), offset(about, b, 4)
+    for f in range(about[D]):
+        w[f] = bandwidth[at + f * about[W_D]]
+
+
+@njit(**EXACT)
+def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p):
+    """Terms p of one tile relative to the lower of `top` and the tile's least score, which is returned."""
+    absent = 0 <= mine < n
+    if len(q) == 1:
+        tile_terms_unshifted(q, keys, w, n, p)
+        if absent:
+            p[mine] = 0
+        top = 0.0
+    else:
+        tile_scores(q, keys, w, n, s)
+        if absent:
+            s[mine] = ABSENT
+        if weighted:
+            for j in range(n):
+                s[j] = s[j] if weights[j] > 0 else s.dtype.type(ABSENT)
+        least = least_of(s, n, p)
+        top = min(top, float(least))
+        shift = s.dtype.type(top)
+        for j in range(n):
+            p[j] = gauss(s[j] - shift)
+    if weighted:
+        for j in range(n):
+            p[j] *= weights[j]
+    return top
+
+
+@njit(**EXACT)
+def project(gradient, values, n, projected):
+    """<g, v_j> for the keys of a tile."""
+    g, v = gradient[0], values[0]
+    for j in range(n):
+        projected[j] = g * v[j]
+    for c in range(1, len(gradient)):
+        g, v = gradient[c], values[c]
+        for j in range(n):
+            projected[j] += g * v[j]
+
+
+@njit(**EXACT)
+def sum_rows(
+    example, about, b, start, queries, fit, w, exponent, centre, low, high, gradients, moments, sums, tops
+):
+    """Fill, for each fit row, tops and sums: sum p; sum p v per channel; and per feature sum p d, p d v, p d^2, p d^2 v.
+
+    v is centred. With gradients (rows, C) there is one channel, <g, v>; the moments are taken where `moments` says so.
+    """
+    n, n_features, n_channels = about[N], about[D], about[C]
+    weighted = about[WEIGHT] != 0
+    through_gradients = len(gradients) > 0
+    channels = 1 if through_gradients else n_channels
+    skip = 180.0 if example.itemsize == 4 else 500.0
+    size = min(n, TILE)
+    keys, values = np.empty((n_features, size), example.dtype), np.empty((n_channels, size), example.dtype)
+    weights = np.empty(size if weighted else 0, example.dtype)
+    s, p = np.empty(size, example.dtype), np.empty(size, example.dtype)
+    projected = np.empty(size if through_gradients else 0, example.dtype)
+    sums[:] = 0.0
+    tops[:] = 0.0 if n_features == 1 else np.inf
+    for tile in range((n + TILE - 1) // TILE):
+        first = tile * TILE
+        size = min(TILE, n - first)
+        packed = False
+        for r in range(len(queries)):
+            if not fit[r] or box_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
+                continue
+            if not packed:
+                pack(example, about, b, first, size, centre, exponent, keys, values, weights)
+                packed = True
+            q, row = queries[r], sums[r]
+            mine = start + r - first if about[SELF] else -1
+            top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p)
+            if top >= ABSENT:
+                continue
+            if top < tops[r]:
+                if tops[r] < ABSENT:
+                    scale = exp2_double((top - tops[r]) * HALF_LOG2E)
+                    for part in range(len(row)):
+                        row[part] *= scale
+                tops[r] = top
+            if channels == 1:
+                column = values[0]
+                if through_gradients:
+                    project(gradients[r], values, size, projected)
+                    column = projected
+                total, product = total_and_product(p, column, size)
+                total, product = float(total), float(product)
+                row[0] += total
+                row[1] += product
+                if moments:
+                    for f in range(n_features):
+                        reference = min(max(q[f], low[tile, f]), high[tile, f])
+                        by_u, by_uv, by_z, by_zv = tile_moments(p, column, keys[f], q[f], reference, size)
+                        d = float(q[f]) - float(reference)
+                        at = 2 + 4 * f
+                        row[at] += float(by_u) + d * total
+                        row[at + 1] += float(by_uv) + d * product
+                        row[at + 2] += float(by_z) + d * d * total
+                        row[at + 3] += float(by_zv) + d * d * product
+            else:
+                row[0] += float(total_of(p, size))
+                for c in range(0, channels - 3, 4):
+                    parts = products4(p, values[c], values[c + 1], values[c + 2], values[c + 3], size)
+                    row[1 + c] += float(parts[0])
+                    row[2 + c] += float(parts[1])
+                    row[3 + c] += float(parts[2])
+                    row[4 + c] += float(parts[3])
+                for c in range(channels - channels % 4, channels):
+                    row[1 + c] += float(total_and_product(p, values[c], size)[1])
+
+
+@njit(**EXACT)
+def row_trusted(sums, top, n_features, single):
+    if not scores_trusted(top, sums[0], n_features, single):
+        return False
+    for part in range(1, len(sums)):
+        if not abs(sums[part]) < np.inf:
+            return False
+    return True
+
+
+@njit(**EXACT)
+def forward_block(example, about, b, start, stop, ordinary, exponent, centre, low, high):
+    """out, lse, state and the tangents wanted of the rows start..stop."""
+    n_features, n_channels = about[D], about[C]
+    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+    count = stop - start
+    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+    w = np.empty(n_features, example.dtype)
+    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+    out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    if ordinary:
+        load_queries(example, about, b, start, stop, queries, fit)
+        load_w(example, about, b, w)
+        no_gradients = np.empty((0, 0), example.dtype)
+        sum_rows(
+            example, about, b, start, queries, fit, w, exponent, centre, low, high, no_gradients, moments, sums, tops
+        )
+    for r in range(count):
+        i = start + r
+        row = b * about[M] + i
+        if not (ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)):
+            robust.forward_rows(example, about, b, i, i + 1)
+            continue
+        total = sums[r, 0]
+        shift = tops[r] * HALF_LOG2E - exponent
+        state[2 * row], state[2 * row + 1] = shift, total
+        lse[row] = LN2 * (np.log2(total) - shift)
+        for c in range(n_channels):
+            out[row * n_channels + c] = float(centre[c]) + sums[r, 1 + c] / total
+        if moments:
+            bandwidth, mean = float(w[0]), sums[r, 1] / total
+            if about[TANGENT_W] != 0:
+                tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
+            if about[TANGENT_Q] != 0:
+                tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
+
+
+@njit(**EXACT)
+def effective_state(shift, total, exponent, n_features):
+    """(top, total) as sum_rows would leave them, from the saved state."""
+    if n_features == 1:
+        return 0.0, total * 2.0 ** (-shift - exponent)
+    return (shift + exponent) / HALF_LOG2E, total
+
+
+@njit(**EXACT)
+def backward_block(example, about, b, start, stop, ordinary, exponent, centre, low, high, kinds, rows, means, grad_w):
+    """Kinds of the rows start..stop (near, far, empty), and their gradients for query and w, if wanted."""
+    n_features, n_channels = about[D], about[C]
+    single = example.itemsize == 4
+    count = stop - start
+    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+    w = np.empty(n_features, example.dtype)
+    gradients = np.empty((count, n_channels), example.dtype)
+    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    grad_query = pointer(about[GRAD_QUERY], example)
+    load_queries(example, about, b, start, stop, queries, fit)
+    load_w(example, about, b, w)
+    for r in range(count):
+        row = b * about[M] + start + r
+        top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
+        near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
+        for c in range(n_channels):
+            gradients[r, c] = grad_out[row * n_channels + c]
+            near &= abs(float(gradients[r, c])) < 1e18
+        if about[GRAD_LSE] != 0:
+            near &= abs(float(grad_lse[row])) < 1e18
+        empty = state[2 * row + 1] == 0.0
+        kinds[row] = EMPTY if empty else (NEAR if near else FAR)
+        fit[r] = near and not empty
+    sums, tops = np.empty((count if moments else 0, 2 + 4 * n_features)), np.empty(count if moments else 0)
+    if moments and ordinary:
+        sum_rows(
+            example, about, b, start, queries, fit, w, exponent, centre, low, high, gradients, True, sums, tops
+        )
+    for r in range(count):
+        i = start + r
+        row = b * about[M] + i
+        if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
+            kinds[row] = FAR
+        if kinds[row] == EMPTY:
+            if about[GRAD_QUERY] != 0:
+                for f in range(n_features):
+                    grad_query[row * n_features + f] = 0
+        elif kinds[row] == FAR:
+            robust.query_side(example, about, b, i, i + 1, rows, means, grad_w)
+        elif moments:
+            total = sums[r, 0]
+            mean = sums[r, 1] / total
+            through_lse = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+            for f in range(n_features):
+                at = 2 + 4 * f
+                bandwidth = float(w[f])
+                by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
+                by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
+                if about[GRAD_QUERY] != 0:
+                    grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
+                grad_w[f] -= bandwidth * by_w
