@@ -284,8 +284,10 @@ def _second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     derivatives.require_memory("second derivative", *inputs[2:5])
 
-    def gradients(*inputs: Any) -> tuple[Tensor, ...]:
-        return derivatives.gradients(*inputs, ctx.exclude_self, ctx.needs)
+    def gradients(grad_out, grad_lse, query, key, value, w, key_weight):
+        return derivatives.gradients(
+            grad_out, grad_lse, query, key, value, w, key_weight, ctx.exclude_self, ctx.needs
+        )
 
     return *derivatives.pull_back(gradients, inputs, grads), *(None,) * 6
 
