@@ -7,7 +7,6 @@ kernels are serial and release the GIL: Numba's own threading layers break fork 
 Kernels are compiled at the first call that needs them and cached on disk.
 """
 
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +117,7 @@ def backward(
             about[place.GRAD_VALUE] = grad_value.data_ptr()
         if needs & NEEDS_KEY_WEIGHT:
             about[place.GRAD_WEIGHT] = grad_weight.data_ptr()
-        call.run(units.backward_keys, call.n, units.KEY_BLOCK)
+        call.run(units.backward_keys, call.n, units.TILE)
     return grad_query, grad_key, grad_value, grad_w, grad_weight
 
 
@@ -136,7 +135,13 @@ class _Call:
     """The description of one call for the kernels (the array `about`, see numba_math), and its sizes."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, w: Tensor, key_weight: Tensor | None, exclude_self: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        w: Tensor,
+        key_weight: Tensor | None,
+        exclude_self: bool,
     ):
         self.batch = batch = batch_shape(query, key, value)
         self.dtype = dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -150,7 +155,12 @@ class _Call:
         self.n, self.c = value.shape[-2:]
         about = [0] * place.BATCHES
         self.size = 1
-        query_strides, key_strides, value_strides, w_strides = query.stride(), key.stride(), value.stride(), w.stride()
+        query_strides, key_strides, value_strides, w_strides = (
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            w.stride(),
+        )
         weight_strides = (0,) if key_weight is None else key_weight.stride()
         for dim in range(1, len(batch) + 1):  # from the last
             size = batch[-dim]
@@ -166,7 +176,11 @@ class _Call:
         about[place.BATCH], about[place.BATCH_DIMS] = self.size, len(batch)
         about[place.M], about[place.N], about[place.D], about[place.C] = self.m, self.n, self.d, self.c
         about[place.SELF] = exclude_self
-        about[place.QUERY], about[place.KEY], about[place.VALUE] = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        about[place.QUERY], about[place.KEY], about[place.VALUE] = (
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+        )
         about[place.W] = w.data_ptr()
         about[place.QUERY_M], about[place.QUERY_D] = query_strides[-2:]
         about[place.KEY_N], about[place.KEY_D] = key_strides[-2:]
@@ -207,7 +221,11 @@ def _widen(tensor: Tensor) -> Tensor:
     """To float32, without materialising leading dimensions that were expanded."""
     for dim in range(tensor.ndim - 1):
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
-            return tensor.narrow(dim, 0, 1).float().expand(tensor.shape) if dim < tensor.ndim - 2 else tensor.float()
+            return (
+                tensor.narrow(dim, 0, 1).float().expand(tensor.shape)
+                if dim < tensor.ndim - 2
+                else tensor.float()
+            )
     return tensor.float()
 
 

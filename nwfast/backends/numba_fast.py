@@ -13,7 +13,23 @@ from numba import njit
 from numba.extending import overload
 
 from .numba_math import (
-    C, D, EXACT, KEY, KEY_D, KEY_N, N, SUMS, VALUE, VALUE_C, VALUE_N, W, W_D, WEIGHT, WEIGHT_N, exp2_double, offset,
+    EXACT,
+    KEY,
+    KEY_D,
+    KEY_N,
+    SUMS,
+    VALUE,
+    VALUE_C,
+    VALUE_N,
+    W_D,
+    WEIGHT,
+    WEIGHT_N,
+    C,
+    D,
+    N,
+    W,
+    exp2_double,
+    offset,
     pointer,
 )  # fmt: skip
 
@@ -27,7 +43,11 @@ _HIGH = _float(HALF_LOG2E)
 _LOW = _float(HALF_LOG2E - float(_HIGH))
 _MOST = _float(176.5)
 _C0, _C1, _C2 = _float(1.0000000716546416382), _float(0.69314696706526492761), _float(0.24022119723969178047)
-_C3, _C4, _C5 = _float(0.05550713272875391178), _float(0.0096755413310213911451), _float(0.0013276472167819943329)
+_C3, _C4, _C5 = (
+    _float(0.05550713272875391178),
+    _float(0.0096755413310213911451),
+    _float(0.0013276472167819943329),
+)
 _BIAS, _SHIFT = np.int32(127), np.int32(23)
 
 

@@ -1,12 +1,31 @@
 """The key side: gradients of a block of keys, in one pass over all rows that recomputes the terms from the saved state."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 from . import numba_robust as robust
-from .numba_fast import TILE, box_score, gauss, pack, tile_scores, tile_terms_unshifted
+from .numba_fast import TILE, box_score, gauss, pack, survey, tile_scores, tile_terms_unshifted
 from .numba_math import (
-    C, D, EXACT, GRAD_KEY, GRAD_LSE, GRAD_OUT, GRAD_VALUE, GRAD_WEIGHT, M, N, OUT, SELF, STATE, WEIGHT, pointer,
+    EXACT,
+    GRAD_KEY,
+    GRAD_LSE,
+    GRAD_OUT,
+    GRAD_VALUE,
+    GRAD_WEIGHT,
+    KINDS,
+    MEANS,
+    OUT,
+    ROWS,
+    SELF,
+    STATE,
+    WEIGHT,
+    C,
+    D,
+    M,
+    N,
+    pointer,
 )  # fmt: skip
 from .numba_rows import FAR, NEAR, effective_state, load_queries, load_w, project
 
@@ -53,7 +72,11 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
     grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
     out, state = pointer(about[OUT], example), pointer(about[STATE], np.empty(0))
     dtype = example.dtype
-    keys, values, weights = np.empty((n_features, n), dtype), np.empty((n_channels, n), dtype), np.empty(n, dtype)
+    keys, values, weights = (
+        np.empty((n_features, n), dtype),
+        np.empty((n_channels, n), dtype),
+        np.empty(n, dtype),
+    )
     grad_key, grad_value = np.empty((n_features, n), dtype), np.empty((n_channels, n), dtype)
     grad_weight = np.empty(n, dtype)
     s, p, projected = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
@@ -94,7 +117,16 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
             level = dtype.type(level)
             if n_features == 1 and n_channels == 1 and through_keys:
                 add_scalar(
-                    p, keys[0], values[0], q[0], gradients[0], level, grad_key[0], grad_value[0], grad_weight, n
+                    p,
+                    keys[0],
+                    values[0],
+                    q[0],
+                    gradients[0],
+                    level,
+                    grad_key[0],
+                    grad_value[0],
+                    grad_weight,
+                    n,
                 )
             else:
                 if about[GRAD_VALUE] != 0:
@@ -121,35 +153,71 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
         by_weight[j] *= scale
 
 
-@njit(**EXACT)
-def key_block(example, about, b, start, stop, ordinary, exponent, centre, low, high, kinds, rows, means):
-    """Gradients wanted of the keys start..stop for key, value and key_weight."""
-    n, n_features, n_channels = about[N], about[D], about[C]
-    grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
-    grad_weight = pointer(about[GRAD_WEIGHT], example)
-    count = stop - start
-    by_key, by_value, by_weight = np.zeros((n_features, count)), np.zeros((n_channels, count)), np.zeros(count)
-    if ordinary:
-        add_near(
-            example, about, b, start, stop, exponent, centre, low, high, kinds, by_key, by_value, by_weight
-        )
-    far = 0
-    for i in range(about[M]):
-        far += kinds[b * about[M] + i] == FAR
-    if far > 0:
-        indices = np.empty(far, np.int64)
-        far = 0
-        for i in range(about[M]):
-            if kinds[b * about[M] + i] == FAR:
-                indices[far] = i
-                far += 1
-        robust.key_side(example, about, b, start, stop, rows, means, indices, by_key, by_value, by_weight)
-    for j in range(start, stop):
-        if about[GRAD_KEY] != 0:
-            for f in range(n_features):
-                grad_key[(b * n + j) * n_features + f] = by_key[f, j - start]
-        if about[GRAD_VALUE] != 0:
-            for c in range(n_channels):
-                grad_value[(b * n + j) * n_channels + c] = by_value[c, j - start]
-        if about[GRAD_WEIGHT] != 0:
-            grad_weight[b * n + j] = by_weight[j - start]
+def compile_backward(digest: str) -> Callable:
+    """The entry point for grad_key, grad_value and grad_key_weight; see numba_units for the digest."""
+
+    @njit(cache=True, **EXACT)
+    def backward_keys(example, about, first, last):
+        digest  # noqa: B018
+        tiles = (about[N] + TILE - 1) // TILE
+        centre = np.empty(about[C], example.dtype)
+        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+        kinds = pointer(about[KINDS], np.empty(0, np.int8))
+        n, n_features, n_channels = about[N], about[D], about[C]
+        grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
+        grad_weight = pointer(about[GRAD_WEIGHT], example)
+        surveyed, ordinary, exponent = -1, False, 0.0
+        for unit in range(first, last):
+            b = unit // tiles
+            start = (unit % tiles) * TILE
+            stop = min(start + TILE, n)
+            count = stop - start
+            if b != surveyed:
+                ordinary, exponent = survey(example, about, b, centre, low, high)
+                surveyed = b
+            by_key, by_value, by_weight = (
+                np.zeros((n_features, count)),
+                np.zeros((n_channels, count)),
+                np.zeros(count),
+            )
+            if ordinary:
+                add_near(
+                    example,
+                    about,
+                    b,
+                    start,
+                    stop,
+                    exponent,
+                    centre,
+                    low,
+                    high,
+                    kinds,
+                    by_key,
+                    by_value,
+                    by_weight,
+                )
+            far = 0
+            for i in range(about[M]):
+                far += kinds[b * about[M] + i] == FAR
+            if far > 0:
+                indices = np.empty(far, np.int64)
+                far = 0
+                for i in range(about[M]):
+                    if kinds[b * about[M] + i] == FAR:
+                        indices[far] = i
+                        far += 1
+                robust.key_side(
+                    example, about, b, start, stop, rows, means, indices, by_key, by_value, by_weight
+                )
+            for j in range(start, stop):
+                if about[GRAD_KEY] != 0:
+                    for f in range(n_features):
+                        grad_key[(b * n + j) * n_features + f] = by_key[f, j - start]
+                if about[GRAD_VALUE] != 0:
+                    for c in range(n_channels):
+                        grad_value[(b * n + j) * n_channels + c] = by_value[c, j - start]
+                if about[GRAD_WEIGHT] != 0:
+                    grad_weight[b * n + j] = by_weight[j - start]
+
+    return backward_keys

@@ -21,7 +21,9 @@ OUT, LSE, STATE, TANGENT_W, TANGENT_Q = range(13, 18)  # contiguous; address 0: 
 GRAD_OUT, GRAD_LSE, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_W, GRAD_WEIGHT, ROWS, MEANS, KINDS = range(18, 28)
 QUERY_M, QUERY_D, KEY_N, KEY_D, VALUE_N, VALUE_C, WEIGHT_N, W_D = range(28, 36)
 BATCH_DIMS = 36
-BATCHES = 37  # for each batch dimension, last first: its size and the strides of query, key, value, weight and w
+BATCHES = (
+    37  # for each batch dimension, last first: its size and the strides of query, key, value, weight and w
+)
 BATCH_ITEMS = 6
 
 # With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.

@@ -15,9 +15,41 @@ import numpy as np
 from numba import njit
 
 from .numba_math import (
-    C, D, EXACT, GRAD_KEY, GRAD_LSE, GRAD_OUT, GRAD_QUERY, GRAD_W, GRAD_WEIGHT, KEY, KEY_D, KEY_N, LN2, LSE, M, N, OUT,
-    QUERY, QUERY_D, QUERY_M, ROOT, SELF, STATE, TANGENT_Q, TANGENT_W, VALUE, VALUE_C, VALUE_N, W, W_D, WEIGHT, WEIGHT_N,
-    exp2_double, offset, pointer,
+    EXACT,
+    GRAD_KEY,
+    GRAD_LSE,
+    GRAD_OUT,
+    GRAD_QUERY,
+    GRAD_W,
+    GRAD_WEIGHT,
+    KEY,
+    KEY_D,
+    KEY_N,
+    LN2,
+    LSE,
+    OUT,
+    QUERY,
+    QUERY_D,
+    QUERY_M,
+    ROOT,
+    SELF,
+    STATE,
+    TANGENT_Q,
+    TANGENT_W,
+    VALUE,
+    VALUE_C,
+    VALUE_N,
+    W_D,
+    WEIGHT,
+    WEIGHT_N,
+    C,
+    D,
+    M,
+    N,
+    W,
+    exp2_double,
+    offset,
+    pointer,
 )  # fmt: skip
 
 # Products of two numbers clamped to this stay finite, so that 0 * inf cannot occur.
@@ -137,7 +169,11 @@ def load_row(pointer_to, at, step, out):
 def forward_rows(example, about, unit, first, last):
     """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
     n, n_features, n_channels = about[N], about[D], about[C]
-    query, key, value = pointer(about[QUERY], example), pointer(about[KEY], example), pointer(about[VALUE], example)
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
     weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
     weighted = about[WEIGHT] != 0
     at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
@@ -156,7 +192,19 @@ def forward_rows(example, about, unit, first, last):
         load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
         origin, _, shift, total = row_terms(
-            q, w, key, at_k, about[KEY_N], about[KEY_D], n, weight, at_a, about[WEIGHT_N], weighted, skip, terms
+            q,
+            w,
+            key,
+            at_k,
+            about[KEY_N],
+            about[KEY_D],
+            n,
+            weight,
+            at_a,
+            about[WEIGHT_N],
+            weighted,
+            skip,
+            terms,
         )
         state[2 * row], state[2 * row + 1] = shift, total
         lse[row] = LN2 * (np.log2(total) - shift)
@@ -194,7 +242,11 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
     For each row of the batch: rows holds (index of k*, top, total), means its out in float64.
     """
     n, n_features, n_channels = about[N], about[D], about[C]
-    query, key, value = pointer(about[QUERY], example), pointer(about[KEY], example), pointer(about[VALUE], example)
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
     weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
     weighted = about[WEIGHT] != 0
     at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
@@ -211,7 +263,19 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
         load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
         origin, top, _, total = row_terms(
-            q, w, key, at_k, about[KEY_N], about[KEY_D], n, weight, at_a, about[WEIGHT_N], weighted, skip, terms
+            q,
+            w,
+            key,
+            at_k,
+            about[KEY_N],
+            about[KEY_D],
+            n,
+            weight,
+            at_a,
+            about[WEIGHT_N],
+            weighted,
+            skip,
+            terms,
         )
         rows[3 * row], rows[3 * row + 1], rows[3 * row + 2] = origin, top, total
         pull[:] = 0.0
@@ -252,7 +316,11 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
     Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
     """
     n_features, n_channels = about[D], about[C]
-    query, key, value = pointer(about[QUERY], example), pointer(about[KEY], example), pointer(about[VALUE], example)
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
     weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
     at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
     at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
@@ -288,7 +356,10 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
                 g = float(grad_out[row * n_channels + c])
                 grad_value[c, j - first] += p * g
                 if wanted:
-                    pull += g * (float(value[at_v + j * about[VALUE_N] + c * about[VALUE_C]]) - means[row * n_channels + c])
+                    pull += g * (
+                        float(value[at_v + j * about[VALUE_N] + c * about[VALUE_C]])
+                        - means[row * n_channels + c]
+                    )
             if wanted:
                 grad_weight[j - first] += by_weight * pull
                 if p != 0.0:

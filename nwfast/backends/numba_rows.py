@@ -1,19 +1,61 @@
 """The query side: sums over all keys for a block of rows, by tiles of keys (see numba_fast for the terms)."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 from . import numba_robust as robust
 from .numba_fast import (
-    ABSENT, HALF_LOG2E, TILE, box_score, gauss, least_of, pack, products4, scores_trusted, tile_moments, tile_scores,
-    tile_terms_unshifted, total_and_product, total_of,
+    ABSENT,
+    HALF_LOG2E,
+    TILE,
+    box_score,
+    gauss,
+    least_of,
+    pack,
+    products4,
+    scores_trusted,
+    survey,
+    tile_moments,
+    tile_scores,
+    tile_terms_unshifted,
+    total_and_product,
+    total_of,
 )  # fmt: skip
 from .numba_math import (
-    C, D, EXACT, GRAD_LSE, GRAD_OUT, GRAD_QUERY, GRAD_W, LN2, LSE, M, N, OUT, QUERY, QUERY_D, QUERY_M, SELF, STATE,
-    TANGENT_Q, TANGENT_W, W, W_D, WEIGHT, exp2_double, offset, pointer,
+    EXACT,
+    GRAD_LSE,
+    GRAD_OUT,
+    GRAD_QUERY,
+    GRAD_W,
+    KINDS,
+    LN2,
+    LSE,
+    MEANS,
+    OUT,
+    QUERY,
+    QUERY_D,
+    QUERY_M,
+    ROWS,
+    SELF,
+    STATE,
+    TANGENT_Q,
+    TANGENT_W,
+    W_D,
+    WEIGHT,
+    C,
+    D,
+    M,
+    N,
+    W,
+    exp2_double,
+    offset,
+    pointer,
 )  # fmt: skip
 
-NEAR, FAR, EMPTY = 0, 1, 2
+QUERY_BLOCK = 256
+NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows: for the fast kernels, for the robust ones, without any key
 
 
 @njit(**EXACT)
@@ -159,45 +201,6 @@ def row_trusted(sums, top, n_features, single):
 
 
 @njit(**EXACT)
-def forward_block(example, about, b, start, stop, ordinary, exponent, centre, low, high):
-    """out, lse, state and the tangents wanted of the rows start..stop."""
-    n_features, n_channels = about[D], about[C]
-    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
-    count = stop - start
-    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-    w = np.empty(n_features, example.dtype)
-    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
-    out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
-    state = pointer(about[STATE], np.empty(0))
-    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-    if ordinary:
-        load_queries(example, about, b, start, stop, queries, fit)
-        load_w(example, about, b, w)
-        no_gradients = np.empty((0, 0), example.dtype)
-        sum_rows(
-            example, about, b, start, queries, fit, w, exponent, centre, low, high, no_gradients, moments, sums, tops
-        )
-    for r in range(count):
-        i = start + r
-        row = b * about[M] + i
-        if not (ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)):
-            robust.forward_rows(example, about, b, i, i + 1)
-            continue
-        total = sums[r, 0]
-        shift = tops[r] * HALF_LOG2E - exponent
-        state[2 * row], state[2 * row + 1] = shift, total
-        lse[row] = LN2 * (np.log2(total) - shift)
-        for c in range(n_channels):
-            out[row * n_channels + c] = float(centre[c]) + sums[r, 1 + c] / total
-        if moments:
-            bandwidth, mean = float(w[0]), sums[r, 1] / total
-            if about[TANGENT_W] != 0:
-                tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
-            if about[TANGENT_Q] != 0:
-                tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
-
-
-@njit(**EXACT)
 def effective_state(shift, total, exponent, n_features):
     """(top, total) as sum_rows would leave them, from the saved state."""
     if n_features == 1:
@@ -205,58 +208,173 @@ def effective_state(shift, total, exponent, n_features):
     return (shift + exponent) / HALF_LOG2E, total
 
 
-@njit(**EXACT)
-def backward_block(example, about, b, start, stop, ordinary, exponent, centre, low, high, kinds, rows, means, grad_w):
-    """Kinds of the rows start..stop (near, far, empty), and their gradients for query and w, if wanted."""
-    n_features, n_channels = about[D], about[C]
-    single = example.itemsize == 4
-    count = stop - start
-    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
-    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-    w = np.empty(n_features, example.dtype)
-    gradients = np.empty((count, n_channels), example.dtype)
-    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
-    state = pointer(about[STATE], np.empty(0))
-    grad_query = pointer(about[GRAD_QUERY], example)
-    load_queries(example, about, b, start, stop, queries, fit)
-    load_w(example, about, b, w)
-    for r in range(count):
-        row = b * about[M] + start + r
-        top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-        near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
-        for c in range(n_channels):
-            gradients[r, c] = grad_out[row * n_channels + c]
-            near &= abs(float(gradients[r, c])) < 1e18
-        if about[GRAD_LSE] != 0:
-            near &= abs(float(grad_lse[row])) < 1e18
-        empty = state[2 * row + 1] == 0.0
-        kinds[row] = EMPTY if empty else (NEAR if near else FAR)
-        fit[r] = near and not empty
-    sums, tops = np.empty((count if moments else 0, 2 + 4 * n_features)), np.empty(count if moments else 0)
-    if moments and ordinary:
-        sum_rows(
-            example, about, b, start, queries, fit, w, exponent, centre, low, high, gradients, True, sums, tops
+def compile_forward(digest: str) -> Callable:
+    """The entry point for out, lse, state and tangents; see numba_units for the digest."""
+
+    @njit(cache=True, **EXACT)
+    def forward(example, about, first, last):
+        digest  # noqa: B018
+        tiles = (about[N] + TILE - 1) // TILE
+        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
+        centre = np.empty(about[C], example.dtype)
+        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+        n_features, n_channels = about[D], about[C]
+        moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+        count = min(QUERY_BLOCK, about[M])
+        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+        w = np.empty(n_features, example.dtype)
+        sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+        out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
+        state = pointer(about[STATE], np.empty(0))
+        tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+        no_gradients = np.empty((0, 0), example.dtype)
+        surveyed, ordinary, exponent = -1, False, 0.0
+        for unit in range(first, last):
+            b = unit // blocks
+            start = (unit % blocks) * QUERY_BLOCK
+            stop = min(start + QUERY_BLOCK, about[M])
+            count = stop - start
+            if b != surveyed:
+                ordinary, exponent = survey(example, about, b, centre, low, high)
+                surveyed = b
+            if ordinary:
+                load_queries(example, about, b, start, stop, queries, fit)
+                load_w(example, about, b, w)
+                sum_rows(
+                    example,
+                    about,
+                    b,
+                    start,
+                    queries[:count],
+                    fit,
+                    w,
+                    exponent,
+                    centre,
+                    low,
+                    high,
+                    no_gradients,
+                    moments,
+                    sums,
+                    tops,
+                )
+            for r in range(count):
+                i = start + r
+                row = b * about[M] + i
+                if not (
+                    ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)
+                ):
+                    robust.forward_rows(example, about, b, i, i + 1)
+                    continue
+                total = sums[r, 0]
+                shift = tops[r] * HALF_LOG2E - exponent
+                state[2 * row], state[2 * row + 1] = shift, total
+                lse[row] = LN2 * (np.log2(total) - shift)
+                for c in range(n_channels):
+                    out[row * n_channels + c] = float(centre[c]) + sums[r, 1 + c] / total
+                if moments:
+                    bandwidth, mean = float(w[0]), sums[r, 1] / total
+                    if about[TANGENT_W] != 0:
+                        tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
+                    if about[TANGENT_Q] != 0:
+                        tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
+
+    return forward
+
+
+def compile_backward(digest: str) -> Callable:
+    """The entry point for grad_query, each unit's sum for w, and what numba_keys needs of each row."""
+
+    @njit(cache=True, **EXACT)
+    def backward_rows(example, about, first, last):
+        digest  # noqa: B018
+        tiles = (about[N] + TILE - 1) // TILE
+        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
+        centre = np.empty(about[C], example.dtype)
+        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+        n_features, n_channels = about[D], about[C]
+        single = example.itemsize == 4
+        count = min(QUERY_BLOCK, about[M])
+        moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+        w = np.empty(n_features, example.dtype)
+        gradients = np.empty((count, n_channels), example.dtype)
+        grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+        state = pointer(about[STATE], np.empty(0))
+        grad_query = pointer(about[GRAD_QUERY], example)
+        sums, tops = (
+            np.empty((count if moments else 0, 2 + 4 * n_features)),
+            np.empty(count if moments else 0),
         )
-    for r in range(count):
-        i = start + r
-        row = b * about[M] + i
-        if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
-            kinds[row] = FAR
-        if kinds[row] == EMPTY:
-            if about[GRAD_QUERY] != 0:
+        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+        kinds = pointer(about[KINDS], np.empty(0, np.int8))
+        unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
+        surveyed, ordinary, exponent = -1, False, 0.0
+        for unit in range(first, last):
+            b = unit // blocks
+            start = (unit % blocks) * QUERY_BLOCK
+            stop = min(start + QUERY_BLOCK, about[M])
+            count = stop - start
+            if b != surveyed:
+                ordinary, exponent = survey(example, about, b, centre, low, high)
+                surveyed = b
+            grad_w[:] = 0.0
+            load_queries(example, about, b, start, stop, queries, fit)
+            load_w(example, about, b, w)
+            for r in range(count):
+                row = b * about[M] + start + r
+                top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
+                near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
+                for c in range(n_channels):
+                    gradients[r, c] = grad_out[row * n_channels + c]
+                    near &= abs(float(gradients[r, c])) < 1e18
+                if about[GRAD_LSE] != 0:
+                    near &= abs(float(grad_lse[row])) < 1e18
+                empty = state[2 * row + 1] == 0.0
+                kinds[row] = EMPTY if empty else (NEAR if near else FAR)
+                fit[r] = near and not empty
+            if moments and ordinary:
+                sum_rows(
+                    example,
+                    about,
+                    b,
+                    start,
+                    queries[:count],
+                    fit,
+                    w,
+                    exponent,
+                    centre,
+                    low,
+                    high,
+                    gradients,
+                    moments,
+                    sums,
+                    tops,
+                )
+            for r in range(count):
+                i = start + r
+                row = b * about[M] + i
+                if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
+                    kinds[row] = FAR
+                if kinds[row] == EMPTY:
+                    if about[GRAD_QUERY] != 0:
+                        for f in range(n_features):
+                            grad_query[row * n_features + f] = 0
+                elif kinds[row] == FAR:
+                    robust.query_side(example, about, b, i, i + 1, rows, means, grad_w)
+                elif moments:
+                    total = sums[r, 0]
+                    mean = sums[r, 1] / total
+                    through_lse = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+                    for f in range(n_features):
+                        at = 2 + 4 * f
+                        bandwidth = float(w[f])
+                        by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
+                        by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
+                        if about[GRAD_QUERY] != 0:
+                            grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
+                        grad_w[f] -= bandwidth * by_w
+            if about[GRAD_W] != 0:
                 for f in range(n_features):
-                    grad_query[row * n_features + f] = 0
-        elif kinds[row] == FAR:
-            robust.query_side(example, about, b, i, i + 1, rows, means, grad_w)
-        elif moments:
-            total = sums[r, 0]
-            mean = sums[r, 1] / total
-            through_lse = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
-            for f in range(n_features):
-                at = 2 + 4 * f
-                bandwidth = float(w[f])
-                by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
-                by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
-                if about[GRAD_QUERY] != 0:
-                    grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
-                grad_w[f] -= bandwidth * by_w
+                    unit_sums[unit * n_features + f] = grad_w[f]
+
+    return backward_rows
