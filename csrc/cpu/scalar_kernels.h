@@ -86,12 +86,12 @@ struct ScalarAccumulator {
       Vec<T> offset, score;
       if (kFar) {
         offset = (nearest[r] - key) * scale;
-        score = -offset * ((mirrored[r] - key) * scale);
+        score = Vec<T>{} - offset * ((mirrored[r] - key) * scale);
         // A key of weight 0 may lie nearer than the nearest one that counts.
         if (kCharged) score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
       } else {
         offset = (query[r] - key) * scale;
-        score = -offset * offset;
+        score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
       if (kMasked) weight = select<T>(valid_lanes<T>(vector, task.n, excluded, r), weight, Vec<T>{});
@@ -254,7 +254,7 @@ void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
   }
 }
 
-constexpr int kKeyVectors = NWFAST_LEVEL == 512 ? 4 : 2;  // vectors of keys whose accumulators live in registers
+constexpr int kKeyVectors = NWFAST_LEVEL == 512 ? 3 : 2;  // vectors of keys whose accumulators live in registers
 
 template <typename T, int kVectors>
 struct KeyAccumulator {
@@ -276,11 +276,11 @@ struct KeyAccumulator {
       const Vec<T> difference = query - key[v];
       Vec<T> score;
       if (kFar) {
-        score = -((nearest - key[v]) * scale) * ((mirrored - key[v]) * scale);
+        score = Vec<T>{} - ((nearest - key[v]) * scale) * ((mirrored - key[v]) * scale);
         score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
       } else {
         const Vec<T> offset = difference * scale;
-        score = -offset * offset;
+        score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
       if (kExclude) {
@@ -299,11 +299,9 @@ struct KeyAccumulator {
       const int64_t base = j + v * kLanes<T> - task.key_begin;
       const int64_t left = task.key_end - task.key_begin - base;
       const int lanes = static_cast<int>(left < kLanes<T> ? left : kLanes<T>);
-      for (int i = 0; i < lanes; ++i) {
-        task.sum_value[base + i] += static_cast<double>(sum_value[v][i]);
-        task.sum_weight[base + i] += static_cast<double>(sum_weight[v][i]);
-        task.sum_offset[base + i] += static_cast<double>(sum_offset[v][i]);
-      }
+      add_lanes<T>(sum_value[v], lanes, task.sum_value + base);
+      add_lanes<T>(sum_weight[v], lanes, task.sum_weight + base);
+      add_lanes<T>(sum_offset[v], lanes, task.sum_offset + base);
     }
     clear();
   }

@@ -63,9 +63,7 @@ NWFAST_INLINE void store(T* p, Vec<T> v) {
 }
 template <typename T>
 NWFAST_INLINE Vec<T> splat(T x) {
-  Vec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
-  return v;
+  return x - Vec<T>{};  // a broadcast; setting lane by lane compiles to one instruction a lane
 }
 template <typename T>
 NWFAST_INLINE Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
@@ -92,6 +90,18 @@ NWFAST_INLINE double horizontal_sum(Vec<T> v) {
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   }
   return sums[0];
+}
+
+// out[i] += v[i] for the first `lanes` lanes.
+template <typename T>
+NWFAST_INLINE void add_lanes(Vec<T> v, int lanes, double* out) {
+  alignas(kVectorBytes) T values[kLanes<T>];
+  store<T>(values, v);
+  if (lanes == kLanes<T>) {
+    for (int i = 0; i < kLanes<T>; ++i) out[i] += static_cast<double>(values[i]);
+  } else {
+    for (int i = 0; i < lanes; ++i) out[i] += static_cast<double>(values[i]);
+  }
 }
 
 // 2^t for t <= 0 and a little above; exactly 0 far below; NaN for NaN.

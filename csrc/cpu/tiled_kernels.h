@@ -85,9 +85,9 @@ NWFAST_INLINE void multiply_columns(const T* weights, int64_t pitch, int64_t key
   }
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      for (int i = 0; i < kLanes<T> && v * kLanes<T> + i < columns; ++i) {
-        out[r * out_pitch + v * kLanes<T> + i] += static_cast<double>(sum[r][v][i]);
-      }
+      const int64_t left = columns - v * kLanes<T>;
+      const int lanes = static_cast<int>(left < 0 ? 0 : left < kLanes<T> ? left : kLanes<T>);
+      add_lanes<T>(sum[r][v], lanes, out + r * out_pitch + v * kLanes<T>);
     }
   }
 }
@@ -288,7 +288,7 @@ void tiled_key_grad(const TiledKeyGrad<T>& task) {
       const int lanes = static_cast<int>(keys - j < kLanes<T> ? keys - j : kLanes<T>);
       Vec<T> sum = {};
       for (int64_t r = 0; r < block; ++r) sum += load(grads + r * kKeyTile + j);
-      for (int i = 0; i < lanes; ++i) task.sum_weight[j + i] += static_cast<double>(sum[i]);
+      add_lanes<T>(sum, lanes, task.sum_weight + j);
       for (int64_t f = 0; f < data.features; ++f) {
         const Vec<T> key = load(data.key + f * data.pitch + task.key_begin + j);
         Vec<T> moment = {};
