@@ -6,7 +6,7 @@ Each function returns a `matplotlib.figure.Figure` outside of pyplot's registry:
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def regression(
             *_points(x_test, prediction), color=_PREDICTION, linewidth=2, linestyle="--", label="prediction"
         )
     axes.set(xlabel="x", ylabel="y", xlim=(0, 5), ylim=(-1, 5))
-    axes.legend(loc="upper right", frameon=False)
+    _legend(axes, "upper right")
     return figure
 
 
@@ -133,21 +133,24 @@ def flights(hour: Tensor, delay: Tensor, grid: Tensor, curves: Mapping[str, Tens
     full = count >= 30
     centres = (torch.arange(len(count)) + 0.5) / 2
     axes.axhline(0.0, color="0.6", linewidth=1)
+    for index, (label, curve) in enumerate(curves.items()):
+        colour, width, alpha = (_TRUTH, 0.7, 0.6) if index == 0 else (_PREDICTION, 2.0, 1.0)
+        axes.plot(*_points(grid, curve), color=colour, linewidth=width, alpha=alpha, label=label)
     axes.scatter(
         *_points(centres[full], mean[full]),
-        s=(4 + count[full].sqrt() / 2).numpy(),
+        s=_array(6 + count[full] / 250),
         color=_DATA,
-        alpha=0.6,
-        linewidths=0,
+        edgecolors="white",
+        linewidths=0.6,
         label="mean of each half hour (area: flights)",
-        zorder=2,
+        zorder=3,
     )
-    for index, (label, curve) in enumerate(curves.items()):
-        colour, width = (_TRUTH, 0.8) if index == 0 else (_PREDICTION, 2.2)
-        axes.plot(*_points(grid, curve), color=colour, linewidth=width, label=label, zorder=3 + index)
+    # The bold curves set the range: at its sparse ends the thin one follows single flights.
+    bold = torch.cat([mean[full], *list(curves.values())[1:]])
     axes.set(xlabel="scheduled departure (hour of the day)", ylabel="arrival delay (minutes)", xlim=(5, 24))
+    axes.set_ylim(bold.min().item() - 5, bold.max().item() + 12)
     axes.set_xticks(range(6, 25, 3))
-    axes.legend(loc="upper left", frameon=False)
+    _legend(axes, "upper left")
     return figure
 
 
@@ -183,6 +186,13 @@ def _figure(width: float, height: float, title: str) -> "tuple[Figure, Axes]":
     axes.grid(visible=True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _legend(axes: "Axes", where: Literal["upper left", "upper right"]) -> None:
+    legend = axes.legend(loc=where, framealpha=0.85, edgecolor="none")
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(0.9)  # a faint point among thousands would not be seen alone
 
 
 def _sample(n: int) -> Tensor:

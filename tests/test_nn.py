@@ -262,7 +262,9 @@ def test_float32_parameter_with_float64_data_computes_in_float64(data):
 
 def test_wider_parameter_than_data_is_refused(data):
     net = NWKernelRegression(dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"w must have the dtype of query, torch\.float32, got torch\.float64"):
+    with pytest.raises(
+        TypeError, match=r"w must have the dtype of query, torch\.float32, got torch\.float64"
+    ):
         net(*(column.float() for column in (data.x_test, data.x_train, data.y_train)))
 
 
