@@ -183,29 +183,72 @@ void tiled_rows(const TiledRows<T>& task) {
   }
 }
 
-// p_ij and u_ij for kQ rows and the keys [begin, begin + count), to weights and grads (kQ, pitch).
+// One row block's view of the backward pass.
 template <typename T>
-void weights_and_grads(const TiledData<T>& data, const T* const* query, const T* const* value_grad, const T* shift,
-                       const T* inverse_total, const T* offset_grad, const int64_t* excluded, int rows, int64_t begin,
-                       int64_t count, int64_t pitch, T* weights, T* grads) {
-  scores_of(data, query, begin, count, pitch, weights);
-  mask_scores(data.n, begin, count, excluded, rows, pitch, weights);
-  for (int64_t j = 0; j < count; j += kLanes<T>) {
-    Vec<T> product[kQ];
-    for (int r = 0; r < kQ; ++r) product[r] = splat<T>(-offset_grad[r]);
-    for (int64_t c = 0; c < data.channels; ++c) {
-      const Vec<T> value = load(data.value_columns + c * data.pitch + begin + j);
-      for (int r = 0; r < kQ; ++r) product[r] += value * value_grad[r][c];
-    }
+struct GradRows {
+  const T *query[kQ], *value_grad[kQ];
+  T shift[kQ], inverse_total[kQ], offset_grad[kQ];
+  const int64_t* excluded;
+  int rows;
+
+  template <typename Task>
+  NWFAST_INLINE GradRows(const Task& task, int64_t first, int64_t end) {
+    rows = static_cast<int>(end - first < kQ ? end - first : kQ);
     for (int r = 0; r < kQ; ++r) {
-      Vec<T> score = load(weights + r * pitch + j) + shift[r];
-      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count.
-      score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
-      const Vec<T> weight = exp2<T>(score) * inverse_total[r];
-      store<T>(weights + r * pitch + j, weight);
-      store<T>(grads + r * pitch + j, weight * product[r]);
+      const int64_t row = first + (r < rows ? r : 0);
+      query[r] = task.query + row * task.data.features;
+      value_grad[r] = task.value_grad + row * task.data.channel_pitch;
+      shift[r] = static_cast<T>(task.shift[row]);
+      inverse_total[r] = task.inverse_total[row];
+      offset_grad[r] = task.offset_grad[row];
+    }
+    excluded = task.excluded ? task.excluded + first : nullptr;
+  }
+};
+
+// From scores to p_ij (in place) and u_ij for kVectors vectors of keys.
+template <typename T, int kVectors>
+NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, const T* columns, int64_t pitch, T* weights,
+                         T* grads) {
+  Vec<T> product[kQ][kVectors];
+  for (int r = 0; r < kQ; ++r) {
+    for (int v = 0; v < kVectors; ++v) product[r][v] = splat<T>(-block.offset_grad[r]);
+  }
+  for (int64_t c = 0; c < data.channels; ++c) {
+    Vec<T> value[kVectors];
+    for (int v = 0; v < kVectors; ++v) value[v] = load(columns + c * data.pitch + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < kQ; ++r) {
+      const Vec<T> grad = splat<T>(block.value_grad[r][c]);
+      for (int v = 0; v < kVectors; ++v) product[r][v] += value[v] * grad;
     }
   }
+  for (int r = 0; r < kQ; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      T* const place = weights + r * pitch + v * kLanes<T>;
+      Vec<T> score = load(place) + block.shift[r];
+      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count.
+      const Vec<T> most = splat<T>(Simd<T>::kBias - 1);
+      score = select<T>(score > most, most, score);
+      const Vec<T> weight = exp2<T>(score) * block.inverse_total[r];
+      store<T>(place, weight);
+      store<T>(grads + r * pitch + v * kLanes<T>, weight * product[r][v]);
+    }
+  }
+}
+
+// p_ij and u_ij for kQ rows and the keys [begin, begin + count), to weights and grads (kQ, pitch).
+template <typename T>
+void weights_and_grads(const TiledData<T>& data, const GradRows<T>& block, int64_t begin, int64_t count, int64_t pitch,
+                       T* weights, T* grads) {
+  scores_of(data, block.query, begin, count, pitch, weights);
+  mask_scores(data.n, begin, count, block.excluded, block.rows, pitch, weights);
+  const T* const columns = data.value_columns + begin;
+  int64_t j = 0;
+  for (; j + 2 * kLanes<T> <= count; j += 2 * kLanes<T>) {
+    weigh<T, 2>(data, block, columns + j, pitch, weights + j, grads + j);
+  }
+  if (j < count) weigh<T, 1>(data, block, columns + j, pitch, weights + j, grads + j);
 }
 
 template <typename T>
@@ -214,18 +257,8 @@ void tiled_query_grad(const TiledQueryGrad<T>& task) {
   alignas(64) T weights[kQ * kTileKeys];
   alignas(64) T grads[kQ * kTileKeys];
   for (int64_t first = 0; first < task.rows; first += kQ) {
-    const int rows = static_cast<int>(task.rows - first < kQ ? task.rows - first : kQ);
-    const T *query[kQ], *value_grad[kQ];
-    T shift[kQ], inverse_total[kQ], offset_grad[kQ];
-    for (int r = 0; r < kQ; ++r) {
-      const int64_t row = first + (r < rows ? r : 0);
-      query[r] = task.query + row * data.features;
-      value_grad[r] = task.value_grad + row * data.channel_pitch;
-      shift[r] = static_cast<T>(task.shift[row]);
-      inverse_total[r] = task.inverse_total[row];
-      offset_grad[r] = task.offset_grad[row];
-    }
-    const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
+    const GradRows<T> block(task, first, task.rows);
+    const int rows = block.rows;
     double* first_moment = task.first + first * data.features;
     double* second_moment = task.second + first * data.features;
     for (int64_t i = 0; i < rows * data.features; ++i) first_moment[i] = second_moment[i] = 0;
@@ -233,14 +266,13 @@ void tiled_query_grad(const TiledQueryGrad<T>& task) {
       const int64_t left = data.n - begin;
       const int64_t keys = left < kTileKeys ? left : kTileKeys;
       const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-      weights_and_grads(data, query, value_grad, shift, inverse_total, offset_grad, excluded, rows, begin, count,
-                        kTileKeys, weights, grads);
+      weights_and_grads(data, block, begin, count, kTileKeys, weights, grads);
       for (int64_t f = 0; f < data.features; ++f) {
         Vec<T> sum[kQ] = {}, square[kQ] = {};
         for (int64_t j = 0; j < count; j += kLanes<T>) {
           const Vec<T> key = load(data.key + f * data.pitch + begin + j);
           for (int r = 0; r < kQ; ++r) {
-            const Vec<T> difference = query[r][f] - key;
+            const Vec<T> difference = block.query[r][f] - key;
             const Vec<T> moment = load(grads + r * kTileKeys + j) * difference;
             sum[r] += moment;
             square[r] += moment * difference;
@@ -269,19 +301,7 @@ void tiled_key_grad(const TiledKeyGrad<T>& task) {
   for (int64_t first = 0; first < task.rows; first += kBlock) {
     const int64_t block = task.rows - first < kBlock ? task.rows - first : kBlock;
     for (int64_t group = 0; group < block; group += kQ) {
-      const int rows = static_cast<int>(block - group < kQ ? block - group : kQ);
-      const T *query[kQ], *value_grad[kQ];
-      T shift[kQ], inverse_total[kQ], offset_grad[kQ];
-      for (int r = 0; r < kQ; ++r) {
-        const int64_t row = first + group + (r < rows ? r : 0);
-        query[r] = task.query + row * data.features;
-        value_grad[r] = task.value_grad + row * data.channel_pitch;
-        shift[r] = static_cast<T>(task.shift[row]);
-        inverse_total[r] = task.inverse_total[row];
-        offset_grad[r] = task.offset_grad[row];
-      }
-      weights_and_grads(data, query, value_grad, shift, inverse_total, offset_grad,
-                        task.excluded ? task.excluded + first + group : nullptr, rows, task.key_begin, count, kKeyTile,
+      weights_and_grads(data, GradRows<T>(task, first + group, first + block), task.key_begin, count, kKeyTile,
                         weights + group * kKeyTile, grads + group * kKeyTile);
     }
     for (int64_t j = 0; j < count; j += kLanes<T>) {
