@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib import image
 
 from nwfast import NWKernelRegression, backends, datasets, demo, demo_flights
 from nwfast.demo import DemoError, Options
@@ -115,7 +116,6 @@ def test_figures_are_files_and_in_the_page(chapter_run):
 
 
 def test_no_figure_is_blank(chapter_run):
-    image = pytest.importorskip("matplotlib.image")
     for path in chapter_run[0].glob("*.png"):
         picture = image.imread(path)[..., :3]
         assert min(picture.shape[:2]) > 300
@@ -226,7 +226,6 @@ class Bar:
 
 
 def test_flights_section_has_the_leave_one_out_errors(monkeypatch):
-    pytest.importorskip("matplotlib")
     generator = torch.Generator().manual_seed(0)
     hour = 5 + (torch.rand(600, generator=generator) * 1000).floor() / 60
     delay = 10 * torch.sin(hour / 3) + torch.randn(600, generator=generator)

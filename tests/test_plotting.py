@@ -6,10 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib import image
 
 from nwfast import attention_weights, datasets, plotting
-
-image = pytest.importorskip("matplotlib.image")
 
 
 def pixels(figure):
