@@ -238,12 +238,12 @@ def _functions(forward_kernel: Callable, backward_kernel: Callable) -> tuple[Any
         def vmap(info, in_dims, *args):
             # Each element of the batch has its own gradients, also of inputs that all share: hence the expand.
             def expand(tensor, dim):
-                if tensor is None or tensor.ndim == 1:  # (0,): a tangent that was not asked for
-                    return tensor
                 tensor = _lead(tensor, dim)
-                return tensor.expand(info.batch_size, *tensor.shape[1:])
+                return None if tensor is None else tensor.expand(info.batch_size, *tensor.shape[1:])
 
-            expanded = [expand(tensor, dim) for tensor, dim in zip(args[:11], in_dims, strict=False)]
+            expanded = [expand(tensor, dim) for tensor, dim in zip(args[:9], in_dims, strict=False)]
+            for tangent, dim in zip(args[9:11], in_dims[9:11], strict=True):  # of shape (0,): not asked for
+                expanded.append(tangent if tangent.ndim == 1 else expand(tangent, dim))
             w = args[5].unsqueeze(0) if in_dims[5] is None else args[5].movedim(in_dims[5], 0)
             w = w.expand(info.batch_size, *w.shape[1:])
             expanded[5] = _lead_w(w, 0, expanded[2].ndim - 1)
