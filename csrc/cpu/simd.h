@@ -144,8 +144,8 @@ NWFAST_INLINE Vec<T> exp2(Vec<T> t) {
   const Vec<T> lowest = splat<T>(-Simd<T>::kBias);
   t = select<T>(t < lowest, lowest, t);
   const Vec<T> whole = floor_of(t);
-  const IntVec<T> exponent = (((IntVec<T>)(whole + Simd<T>::kRound)) << Simd<T>::kMantissa) +
-                             (IntVec<T>)splat<T>(1);
+  // Biased before the shift, which drops the bits of kRound: no addition overflows, whatever t is.
+  const IntVec<T> exponent = ((IntVec<T>)(whole + Simd<T>::kRound) + Simd<T>::kBias) << Simd<T>::kMantissa;
   return exp2_polynomial<T>(t - whole) * (Vec<T>)exponent;
 }
 #endif
