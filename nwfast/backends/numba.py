@@ -1,8 +1,8 @@
 """The Numba backend: the kernels of numba_units, run over a pool of threads.
 
-Work is cut into units of a fixed size: a batch element and a block of its rows (queries forwards, keys backwards). A unit
-is computed by one thread and sums are taken in the order of units, so no bit depends on the number of threads. The
-kernels are serial and release the GIL: Numba's own threading layers break fork or abort on concurrent calls.
+Work is cut into units of a fixed size: a batch element and a block of its rows (queries forwards, keys backwards). A
+unit is computed by one thread and sums are taken in the order of units, so no bit depends on the number of threads.
+The kernels are serial and release the GIL: Numba's own threading layers break fork or abort on concurrent calls.
 
 Kernels are compiled at the first call that needs them and cached on disk.
 """
@@ -191,7 +191,7 @@ class _Call:
         self.about = about
 
     def run(self, kernel: Callable, length: int, block: int) -> None:
-        """Run the kernel over all units, blocks of `length` rows in each batch element, on torch's number of threads."""
+        """Run the kernel over all units (blocks of `length` rows of each batch element) on torch's threads."""
         count = self.size * -(-length // block)
         if count == 0:
             return
@@ -230,7 +230,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _executor(workers: int) -> ThreadPoolExecutor:
-    """A pool of at least that many workers in this process: threads do not survive a fork, so a child makes its own."""
+    """A pool of at least so many workers in this process: threads do not survive a fork, a child makes its own."""
     global _pool
     pool = _pool
     if pool is None or pool[0] != os.getpid() or pool[1] < workers:

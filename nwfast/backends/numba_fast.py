@@ -1,8 +1,8 @@
 """The kernels for ordinary rows: blocks of rows against tiles of keys, in the dtype of the data.
 
-For a row and a tile of keys the terms p_j = a_j exp(-(s_j - top) / 2), s_j = |(q - k_j) w|^2, go to a small buffer, from
-which all sums of that row are taken. Sums over a tile are in the dtype of the data, over tiles in float64. With one feature
-top = 0: a row near its keys needs no shift. With more, top is the running minimum of s (online softmax).
+For a row and a tile of keys the terms p_j = a_j exp(-(s_j - top) / 2), s_j = |(q - k_j) w|^2, go to a small buffer,
+from which all sums of that row are taken. Sums over a tile are in the dtype of the data, over tiles in float64. With
+one feature top = 0: a row near its keys needs no shift. With more, top is the running minimum of s (online softmax).
 
 A row is *near* when its sums show that they can be trusted: finite, total at least 2^-16, scores small enough for their
 dtype. All other rows, and blocks with unusual data (not finite, extreme scale), are left to `numba_robust`.
@@ -58,6 +58,7 @@ def gauss(s):
 
 @njit(**EXACT)
 def gauss_float(s):
+    """exp(-s / 2) in float32: degree 5, and log2(e) / 2 in two parts, since its rounding would bias all terms."""
     s = min(s, _MOST)
     x = s * _HIGH
     whole = np.rint(x)
@@ -72,6 +73,7 @@ def gauss_float(s):
 
 @njit(**EXACT)
 def gauss_double(s):
+    """exp(-s / 2) in float64."""
     return exp2_double(min(s, 1418.0) * -HALF_LOG2E)
 
 
@@ -235,6 +237,7 @@ def least_of(s, n, folded):
 
 @njit(**SUMS)
 def total_of(p, n):
+    """Sum of p[:n]."""
     total = p[0] - p[0]
     for j in range(n):
         total += p[j]
@@ -243,6 +246,7 @@ def total_of(p, n):
 
 @njit(**SUMS)
 def total_and_product(p, v, n):
+    """Sums of p and of p v over the first n."""
     total = product = p[0] - p[0]
     for j in range(n):
         total += p[j]
@@ -270,6 +274,7 @@ def product_of_differences(u, q, k, reference):
 
 @njit(**EXACT)
 def minus(x, y):
+    """Return x - y, kept out of the reach of reassociation."""
     return x - y
 
 

@@ -1,4 +1,4 @@
-"""The key side: gradients of a block of keys, in one pass over all rows that recomputes the terms from the saved state."""
+"""The key side: gradients of a block of keys in one pass over all rows, the terms recomputed from the saved state."""
 
 from collections.abc import Callable
 
@@ -44,6 +44,7 @@ def add_scalar(p, k, v, q, g, level, grad_key, grad_value, grad_weight, n):
 
 @njit(**EXACT)
 def add_value(p, gradients, grad_value, n):
+    """Add p g to the gradients of the values."""
     for c in range(len(gradients)):
         g, column = gradients[c], grad_value[c]
         for j in range(n):
@@ -52,6 +53,7 @@ def add_value(p, gradients, grad_value, n):
 
 @njit(**EXACT)
 def add_key(p, projected, level, q, keys, grad_key, grad_weight, n):
+    """Add p (<g, v> - level) to the gradients of the weights, and that times (q - k) to those of the keys."""
     for j in range(n):
         projected[j] = p[j] * (projected[j] - level)
         grad_weight[j] += projected[j]
@@ -63,7 +65,7 @@ def add_key(p, projected, level, q, keys, grad_key, grad_weight, n):
 
 @njit(**EXACT)
 def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds, by_key, by_value, by_weight):
-    """Add what the near rows give to the gradients of the keys start..stop: by_key (D, n), by_value (C, n), by_weight."""
+    """Add what near rows give to the gradients of the keys start..stop: by_key (D, n), by_value (C, n), by_weight."""
     n, n_features, n_channels = stop - start, about[D], about[C]
     through_keys = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
     skip = 180.0 if example.itemsize == 4 else 500.0

@@ -4,9 +4,10 @@ Scores are taken relative to a key k* near the query, feature by feature as
 
     d_j^2 - d*^2 = (k* - k_j) (2 q - k_j - k*)
 
-which does not cancel: a query far from every key still tells its nearest keys apart, where q - k_j rounds to one number
-for all of them. A row's terms are 2^(score - top) with `top` the largest score (log2 of the key weight included), so the
-sum is at least 1, never 0/0. Parallel over blocks of rows (forward, query side) and blocks of keys (key side).
+which does not cancel: a query far from every key still tells its nearest keys apart, where q - k_j rounds to one
+number for all of them. A row's terms are 2^(score - top) with `top` the largest score (the weight's power of 2
+included), so the sum is at least 1/2, never 0/0. Parallel over blocks of rows (forward, query side) and blocks of keys
+(key side).
 """
 
 import math
@@ -34,6 +35,7 @@ from .numba_math import (
     ROOT,
     SELF,
     STATE,
+    SUMS,
     TANGENT_Q,
     TANGENT_W,
     VALUE,
@@ -60,6 +62,7 @@ CLAMP = 350.0 / LN2
 
 @njit(**EXACT)
 def clamp(x):
+    """Limit x to -HUGE .. HUGE."""
     return min(max(x, -HUGE), HUGE)
 
 
@@ -74,12 +77,85 @@ def relative_score(q, key, place, key_d, origin, w):
 
 
 @njit(**EXACT)
+def fold(x, n, largest):
+    """Maximum or minimum of x[:n] by halving, which vectorises; overwrites x."""
+    while n > 1:
+        half = (n + 1) // 2
+        if largest:
+            for j in range(n - half):
+                x[j] = max(x[j], x[half + j])
+        else:
+            for j in range(n - half):
+                x[j] = min(x[j], x[half + j])
+        n = half
+    return x[0]
+
+
+@njit(**EXACT)
+def distances(q, k, x):
+    """|q - k_j|."""
+    for j in range(len(k)):
+        x[j] = abs(q - k[j])
+
+
+@njit(**EXACT)
+def scores_of_one(q, k, origin, w, x):
+    """As relative_score, for all keys of one feature."""
+    k0 = k[origin]
+    d0 = q - k0
+    for j in range(len(k)):
+        x[j] = -clamp((k0 - k[j]) * w) * clamp(((q - k[j]) + d0) * w)
+
+
+@njit(**EXACT)
+def one_feature_terms(q, w, k, skip, terms, scratch):
+    """row_terms for one feature and no weights, from the keys k as contiguous float64: vector code throughout."""
+    n = len(k)
+    distances(q, k, terms)
+    if skip >= 0:
+        terms[skip] = np.inf
+    scratch[:] = terms
+    best = fold(scratch, n, False)
+    origin = 0
+    while terms[origin] != best:
+        origin += 1
+    scores_of_one(q, k, origin, w, terms)
+    if skip >= 0:
+        terms[skip] = -np.inf
+    scratch[:] = terms
+    top = fold(scratch, n, True)
+    for j in range(n):
+        terms[j] = exp2_double(terms[j] - top)
+    t = clamp((q - k[origin]) * w)
+    return origin, top, t * t - top, blocked_sum(terms, n)
+
+
+@njit(**SUMS)
+def blocked_sum(x, n):
+    """Sum of x[:n] in blocks."""
+    total = 0.0
+    for first in range(0, n, 1024):
+        part = 0.0
+        for j in range(first, min(first + 1024, n)):
+            part += x[j]
+        total += part
+    return total
+
+
+@njit(**EXACT)
 def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weighted, skip, terms):
     """Fill terms with a_j 2^(score_j - top); return (index of k*, top, shift, total).
 
     total is 0 for a row without keys and NaN where the reference gives NaN; then k* is -1.
     """
     n_features = len(q)
+    if n_features == 1 and not weighted and abs(q[0]) < HUGE and abs(w[0]) < np.inf and n - (skip >= 0) > 0:
+        k, finite = np.empty(n), True
+        for j in range(n):
+            k[j] = float(key[at + j * key_n])
+            finite &= abs(k[j]) < HUGE
+        if finite:
+            return one_feature_terms(q[0], w[0], k, skip, terms, np.empty(n))
     unit = 0.0
     for f in range(n_features):
         unit = max(unit, abs(w[f]))
@@ -147,20 +223,27 @@ def centre_of(value, at, step, n):
 
 
 @njit(**EXACT)
+def minus(x, y):
+    """Return x - y, kept out of the reach of reassociation."""
+    return x - y
+
+
+@njit(**SUMS)
 def row_mean(terms, total, value, at, step, n):
     """sum_j terms_j v_j / total of one channel."""
     centre = centre_of(value, at, step, n)
     mean = 0.0
-    for first in range(0, n, 256):
+    for first in range(0, n, 1024):
         part = 0.0
-        for j in range(first, min(first + 256, n)):
-            part += terms[j] * (float(value[at + j * step]) - centre)
+        for j in range(first, min(first + 1024, n)):
+            part += terms[j] * minus(float(value[at + j * step]), centre)
         mean += part
     return centre + mean / total
 
 
 @njit(**EXACT)
 def load_row(pointer_to, at, step, out):
+    """Copy a strided row into out, as float64."""
     for f in range(len(out)):
         out[f] = float(pointer_to[at + f * step])
 

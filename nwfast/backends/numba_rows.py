@@ -74,6 +74,7 @@ def load_queries(example, about, b, start, stop, queries, fit):
 
 @njit(**EXACT)
 def load_w(example, about, b, w):
+    """Copy the bandwidths of batch element b, one a feature."""
     bandwidth, at = pointer(about[W], example), offset(about, b, 4)
     for f in range(about[D]):
         w[f] = bandwidth[at + f * about[W_D]]
@@ -122,7 +123,7 @@ def project(gradient, values, n, projected):
 def sum_rows(
     example, about, b, start, queries, fit, w, exponent, centre, low, high, gradients, moments, sums, tops
 ):
-    """Fill, for each fit row, tops and sums: sum p; sum p v per channel; and per feature sum p d, p d v, p d^2, p d^2 v.
+    """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
 
     v is centred. With gradients (rows, C) there is one channel, <g, v>; the moments are taken where `moments` says so.
     """
@@ -192,9 +193,10 @@ def sum_rows(
 
 @njit(**EXACT)
 def row_trusted(sums, top, n_features, single):
+    """Whether no sum of the row overflowed and scores_trusted holds."""
     if not scores_trusted(top, sums[0], n_features, single):
         return False
-    for part in range(1, len(sums)):
+    for part in range(1, len(sums)):  # noqa: SIM110 (numba compiles no generators here)
         if not abs(sums[part]) < np.inf:
             return False
     return True
