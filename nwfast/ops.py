@@ -15,6 +15,8 @@ One call is routed by what surrounds it:
 All share one formula, `_formula`. Second derivatives differentiate the reference.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -344,15 +346,24 @@ def _fake_backward(
 
 def _register_python(name: str) -> None:
     """Register a backend that is a Python module, imported at the first call."""
+    for function in "forward", "backward":
+        torch.library.impl(f"nwfast::{name}_{function}", "CPU", _implementation(name, function))
 
-    def forward(*args):
-        return backends.load(name).forward(*args)
 
-    def backward(*args):
-        return backends.load(name).backward(*args)
+def _implementation(name: str, function: str) -> Callable:
+    def kernel(*args):
+        return getattr(backends.load(name), function)(*args)
 
-    torch.library.impl(f"nwfast::{name}_forward", "CPU", forward)
-    torch.library.impl(f"nwfast::{name}_backward", "CPU", backward)
+    @functools.cache
+    def untraced():
+        return torch.compiler.disable(kernel)
+
+    def run(*args):
+        # Where Dynamo gives up a frame it goes on with the Python functions called from it, down to these kernels
+        # and their data pointers. disable() imports Dynamo, which takes seconds: only if it is there already.
+        return (untraced() if "torch._dynamo" in sys.modules else kernel)(*args)
+
+    return run
 
 
 _KERNELS = {name: _Kernels(name) for name in backends.NAMES if name != "reference"}

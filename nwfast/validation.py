@@ -5,7 +5,6 @@ data: they cost no synchronisation and hold under torch.compile. They run at eve
 little; what exactly was wrong is found out only once something is.
 """
 
-import math
 import numbers
 from typing import Any
 
@@ -46,7 +45,8 @@ def canonical(
     _check_tensor("key", key)
     if value is not None:
         _check_tensor("value", value)
-    if torch.is_autocast_enabled(query.device.type):
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         query, key, value, w, key_weight = map(_widen, (query, key, value, w, key_weight))
     _check_companion("key", key, query)
     if value is not None:
@@ -177,10 +177,9 @@ def _canonical_w(w: float | Tensor, query: Tensor, batch: tuple[int, ...]) -> Te
     if not isinstance(w, Tensor):
         if isinstance(w, bool) or not isinstance(w, (int, float, numbers.Real)):
             raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
-        if not math.isfinite(w):
-            raise ValueError(f"w must be finite, got {w}")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if not abs(w) <= torch.finfo(dtype).max:
+        largest = torch.finfo(dtype).max
+        if not -largest <= w <= largest:
             raise ValueError(f"w must be finite in {dtype}, got {w}")
         return torch.full((1,), w, dtype=dtype, device=query.device)
     _check_tensor("w", w)

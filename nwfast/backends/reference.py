@@ -63,11 +63,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (*B, M, C) and log-sums lse (*B, M); a row that has no key left is (NaN, -inf) with zero gradient."""
     dtype = arithmetic_dtype(query.dtype)
-    # Autocast would run the product in bfloat16.
-    with torch.autocast(query.device.type, enabled=False):
-        terms, total, top = _unnormalised(query, key, w, key_weight, exclude_self)
-        empty = total == 0
-        total = torch.where(empty, 1.0, total)
-        out = torch.where(empty, torch.nan, (terms @ value.double()) / total)
-        lse = torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
+    terms, total, top = _unnormalised(query, key, w, key_weight, exclude_self)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    out = torch.where(empty, torch.nan, (terms @ value.double()) / total)  # autocast leaves float64 alone
+    lse = torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
     return out.to(dtype), lse.to(dtype)
