@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 EXTENSION := nwfast/_C.abi3.so
 CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
@@ -24,7 +25,7 @@ info: setup  ## versions, what can run here and what cannot, and why
 	$(BIN)/python -m nwfast info
 
 test: lint  ## lint, the whole suite, the doctests and one run of every benchmark, untimed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
 
 lint: setup  ## ruff, mypy, clang-format
