@@ -222,6 +222,24 @@ def tile_terms_unshifted(q, keys, w, n, p):
 
 
 @njit(**EXACT)
+def term(q, k, w):
+    """Return exp(-((q - k) w)^2 / 2)."""
+    x = (q - k) * w
+    return gauss(x * x)
+
+
+@njit(**SUMS)
+def unshifted_total_and_product(q, k, w, v, n):
+    """Sums of p and p v over a tile of one feature, without the buffer."""
+    total = product = w - w
+    for j in range(n):
+        p = term(q, k[j], w)
+        total += p
+        product += p * v[j]
+    return total, product
+
+
+@njit(**EXACT)
 def least_of(s, n, folded):
     """min(s[:n]) by halving, which vectorises."""
     half = (n + 1) // 2

@@ -52,10 +52,10 @@ def add_value(p, gradients, grad_value, n):
 
 
 @njit(**EXACT)
-def add_key(p, projected, level, q, keys, grad_key, grad_weight, n):
-    """Add p (<g, v> - level) to the gradients of the weights, and that times (q - k) to those of the keys."""
+def add_key(p, projected, q, keys, grad_key, grad_weight, n):
+    """Add p times `projected` to the gradients of the weights, and that times (q - k) to those of the keys."""
     for j in range(n):
-        projected[j] = p[j] * (projected[j] - level)
+        projected[j] *= p[j]
         grad_weight[j] += projected[j]
     for f in range(len(q)):
         q_f, k, column = q[f], keys[f], grad_key[f]
@@ -134,8 +134,8 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
                 if about[GRAD_VALUE] != 0:
                     add_value(p, gradients, grad_value, n)
                 if through_keys:
-                    project(gradients, values, n, projected)
-                    add_key(p, projected, level, q, keys, grad_key, grad_weight, n)
+                    project(gradients, values, level, n, projected)
+                    add_key(p, projected, q, keys, grad_key, grad_weight, n)
         if touched:
             for f in range(n_features):
                 for j in range(n):

@@ -22,6 +22,7 @@ from .numba_fast import (
     tile_terms_unshifted,
     total_and_product,
     total_of,
+    unshifted_total_and_product,
 )  # fmt: skip
 from .numba_math import (
     EXACT,
@@ -108,11 +109,11 @@ def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p):
 
 
 @njit(**EXACT)
-def project(gradient, values, n, projected):
-    """<g, v_j> for the keys of a tile."""
+def project(gradient, values, level, n, projected):
+    """<g, v_j> - level for the keys of a tile."""
     g, v = gradient[0], values[0]
     for j in range(n):
-        projected[j] = g * v[j]
+        projected[j] = g * v[j] - level
     for c in range(1, len(gradient)):
         g, v = gradient[c], values[c]
         for j in range(n):
@@ -121,16 +122,32 @@ def project(gradient, values, n, projected):
 
 @njit(**EXACT)
 def sum_rows(
-    example, about, b, start, queries, fit, w, exponent, centre, low, high, gradients, moments, sums, tops
+    example,
+    about,
+    b,
+    start,
+    queries,
+    fit,
+    w,
+    exponent,
+    centre,
+    low,
+    high,
+    gradients,
+    levels,
+    moments,
+    sums,
+    tops,
 ):
     """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
 
-    v is centred. With gradients (rows, C) there is one channel, <g, v>; the moments are taken where `moments` says so.
+    v is centred. With gradients (rows, C) there is one channel, <g, v> - level. Moments only if asked for.
     """
     n, n_features, n_channels = about[N], about[D], about[C]
     weighted = about[WEIGHT] != 0
     through_gradients = len(gradients) > 0
     channels = 1 if through_gradients else n_channels
+    buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or moments)
     skip = 180.0 if example.itemsize == 4 else 500.0
     size = min(n, TILE)
     keys, values = np.empty((n_features, size), example.dtype), np.empty((n_channels, size), example.dtype)
@@ -151,6 +168,11 @@ def sum_rows(
                 packed = True
             q, row = queries[r], sums[r]
             mine = start + r - first if about[SELF] else -1
+            if buffer_free and not 0 <= mine < size:
+                total, product = unshifted_total_and_product(q[0], keys[0], w[0], values[0], size)
+                row[0] += float(total)
+                row[1] += float(product)
+                continue
             top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p)
             if top >= ABSENT:
                 continue
@@ -163,7 +185,7 @@ def sum_rows(
             if channels == 1:
                 column = values[0]
                 if through_gradients:
-                    project(gradients[r], values, size, projected)
+                    project(gradients[r], values, levels[r], size, projected)
                     column = projected
                 total, product = total_and_product(p, column, size)
                 total, product = float(total), float(product)
@@ -229,7 +251,7 @@ def compile_forward(digest: str) -> Callable:
         out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
         state = pointer(about[STATE], np.empty(0))
         tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-        no_gradients = np.empty((0, 0), example.dtype)
+        no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
         surveyed, ordinary, exponent = -1, False, 0.0
         for unit in range(first, last):
             b = unit // blocks
@@ -255,6 +277,7 @@ def compile_forward(digest: str) -> Callable:
                     low,
                     high,
                     no_gradients,
+                    no_levels,
                     moments,
                     sums,
                     tops,
@@ -299,10 +322,10 @@ def compile_backward(digest: str) -> Callable:
         moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
         queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
         w = np.empty(n_features, example.dtype)
-        gradients = np.empty((count, n_channels), example.dtype)
+        gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
         grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
         state = pointer(about[STATE], np.empty(0))
-        grad_query = pointer(about[GRAD_QUERY], example)
+        grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
         sums, tops = (
             np.empty((count if moments else 0, 2 + 4 * n_features)),
             np.empty(count if moments else 0),
@@ -326,9 +349,13 @@ def compile_backward(digest: str) -> Callable:
                 row = b * about[M] + start + r
                 top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
                 near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
+                level = 0.0
                 for c in range(n_channels):
-                    gradients[r, c] = grad_out[row * n_channels + c]
-                    near &= abs(float(gradients[r, c])) < 1e18
+                    g = float(grad_out[row * n_channels + c])
+                    gradients[r, c] = g
+                    level += g * (float(out[row * n_channels + c]) - float(centre[c]))
+                    near &= abs(g) < 1e18
+                levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
                 if about[GRAD_LSE] != 0:
                     near &= abs(float(grad_lse[row])) < 1e18
                 empty = state[2 * row + 1] == 0.0
@@ -348,6 +375,7 @@ def compile_backward(digest: str) -> Callable:
                     low,
                     high,
                     gradients,
+                    levels,
                     moments,
                     sums,
                     tops,
