@@ -185,6 +185,8 @@ def attention_weights(
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
-    query, key, _, scale, key_weight, drop = canonical(query, key, None, w, key_weight, exclude_self)
+    query, key, _, scale, key_weight, drop = canonical(
+        query, key, None, w, key_weight, exclude_self, without_value=True
+    )
     weights = reference.attention_weights(query, key, scale, key_weight, exclude_self)
     return (weights.squeeze(-2) if drop == 2 else weights).to(query.dtype)

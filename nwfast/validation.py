@@ -29,6 +29,7 @@ def canonical(
     w: float | Tensor,
     key_weight: Tensor | None,
     exclude_self: bool,
+    without_value: bool = False,
 ) -> Canonical:
     """Check all inputs and bring them into the canonical form of `nwfast.backends`, with views alone.
 
@@ -43,7 +44,7 @@ def canonical(
     """
     _check_tensor("query", query)
     _check_tensor("key", key)
-    if value is not None:
+    if not without_value:
         _check_tensor("value", value)
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):

@@ -1,0 +1,205 @@
+"""Bad input: every row of the table in the design, by the message."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import nwfast
+from nwfast import attention_weights, backends, nadaraya_watson
+
+
+def t(*shape, dtype=torch.float32, device=None):
+    return torch.rand(shape, device=device).to(dtype)
+
+
+def rejects(error, message, *arguments, function=nadaraya_watson, **options):
+    with pytest.raises(error, match=message):
+        function(*arguments, **options)
+
+
+SHAPES = {
+    "query without dimensions": ((), (5,), (5,), r"query must have shape \(M,\) or \(..., M, D\), got query \(\)"),
+    "value of another length": ((4,), (5,), (6,), "value must have one row a key, N = 5, got 6 rows"),
+    "1-D keys, 3-D value": ((4,), (5,), (5, 1, 1), r"value must have shape \(N,\) or \(N, C\), .* value \(5, 1, 1\)"),
+    "1-D query, scalar value": ((4,), (5,), (), r"value must have shape \(N,\) or \(N, C\)"),
+    "per-query keys, M differs": ((4,), (3, 5), (3, 5), r"key must have shape .*\(M, N\).* query \(4,\), key \(3, 5\)"),
+    "per-query keys, shared value": ((4,), (4, 5), (5,), r"value must have shape \(M, N\) as key"),
+    "per-query keys, other value": ((4,), (4, 5), (4, 6), r"value must have shape \(M, N\) as key.* value \(4, 6\)"),
+    "1-D query, 3-D key": ((4,), (1, 5, 1), (1, 5, 1), r"key must have shape \(N,\) or \(M, N\) with query \(M,\)"),
+    "key of fewer dimensions": ((2, 4, 3), (5, 3), (5, 2), r"key must have shape \(..., N, D\), of as many dimensions"),
+    "2-D query, 1-D key": ((4, 1), (5,), (5,), r"key must have shape \(..., N, D\), of as many dimensions as query"),
+    "other features": ((4, 3), (5, 2), (5, 1), r"key must have shape .* with D = 3 features as query, .* key \(5, 2\)"),
+    "no features": ((4, 0), (5, 0), (5, 1), r"query must have shape .* D >= 1"),
+    "value of fewer dimensions": ((2, 4, 3), (2, 5, 3), (5,), r"value must have shape \(..., N, C\) or \(..., N\)"),
+    "value, rows differ": ((4, 3), (5, 3), (6, 2), "value must have one row a key, N = 5, got 6 rows"),
+    "no channels": ((4, 3), (5, 3), (5, 0), "value must have at least one channel, got C = 0"),
+    "batches differ": (
+        (2, 4, 3), (3, 5, 3), (2, 5, 1),
+        r"leading dimensions must broadcast, dimension 0 has sizes 2 \(query\), 3 \(key\), 2 \(value\)",
+    ),
+    "second batch dimension": ((1, 2, 4, 3), (7, 1, 5, 3), (1, 3, 5, 1), "dimension 1 has sizes 2 .*, 1 .*, 3 "),
+    "empty batch against two": ((0, 4, 3), (2, 5, 3), (1, 5, 1), "dimension 0 has sizes 0 .*, 2 .*, 1 "),
+    "no keys": ((4,), (0,), (0,), "key must not be empty, got N = 0"),
+    "no keys, features": ((2, 4, 3), (2, 0, 3), (2, 0, 1), "key must not be empty, got N = 0"),
+    "no keys, per query": ((4,), (4, 0), (4, 0), "key must not be empty, got N = 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("name", ["auto", "native", "numba", "reference"])
+def test_shapes(case, name):
+    query, key, value, message = SHAPES[case]
+    rejects(ValueError, message, t(*query), t(*key), t(*value), backend=name)
+
+
+@pytest.mark.parametrize(
+    ("w", "query", "message"),
+    [
+        ((2,), (4,), r"w must be a scalar or have shape .* D = 1 .*, got \(2,\)"),
+        ((0,), (4,), r"w must be .* got \(0,\)"),
+        ((1, 1), (4,), r"leading dimensions that broadcast to \(\), got \(1, 1\)"),
+        ((2,), (2, 4, 3), r"with D = 3 .* broadcast to \(2,\), got \(2,\)"),
+        ((4, 3), (2, 4, 3), r"broadcast to \(2,\), got \(4, 3\)"),
+        ((2, 1, 3), (2, 4, 3), r"broadcast to \(2,\), got \(2, 1, 3\)"),
+    ],
+)
+def test_shape_of_w(w, query, message):
+    rejects(ValueError, message, t(*query), t(*query), t(*query), t(*w))
+    rejects(ValueError, message, t(*query), t(*query), t(*w), function=attention_weights)
+
+
+@pytest.mark.parametrize(
+    ("key_weight", "query", "message"),
+    [
+        ((), (4,), r"key_weight must have shape \(N,\) or \(..., N\) with N = 4 .*, got \(\)"),
+        ((5,), (4,), r"key_weight must .* N = 4 .*, got \(5,\)"),
+        ((1,), (4,), r"key_weight must .* N = 4 .*, got \(1,\)"),
+        ((1, 4), (4,), r"key_weight must .* broadcast to \(\), got \(1, 4\)"),
+        ((3, 4), (2, 4, 3), r"key_weight must .* broadcast to \(2,\), got \(3, 4\)"),
+        ((4, 1), (2, 4, 3), r"key_weight must .*, got \(4, 1\)"),
+    ],
+)
+def test_shape_of_key_weight(key_weight, query, message):
+    rejects(ValueError, message, t(*query), t(*query), t(*query), key_weight=t(*key_weight))
+    rejects(ValueError, message, t(*query), t(*query), key_weight=t(*key_weight), function=attention_weights)
+
+
+def test_exclude_self_needs_square():
+    message = "exclude_self leaves key i out for query i and needs M == N, got M = 4, N = 5"
+    rejects(ValueError, message, t(4), t(5), t(5), exclude_self=True)
+    rejects(ValueError, message, t(4), t(5), exclude_self=True, function=attention_weights)
+    rejects(ValueError, r"exclude_self needs keys that all queries share.*key \(4, 4\)", t(4), t(4, 4), t(4, 4),
+            exclude_self=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_tensors_of_wrong_kind(place):
+    name = ("query", "key", "value")[place]
+
+    def call(error, message, wrong):
+        arguments = [t(4), t(4), t(4)]
+        arguments[place] = wrong
+        rejects(error, message, *arguments)
+        if place < 2:
+            rejects(error, message, *arguments[:2], function=attention_weights)
+
+    call(TypeError, f"{name} must be a torch.Tensor, got ndarray", np.ones(4))
+    call(TypeError, f"{name} must be a torch.Tensor, got list", [1.0, 2.0])
+    call(TypeError, f"{name} must be a torch.Tensor, got NoneType", None)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        expected = rf"{name} must have a floating dtype \(float32, float64, float16, bfloat16\), got {dtype}"
+        call(TypeError, expected, torch.ones(4, dtype=dtype))
+    call(TypeError, f"{name} must be a dense .* torch.sparse_coo", torch.ones(4).to_sparse())
+
+
+def test_mixed_dtypes():
+    message = "{} must have the dtype of query, torch.float32, got torch.float64"
+    wide = t(4, dtype=torch.float64)
+    rejects(TypeError, message.format("key"), t(4), wide, t(4))
+    rejects(TypeError, message.format("value"), t(4), t(4), wide)
+    rejects(TypeError, message.format("w"), t(4), t(4), t(4), wide[:1])
+    rejects(TypeError, message.format("w"), t(4), t(4), t(4), wide[0])
+    rejects(TypeError, message.format("key_weight"), t(4), t(4), t(4), key_weight=wide)
+    rejects(
+        TypeError,
+        "key must have the dtype of query, torch.float32, got torch.bfloat16",
+        t(4),
+        t(4).bfloat16(),
+        t(4),
+    )
+    half = [t(4, dtype=torch.float16)] * 3
+    rejects(TypeError, "w must have the dtype of query, torch.float16, got torch.float64", *half, wide[:1])
+    rejects(TypeError, "key_weight must have the dtype of query", *half, key_weight=t(4))
+    rejects(TypeError, "w must have a floating dtype .* got torch.int64", t(4), t(4), t(4), torch.tensor([1]))
+    rejects(TypeError, "w must have a floating dtype .* got torch.int64", t(4), t(4), t(4), torch.tensor(1))
+    rejects(
+        TypeError, "key_weight must have a floating dtype", t(4), t(4), t(4), key_weight=torch.ones(4).bool()
+    )
+    rejects(TypeError, "key_weight must be a torch.Tensor, got float", t(4), t(4), t(4), key_weight=1.0)
+
+
+def test_mixed_devices():
+    message = "{} must be on the device of query, cpu, got meta"
+    away = t(4, device="meta")
+    rejects(ValueError, message.format("key"), t(4), away, t(4))
+    rejects(ValueError, message.format("value"), t(4), t(4), away)
+    rejects(ValueError, message.format("w"), t(4), t(4), t(4), away[:1])
+    rejects(ValueError, message.format("w"), t(4), t(4), t(4), away[0])
+    rejects(ValueError, message.format("key_weight"), t(4), t(4), t(4), key_weight=away)
+    half = [t(4, dtype=torch.float16)] * 3
+    rejects(ValueError, message.format("w"), *half, away[0])
+
+
+def test_w_that_is_no_number():
+    three = t(4), t(4), t(4)
+    rejects(TypeError, "w must be a number or a torch.Tensor, got str", *three, "1")
+    rejects(TypeError, "w must be a number or a torch.Tensor, got NoneType", *three, None)
+    rejects(TypeError, "w must be a number or a torch.Tensor, got bool", *three, True)
+    rejects(TypeError, "w must be a number or a torch.Tensor, got list", *three, [1.0])
+    for w in (float("inf"), float("-inf"), float("nan"), 1e39):
+        rejects(ValueError, re.escape(f"w must be finite in torch.float32, got {w}"), *three, w)
+    wide = [x.double() for x in three]
+    assert nadaraya_watson(*wide, 1e39, backend="reference").isfinite().all()
+    for number in (2, np.float32(2), np.float64(2), np.int64(2)):
+        assert torch.equal(nadaraya_watson(*three, number), nadaraya_watson(*three, 2.0))
+
+
+def test_unknown_method_or_backend():
+    three = t(4), t(4), t(4)
+    rejects(ValueError, "method must be 'auto' or one of 'dense', got 'fft'", *three, method="fft")
+    expected = "backend must be 'auto' or one of .*'native'.*'numba'.*'reference', got 'gpu'"
+    rejects(ValueError, expected, *three, backend="gpu")
+    rejects(ValueError, "method must be 'auto' or one of .*, got None", *three, method=None)
+    rejects(ValueError, "backend must be 'auto' or one of .*, got None", *three, backend=None)
+
+
+def test_named_backend_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "_why_not", lambda name: "no such luck" if name != "reference" else "")
+    backends._resolve_auto.cache_clear()
+    try:
+        three = t(4), t(4), t(4)
+        for name in ("native", "numba"):
+            rejects(RuntimeError, f"backend='{name}' cannot run: no such luck", *three, backend=name)
+        expected = nadaraya_watson(*three, backend="reference")
+        assert torch.equal(nadaraya_watson(*three), expected)  # "auto" alone may choose
+        assert backends.available()["native"] == "no such luck"
+    finally:
+        backends._resolve_auto.cache_clear()
+
+
+def test_backend_that_does_not_serve_the_device(backend, monkeypatch):
+    with pytest.raises(ValueError, match=f"backend='{backend}' serves tensors on cpu, got tensors on cuda:0"):
+        backends.resolve(backend, torch.device("cuda:0"))
+
+
+def test_valid_input_is_viewed_not_copied():
+    query, key, value, w = t(4), t(5), t(5), t(1)
+    form = nwfast.validation.canonical(query, key, value, w, t(5), False)
+    for given, view in zip((query, key, value, w), form, strict=False):
+        assert view.data_ptr() == given.data_ptr()
+    query, key, value = t(4), t(4, 5).T[:4], t(1, 4).expand(4, 4)
+    form = nwfast.validation.canonical(query, key, value, t(4, 1), None, False)
+    assert [x.data_ptr() for x in form[:3]] == [x.data_ptr() for x in (query, key, value)]
+    assert [tuple(x.shape) for x in form[:4]] == [(4, 1, 1), (4, 4, 1), (4, 4, 1), (4, 1)]
