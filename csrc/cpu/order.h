@@ -33,9 +33,15 @@ typename RadixBits<T>::Type ordered_bits(T x) {
 
 template <typename T>
 bool ascending(const T* x, int64_t n) {
-  bool in_order = n == 0 || x[0] == x[0];
-  for (int64_t i = 1; i < n; ++i) in_order &= x[i - 1] <= x[i];
-  return in_order;
+  constexpr int64_t kChunk = 64;  // checked without branches
+  if (n > 0 && x[0] != x[0]) return false;
+  for (int64_t i = 1; i < n; i += kChunk) {
+    const int64_t end = i + kChunk < n ? i + kChunk : n;
+    bool in_order = true;
+    for (int64_t j = i; j < end; ++j) in_order &= x[j - 1] <= x[j];
+    if (!in_order) return false;
+  }
+  return true;
 }
 
 // order such that x[order[0]] <= x[order[1]] <= ..., equal numbers in their original order; n < 2^32, no NaN.

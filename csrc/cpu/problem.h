@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -36,6 +37,7 @@ struct View {
   int64_t row_stride = 0, column_stride = 0;
 
   int64_t offset(const Batch& batch, int64_t b) const {
+    if (batch.rank == 1) return b * batch_strides[0];
     int64_t offset = 0;
     for (int dim = batch.rank - 1; dim >= 0; --dim) {
       offset += b % batch.sizes[dim] * batch_strides[dim];
@@ -131,19 +133,38 @@ struct Range {
 
   template <typename T>
   void include(const T* x, int64_t n) {
-    T least = std::numeric_limits<T>::infinity(), most = -least, sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      least = x[i] < least ? x[i] : least;
-      most = x[i] > most ? x[i] : most;
-      sum += x[i] * T(0);  // NaN if any is infinite or NaN
+    typedef T Vec __attribute__((vector_size(16)));  // what every processor has; wider ones compile to scalars
+    constexpr int kLanes = 16 / sizeof(T);
+    Vec least, most, zero = {};  // zero turns NaN where a number is infinite or NaN
+    for (int lane = 0; lane < kLanes; ++lane) {
+      least[lane] = std::numeric_limits<T>::infinity();
+      most[lane] = -std::numeric_limits<T>::infinity();
     }
-    if (sum == sum) {
-      low = least < low ? least : low;
-      high = most > high ? most : high;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      Vec number;
+      std::memcpy(&number, x + i, sizeof number);
+      least = number < least ? number : least;
+      most = number > most ? number : most;
+      zero += number * T(0);
+    }
+    for (; i < n; ++i) {
+      least[0] = x[i] < least[0] ? x[i] : least[0];
+      most[0] = x[i] > most[0] ? x[i] : most[0];
+      zero[0] += x[i] * T(0);
+    }
+    for (int lane = 1; lane < kLanes; ++lane) {
+      least[0] = least[lane] < least[0] ? least[lane] : least[0];
+      most[0] = most[lane] > most[0] ? most[lane] : most[0];
+      zero[0] += zero[lane];
+    }
+    if (zero[0] == 0) {
+      low = least[0] < low ? least[0] : low;
+      high = most[0] > high ? most[0] : high;
       return;
     }
     finite = false;
-    for (int64_t i = 0; i < n; ++i) {
+    for (i = 0; i < n; ++i) {
       if (!std::isfinite(x[i])) continue;
       low = x[i] < low ? x[i] : low;
       high = x[i] > high ? x[i] : high;

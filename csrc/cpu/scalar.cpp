@@ -15,19 +15,21 @@ namespace nwfast {
 namespace {
 
 constexpr int64_t kKeyBlock = 256;     // keys that one key-side task owns
+constexpr int64_t kBatchChunk = 16;    // batch elements of one task, where there are many
+constexpr int64_t kWindowQueries = 8;  // from so many queries on, windows are worth a check whether keys are sorted
 constexpr int64_t kSortQueries = 128;  // from so many queries on, sorting the keys pays
 
 template <typename T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr double kLow = 0x1p-30, kHigh = 0x1p60;  // of scale * coordinate, coordinates within (-2, 2)
+  static constexpr double kLow = 0x1p-30, kHigh = 0x1p50;  // of the scale, where coordinates lie within (-2^9, 2^9)
   static constexpr double kNegligible = 27;                // a weight of 2^-27 is below the rounding error
   static constexpr double kWeightRange = 60;               // log2 of the ratio of key weights that fits beside scores
 };
 template <>
 struct Limits<double> {
-  static constexpr double kLow = 0x1p-40, kHigh = 0x1p500;
+  static constexpr double kLow = 0x1p-40, kHigh = 0x1p480;
   static constexpr double kNegligible = 57;
   static constexpr double kWeightRange = 900;
 };
@@ -78,13 +80,15 @@ class ScalarBatch {
       for (int64_t j = 0; j < keys_; ++j) value_charge_[j] = weight_[j] * value_[j];
     }
     if (sorted_ && weighted_) link_positive();
-    const double ratio = weighted_ ? weight_span_ : 0;
-    negligible_ = Limits<T>::kNegligible + std::log2(static_cast<double>(keys_)) + ratio;
     windowed_ = sorted_ && finite_;
+    if (windowed_) {
+      negligible_ = Limits<T>::kNegligible + std::log2(static_cast<double>(keys_)) + (weighted_ ? weight_span_ : 0);
+    }
   }
 
-  // Fills in the nearest keys and the window of the rows of a block; rows holds the block's part of each array.
-  void locate(const Kernels<T>& kernels, int64_t block, ScalarRows<T>& rows, T* nearest) const {
+  // The nearest keys and the window of the rows of a block; `rows` gets the block's part of each array. Where keys are not
+  // sorted, the nearest keys cost a scan.
+  void locate(const Kernels<T>& kernels, int64_t block, bool scan, ScalarRows<T>& rows, T* nearest) const {
     const int64_t first = block * kRowBlock;
     rows.key = key_.get();
     rows.total_charge = weighted_ ? weight_.get() : nullptr;
@@ -98,7 +102,7 @@ class ScalarBatch {
     rows.nearest = nearest;
     rows.excluded = exclude_ ? excluded_.get() + first : nullptr;
     if (!sorted_) {
-      kernels.scalar_nearest(rows, nearest);
+      if (scan) kernels.scalar_nearest(rows, nearest);
       return;
     }
     double low = INFINITY, high = -INFINITY;
@@ -140,17 +144,27 @@ class ScalarBatch {
   Range values;
 
  private:
+  // By a power of two, which may itself be beyond what T holds.
+  static void multiply(T* x, int64_t n, double factor) {
+    if (factor == 1) return;
+    if (factor > 0x1p-100 && factor < 0x1p100) {
+      const T narrow = static_cast<T>(factor);
+      for (int64_t i = 0; i < n; ++i) x[i] *= narrow;
+    } else {
+      for (int64_t i = 0; i < n; ++i) x[i] = static_cast<T>(x[i] * factor);
+    }
+  }
+
   void scale_coordinates() {
     Range range;
     range.include(key_.get(), keys_);
     finite_ = range.finite;
     range.include(query_.get(), queries_);
     const double magnitude = range.magnitude();
-    int exponent = 0;
-    if (magnitude > 0) std::frexp(magnitude, &exponent);
-    unit = std::ldexp(1.0, 1 - exponent);
-    for (int64_t j = 0; j < keys_; ++j) key_[j] = static_cast<T>(key_[j] * unit);
-    for (int64_t i = 0; i < queries_; ++i) query_[i] = static_cast<T>(query_[i] * unit);
+    // Within these bounds no product overflows, and the usual case saves a pass.
+    unit = magnitude > 0 && (magnitude < 0x1p-8 || magnitude > 0x1p8) ? std::ldexp(1.0, -std::ilogb(magnitude)) : 1;
+    multiply(key_.get(), keys_, unit);
+    multiply(query_.get(), queries_, unit);
     scale_ = std::fabs(w) * std::sqrt(kHalfLog2E) / unit;
     // Below, all weights are 1 to rounding and tangents would underflow; above, only the nearest key has weight.
     if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
@@ -161,8 +175,9 @@ class ScalarBatch {
     values = Range();
     values.include(value_.get(), keys_);
     finite_ &= values.finite;
-    centre = static_cast<double>(static_cast<T>(values.centre()));
-    for (int64_t j = 0; j < keys_; ++j) value_[j] = static_cast<T>(value_[j] - centre);
+    const T middle = static_cast<T>(values.centre());
+    centre = static_cast<double>(middle);
+    for (int64_t j = 0; j < keys_; ++j) value_[j] -= middle;
   }
 
   void read_weights(const Problem& problem, int64_t b) {
@@ -192,7 +207,7 @@ class ScalarBatch {
   }
 
   void order() {
-    sorted_ = ascending(key_.get(), keys_);
+    sorted_ = queries_ >= kWindowQueries && ascending(key_.get(), keys_);
     keys_moved_ = rows_moved_ = false;
     constexpr int64_t kMost = int64_t{1} << 32;
     Buffer<T> scratch;
@@ -270,7 +285,7 @@ void forward_block(const Problem& problem, const ScalarBatch<T>& batch, const Ke
   T nearest[kRowBlock];
   double sums[kRowBlock * kScalarSums], shift[kRowBlock];
   ScalarRows<T> rows;
-  batch.locate(kernels, block, rows, nearest);
+  batch.locate(kernels, block, true, rows, nearest);
   rows.scores = result.tangent_w != nullptr;
   rows.offsets = result.tangent_q != nullptr;
   rows.sums = sums;
@@ -308,14 +323,15 @@ void forward_in(const Problem& problem, const ForwardResult<R>& result) {
   const int64_t blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
   const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
   if (problem.batch.count > blocks) {
-    parallel_blocks(problem.batch.count, pairs * static_cast<double>(problem.batch.count) < kSerialPairs,
-                    [&](int64_t b) {
-                      ScalarBatch<T> batch;
-                      batch.prepare(problem, b);
-                      for (int64_t block = 0; block < blocks; ++block) {
-                        forward_block(problem, batch, table, b, block, result);
-                      }
-                    });
+    const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;
+    parallel_blocks(chunks, pairs * static_cast<double>(problem.batch.count) < kSerialPairs, [&](int64_t chunk) {
+      ScalarBatch<T> batch;  // keeps its memory from one batch element to the next
+      const int64_t end = std::min(problem.batch.count, (chunk + 1) * kBatchChunk);
+      for (int64_t b = chunk * kBatchChunk; b < end; ++b) {
+        batch.prepare(problem, b);
+        for (int64_t block = 0; block < blocks; ++block) forward_block(problem, batch, table, b, block, result);
+      }
+    });
     return;
   }
   ScalarBatch<T> batch;
@@ -340,7 +356,11 @@ struct KeySide {
     const int64_t grad = task.grad_out.offset(problem.batch, b);
     const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
     ScalarRows<T> rows;
-    batch.locate(kernels, block, rows, nearest.get() + first);
+    bool far = false;
+    for (int64_t i = first; i < std::min(first + kRowBlock, problem.queries); ++i) {
+      far |= task.state[2 * (b * problem.queries + batch.original_row(i))] > 0;
+    }
+    batch.locate(kernels, block, far, rows, nearest.get() + first);
     windows[2 * block] = rows.window_begin;
     windows[2 * block + 1] = rows.window_end;
     for (int64_t i = first; i < first + rows.rows; ++i) {
@@ -397,9 +417,7 @@ void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
   const int64_t row_blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
   const int64_t key_blocks = (problem.keys + kKeyBlock - 1) / kKeyBlock;
   const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
-  const auto run = [&](int64_t b, bool serial) {
-    ScalarBatch<T> batch;
-    KeySide<T> side;
+  const auto run = [&](ScalarBatch<T>& batch, KeySide<T>& side, int64_t b, bool serial) {
     batch.prepare(problem, b);
     for (Buffer<T>* buffer : {&side.nearest, &side.value_grad, &side.offset_grad}) buffer->allocate(problem.queries);
     side.shift.allocate(problem.queries);
@@ -410,10 +428,17 @@ void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
                     [&](int64_t block) { key_block(problem, task, batch, side, table, b, block); });
   };
   if (problem.batch.count > key_blocks) {
-    parallel_blocks(problem.batch.count, pairs * static_cast<double>(problem.batch.count) < kSerialPairs,
-                    [&](int64_t b) { run(b, true); });
+    const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;
+    parallel_blocks(chunks, pairs * static_cast<double>(problem.batch.count) < kSerialPairs, [&](int64_t chunk) {
+      ScalarBatch<T> batch;
+      KeySide<T> side;
+      const int64_t end = std::min(problem.batch.count, (chunk + 1) * kBatchChunk);
+      for (int64_t b = chunk * kBatchChunk; b < end; ++b) run(batch, side, b, true);
+    });
   } else {
-    for (int64_t b = 0; b < problem.batch.count; ++b) run(b, pairs < kSerialPairs);
+    ScalarBatch<T> batch;
+    KeySide<T> side;
+    for (int64_t b = 0; b < problem.batch.count; ++b) run(batch, side, b, pairs < kSerialPairs);
   }
 }
 

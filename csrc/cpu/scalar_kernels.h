@@ -11,12 +11,12 @@
 namespace nwfast {
 namespace NWFAST_ISA {
 
-constexpr int kRows = 4;
+constexpr int kRows = 4;  // queries in flight; 1 where a batch element has a single query
 constexpr int64_t kFlush = 128;  // vectors of keys between flushes of the accumulators into double
 
 // Runs plain(begin, end) over ranges of whole vectors and special(vector) for each vector that needs a lane mask:
 // those of the excluded keys, and the last one if it is partial.
-template <typename T, typename Plain, typename Special>
+template <typename T, int kRows, typename Plain, typename Special>
 NWFAST_INLINE void over_vectors(int64_t begin, int64_t end, int64_t n, const int64_t* excluded, int rows,
                                 const Plain& plain, const Special& special) {
   constexpr int64_t kStep = kLanes<T>;
@@ -63,7 +63,7 @@ NWFAST_INLINE IntVec<T> valid_lanes(int64_t vector, int64_t n, const int64_t* ex
   return mask;
 }
 
-template <typename T, bool kFar, bool kCharged, bool kScores, bool kOffsets>
+template <typename T, int kRows, bool kFar, bool kCharged, bool kScores, bool kOffsets>
 struct ScalarAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
   Vec<T> sums[kRows][kCount];
@@ -128,9 +128,9 @@ struct ScalarAccumulator {
   }
 };
 
-template <typename T, bool kFar, bool kCharged, bool kScores, bool kOffsets>
+template <typename T, int kRows, bool kFar, bool kCharged, bool kScores, bool kOffsets>
 void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
-  ScalarAccumulator<T, kFar, kCharged, kScores, kOffsets> sums;
+  ScalarAccumulator<T, kRows, kFar, kCharged, kScores, kOffsets> sums;
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + (r < rows ? r : 0);
     const T x = task.query[row], nearest = task.nearest[row];
@@ -146,41 +146,44 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
     excluded = padded_excluded;
   }
   double* out = task.sums + first * kScalarSums;
-  over_vectors<T>(
+  int64_t pending = 0;  // vectors since the last flush
+  over_vectors<T, kRows>(
       task.window_begin, task.window_end, task.n, excluded, rows,
       [&](int64_t begin, int64_t end) {
         while (begin < end) {
-          const int64_t stop = begin + kFlush < end ? begin + kFlush : end;
+          const int64_t stop = begin + kFlush - pending < end ? begin + kFlush - pending : end;
           auto local = sums;  // lets the accumulators live in registers
           for (int64_t vector = begin; vector < stop; ++vector) local.template add<false>(task, vector, nullptr);
           sums = local;
-          sums.flush(rows, out);
+          pending += stop - begin;
+          if (pending >= kFlush) {
+            sums.flush(rows, out);
+            pending = 0;
+          }
           begin = stop;
         }
       },
-      [&](int64_t vector) {
-        sums.template add<true>(task, vector, excluded);
-        sums.flush(rows, out);
-      });
+      [&](int64_t vector) { sums.template add<true>(task, vector, excluded); });
+  sums.flush(rows, out);
 }
 
-template <typename T, bool kFar, bool kCharged>
+template <typename T, int kRows, bool kFar, bool kCharged>
 NWFAST_INLINE void scalar_group_sums(const ScalarRows<T>& task, int64_t first, int rows) {
   if (task.scores) {
     if (task.offsets) {
-      scalar_group<T, kFar, kCharged, true, true>(task, first, rows);
+      scalar_group<T, kRows, kFar, kCharged, true, true>(task, first, rows);
     } else {
-      scalar_group<T, kFar, kCharged, true, false>(task, first, rows);
+      scalar_group<T, kRows, kFar, kCharged, true, false>(task, first, rows);
     }
   } else if (task.offsets) {
-    scalar_group<T, kFar, kCharged, false, true>(task, first, rows);
+    scalar_group<T, kRows, kFar, kCharged, false, true>(task, first, rows);
   } else {
-    scalar_group<T, kFar, kCharged, false, false>(task, first, rows);
+    scalar_group<T, kRows, kFar, kCharged, false, false>(task, first, rows);
   }
 }
 
-template <typename T>
-void scalar_rows(const ScalarRows<T>& task) {
+template <typename T, int kRows>
+NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
     bool far = false;
@@ -196,21 +199,26 @@ void scalar_rows(const ScalarRows<T>& task) {
     }
     if (far) {
       if (task.total_charge) {
-        scalar_group_sums<T, true, true>(task, first, rows);
+        scalar_group_sums<T, kRows, true, true>(task, first, rows);
       } else {
-        scalar_group_sums<T, true, false>(task, first, rows);
+        scalar_group_sums<T, kRows, true, false>(task, first, rows);
       }
     } else if (task.total_charge) {
-      scalar_group_sums<T, false, true>(task, first, rows);
+      scalar_group_sums<T, kRows, false, true>(task, first, rows);
     } else {
-      scalar_group_sums<T, false, false>(task, first, rows);
+      scalar_group_sums<T, kRows, false, false>(task, first, rows);
     }
   }
 }
 
-// The nearest key of positive charge that is not excluded, by a scan; for keys that are not sorted.
 template <typename T>
-void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
+void scalar_rows(const ScalarRows<T>& task) {
+  task.rows == 1 ? scalar_groups<T, 1>(task) : scalar_groups<T, kRows>(task);
+}
+
+// The nearest key of positive charge that is not excluded, by a scan; for keys that are not sorted.
+template <typename T, int kRows>
+NWFAST_INLINE void nearest_groups(const ScalarRows<T>& task, T* nearest) {
   const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
@@ -238,20 +246,29 @@ void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
         best[r] = select<T>(closer, key, best[r]);
       }
     };
-    over_vectors<T>(
+    over_vectors<T, kRows>(
         0, task.n, task.n, task.excluded ? excluded : nullptr, rows,
         [&](int64_t begin, int64_t end) {
           for (int64_t vector = begin; vector < end; ++vector) visit(vector, false);
         },
         [&](int64_t vector) { visit(vector, true); });
     for (int r = 0; r < rows; ++r) {
-      int lane = 0;
-      for (int i = 1; i < kLanes<T>; ++i) {
-        if (distance[r][i] < distance[r][lane]) lane = i;
+      alignas(kVectorBytes) T distances[kLanes<T>], keys[kLanes<T>];
+      store<T>(distances, distance[r]);
+      store<T>(keys, best[r]);
+      T least = distances[0], key = keys[0];
+      for (int i = 1; i < kLanes<T>; ++i) {  // without branches
+        key = distances[i] < least ? keys[i] : key;
+        least = distances[i] < least ? distances[i] : least;
       }
-      nearest[first + r] = best[r][lane];
+      nearest[first + r] = key;
     }
   }
+}
+
+template <typename T>
+void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
+  task.rows == 1 ? nearest_groups<T, 1>(task, nearest) : nearest_groups<T, kRows>(task, nearest);
 }
 
 constexpr int kKeyVectors = NWFAST_LEVEL == 512 ? 3 : 2;  // vectors of keys whose accumulators live in registers
