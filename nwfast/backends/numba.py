@@ -219,14 +219,11 @@ class _Call:
 
 def _widen(tensor: Tensor) -> Tensor:
     """To float32, without materialising leading dimensions that were expanded."""
-    for dim in range(tensor.ndim - 1):
-        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
-            return (
-                tensor.narrow(dim, 0, 1).float().expand(tensor.shape)
-                if dim < tensor.ndim - 2
-                else tensor.float()
-            )
-    return tensor.float()
+    shape = tensor.shape
+    for dim in range(tensor.ndim - 2):
+        if tensor.stride(dim) == 0 and shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.float().expand(shape)
 
 
 def _executor(workers: int) -> ThreadPoolExecutor:
