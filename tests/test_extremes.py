@@ -1,0 +1,282 @@
+"""Data that breaks a naive softmax: far queries, overflowing scores, duplicates, gaps, NaN; and memory at large N."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracle import ROUNDING, gradients, textbook
+
+import nwfast
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def exact(query, key, value, w):
+    """(out, lse, d out / d w, d out / d query) of one-feature data in long double, relative to the nearest key."""
+    x, u, v = (tensor.double().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
+    w = np.longdouble(float(w))
+    distance = x - u.T
+    score = -((distance * w) ** 2) / 2
+    top = score.max(1, keepdims=True)
+    p = np.exp(score - top)
+    total = p.sum(1, keepdims=True)
+    p = p / total
+    out = p @ v
+    pull = p * (v.T - out)
+    nearest = np.take_along_axis(
+        distance, score.argmax(1)[:, None], 1
+    )  # sum_j pull_ij = 0: any centre will do
+    slope_w = -w * (pull * (distance - nearest) * (distance + nearest)).sum(1)
+    slope_q = -(w**2) * (pull * (distance - nearest)).sum(1)
+    lse = (top + np.log(total))[:, 0]
+    return [torch.from_numpy(array.astype(np.float64)) for array in (out[:, 0], lse, slope_w, slope_q)]
+
+
+def assert_relative(actual, expected, tolerance, scale=None, what=""):
+    scale = expected.abs().max() if scale is None else scale
+    error = (actual.detach().double() - expected).abs().max()
+    assert error <= tolerance * scale, f"{what}: error {error:.3g}, allowed {tolerance * scale:.3g}"
+
+
+def data(kind, dtype):
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(n):
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+
+    key = {
+        "uniform": lambda: rand(700),
+        "clusters and gaps": lambda: torch.cat(
+            [rand(300) * 1e-3, 0.4 + rand(300) * 1e-4, 0.9 + rand(100) * 0.1]
+        ),
+        "duplicates": lambda: (rand(700) * 20).round() / 20,
+        "isolated": lambda: torch.cat([rand(600) * 1e-2, torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)]),
+        "all the same": lambda: torch.full((50,), 0.25, dtype=torch.float64),
+    }[kind]().to(dtype)
+    query = torch.cat([rand(100) * 1.2 - 0.1, key[::9].double(), key[::9].double() + 1e-4]).to(dtype)
+    return query, key, torch.randn(len(key), generator=generator, dtype=torch.float64).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("order", ["sorted", "unsorted"])
+@pytest.mark.parametrize("kind", ["uniform", "clusters and gaps", "duplicates", "isolated", "all the same"])
+def test_any_bandwidth(backend, kind, order, dtype):
+    """out, lse and both tangents for w from 0 over uniform weights to one-hot ones."""
+    query, key, value = data(kind, dtype)
+    if order == "sorted":
+        key, places = key.sort()
+        query, value = query.sort().values, value[places]
+    eps = ROUNDING[dtype]
+    for w in (0.0, 1e-30, 1e-3, 1.0, 10.0, 300.0, 1e4, 1e5, 1e6):
+        weight = torch.tensor(w, dtype=dtype, requires_grad=True)
+        x = query.clone().requires_grad_()
+        out = nwfast.nadaraya_watson(x, key, value, weight, backend=backend)
+        lse = nwfast.nadaraya_watson(query, key, value, w, backend=backend, return_lse=True)[1]
+        slope_w, slope_q = torch.autograd.grad(out.sum(), (weight, x))
+        right = exact(query, key, value, weight)
+        scale = value.abs().max()
+        # A score carries the rounding of (q - k) w, relative to itself: what matters lies within 10 bandwidths of
+        # the nearest key, whose own distance adds where it is large.
+        nearest = float(w * (query[:, None] - key).abs().amin(1).max())
+        loose = eps * (64 + 16 * nearest)
+        assert_relative(out, right[0], loose, scale, f"out, w = {w}")
+        assert_relative(lse, right[1], 16 * eps, 1 + right[1].abs().max(), f"lse, w = {w}")
+        assert_relative(
+            slope_q, right[3], loose * 4, scale * w + right[3].abs().max(), f"slope in q, w = {w}"
+        )
+        if w:
+            size = scale * (1 + nearest) / w * len(query)
+            assert_relative(
+                slope_w, right[2].sum(), loose * 4, size + right[2].abs().sum(), f"slope in w, w = {w}"
+            )
+
+
+@DTYPES
+def test_w_of_zero_is_the_mean_exactly(backend, dtype):
+    value = torch.randint(-8, 9, (64,)).to(dtype)
+    x = torch.rand(64, dtype=dtype)
+    for w in (0.0, torch.tensor([0.0], dtype=dtype), torch.tensor(-0.0, dtype=dtype)):
+        out, lse = nwfast.nadaraya_watson(x, x, value, w, backend=backend, return_lse=True)
+        mean = torch.full_like(out, value.double().mean().item())
+        torch.testing.assert_close(out, mean, rtol=0, atol=ROUNDING[dtype] * float(value.abs().max()))
+        torch.testing.assert_close(lse, torch.full_like(lse, 64).log())
+    w = torch.zeros(1, dtype=dtype, requires_grad=True)
+    q, k = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = nwfast.nadaraya_watson(q, k, value, w, backend=backend)
+    for gradient in torch.autograd.grad(out.square().sum(), (w, q, k)):
+        assert not gradient.any()
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+@pytest.mark.parametrize("w", [1e8, 1e19, 1e30])
+def test_overflowing_scores_give_the_nearest_value(backend, w, features, dtype):
+    """Scores beyond float32: one key holds all weight, gradients vanish, nothing is NaN."""
+    key = (torch.arange(60.0)[:, None] * torch.tensor([1.0, 0.5])[:features]).to(dtype)
+    query = key[torch.randperm(60)[:40]] + torch.tensor([0.25, 0.125], dtype=dtype)[:features]
+    value = torch.randn(60, 2, dtype=dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, torch.tensor(w, dtype=dtype))]
+    out, lse = nwfast.nadaraya_watson(*leaves, backend=backend, return_lse=True)
+    nearest = torch.cdist(query.double(), key.double()).argmin(1)
+    assert not lse.isnan().any()
+    # The nearest value, up to the rounding of its product with a weight of 1.
+    rounding = {"rtol": 0, "atol": 2 * ROUNDING[dtype] * float(value.abs().max())}
+    torch.testing.assert_close(out, value[nearest], **rounding)
+    far = torch.cat([query, query + 1e6])
+    assert torch.equal(
+        nwfast.nadaraya_watson(far, key, value, w, backend=backend)[40:], value[-1:].expand(40, 2)
+    )
+    out = nwfast.nadaraya_watson(*leaves, backend=backend)
+    for gradient, zero in zip(torch.autograd.grad(out.sum(), leaves), (1, 1, 0, 1), strict=True):
+        assert gradient.isfinite().all()
+        assert not (zero and gradient.any())
+
+
+@DTYPES
+def test_ties_share(backend, dtype):
+    key = torch.tensor([-1.0, 1.0, 1.0, 3.0], dtype=dtype)
+    value = torch.tensor([1.0, 2.0, 6.0, 9.0], dtype=dtype)
+    for w in (100.0, 1e6, 1e30):
+        out = nwfast.nadaraya_watson(
+            torch.tensor([1.0, 0.0, 2.0], dtype=dtype), key, value, w, backend=backend
+        )
+        torch.testing.assert_close(out, torch.tensor([4.0, 3.0, 17 / 3], dtype=dtype))
+
+
+@DTYPES
+def test_far_queries(backend, dtype):
+    """30 000 bandwidths from the data the weights are still those of the last few keys, and so are the derivatives."""
+    spacing = 2.0**-12
+    key = torch.arange(400, dtype=torch.float64) * spacing  # coordinates and distances are exact in float32
+    query = torch.tensor([-30000.0, 30000.0, -3000.0, 500.0, 40.0], dtype=torch.float64)
+    if dtype == torch.float32:
+        query = query / 16
+    value = torch.randn(400, dtype=torch.float64)
+    key, query, value = key.to(dtype), query.to(dtype), value.to(dtype)
+    w = torch.ones((), dtype=dtype, requires_grad=True)
+    x = query.clone().requires_grad_()
+    out = nwfast.nadaraya_watson(x, key, value, w, backend=backend)
+    right = exact(query, key, value, 1.0)
+    slope_w, slope_q = torch.autograd.grad(out.sum(), (w, x))
+    eps = ROUNDING[dtype]
+    assert len(out.unique()) > 1.5
+    assert_relative(out, right[0], 256 * eps, value.abs().max(), "out")
+    assert_relative(slope_q, right[3], 1024 * eps, right[3].abs().max(), "slope in q")
+    assert_relative(slope_w, right[2].sum(), 1024 * eps, right[2].abs().sum(), "slope in w")
+    lse = nwfast.nadaraya_watson(query, key, value, 1.0, backend=backend, return_lse=True)[1]
+    torch.testing.assert_close(lse.double(), right[1], rtol=4 * eps, atol=0)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_offsets(backend, features):
+    """Keys near 1e6 with spacing 1e-3: as accurate as the same keys near 0, up to the rounding of the keys."""
+    generator = torch.Generator().manual_seed(1)
+    key = 1e6 + torch.arange(500, dtype=torch.float64)[:, None].expand(500, features) * 1e-3
+    query = 1e6 + torch.rand(80, features, generator=generator, dtype=torch.float64) * 0.5
+    value = torch.randn(500, 1, generator=generator, dtype=torch.float64)
+    leaves = [
+        x.clone().requires_grad_() for x in (query, key, value, torch.tensor(700.0, dtype=torch.float64))
+    ]
+    grad = torch.randn(80, 1, dtype=torch.float64)
+    out = nwfast.nadaraya_watson(*leaves, backend=backend)
+    near = [query - 1e6, key - 1e6, value, leaves[3].detach(), None]  # exact
+    torch.testing.assert_close(out, textbook(*near)[0], rtol=0, atol=1e-11)
+    for found, right in zip(torch.autograd.grad(out, leaves, grad), gradients(near, grad), strict=False):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-11 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("n", [5, 3000])
+def test_nan_and_infinity(backend, n):
+    key, value = torch.rand(n).sort().values, torch.rand(n)
+
+    def run(query=None, key=key, value=value, w=2000.0, **options):
+        query = torch.linspace(0, 1, 40) if query is None else query
+        return nwfast.nadaraya_watson(query, key, value, w, backend=backend, return_lse=True, **options)
+
+    fine, fine_lse = run()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        query = torch.linspace(0, 1, 40)
+        query[7] = bad
+        out, lse = run(query)
+        others = torch.arange(40) != 7
+        assert out[7].isnan()
+        torch.testing.assert_close(out[others], fine[others])
+        torch.testing.assert_close(lse[others], fine_lse[others])
+    for place in (0, n // 2, n - 1):
+        broken = key.clone()
+        broken[place] = torch.nan
+        assert run(key=broken)[0].isnan().all()
+        assert run(key=broken, w=0.5)[0].isnan().all()
+        broken = value.clone()
+        broken[place] = torch.nan
+        assert run(value=broken, w=0.5)[0].isnan().all()
+        reference = nwfast.nadaraya_watson(torch.linspace(0, 1, 40), key, broken, 2000.0, backend="reference")
+        assert torch.equal(run(value=broken)[0].isnan(), reference.isnan())
+        weight = torch.ones(n)
+        weight[place] = torch.nan
+        assert run(key_weight=weight)[0].isnan().all()
+        weight[place] = -1.0
+        assert run(key_weight=weight)[0].isnan().all()
+    away = torch.cat([key, torch.tensor([torch.inf])])
+    out, lse = run(key=away, value=torch.cat([value, torch.tensor([5.0])]))
+    torch.testing.assert_close(out, fine)
+    torch.testing.assert_close(lse, fine_lse)
+
+
+@DTYPES
+def test_a_key_of_weight_zero_counts_for_nothing(backend, dtype):
+    """Wherever it lies, whatever its value: and its gradient is right, although log 0 has none."""
+    key = torch.cat([torch.rand(40, dtype=dtype), torch.tensor([5.0, 0.5, -1e4], dtype=dtype)])
+    value = torch.cat([torch.randn(40, dtype=dtype), torch.tensor([1e4, 1e4, -1e4], dtype=dtype)])
+    query = torch.cat([torch.rand(30, dtype=dtype), torch.tensor([4.9, -1e4], dtype=dtype)])
+    weight = torch.ones(43, dtype=dtype)
+    weight[40:] = 0
+    for w in (0.0, 2.0, 100.0):
+        out, lse = nwfast.nadaraya_watson(
+            query, key, value, w, key_weight=weight, backend=backend, return_lse=True
+        )
+        kept, kept_lse = nwfast.nadaraya_watson(
+            query, key[:40], value[:40], w, backend=backend, return_lse=True
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(out, kept, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse, kept_lse, rtol=tolerance, atol=tolerance)
+    leaf = weight.clone().requires_grad_()
+    query = query[:30]
+    nwfast.nadaraya_watson(query, key, value, 2.0, key_weight=leaf, backend=backend).sum().backward()
+    p = torch.exp(-((query.double()[:, None] - key.double()) ** 2) * 2)
+    total = p[:, :40].sum(1, keepdim=True)
+    out = p[:, :40] @ value[:40].double() / total[:, 0]
+    right = (p / total * (value.double() - out[:, None])).sum(0)
+    torch.testing.assert_close(
+        leaf.grad.double(),
+        right,
+        rtol=1e-4 if dtype == torch.float32 else 1e-11,
+        atol=float(right.abs().max() * 1e-6),
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_memory_of_a_large_forward_pass(native):
+    """200 000 queries and keys in a fresh process: at most 100 MB over what importing took (the matrix has 160 GB)."""
+    code = """
+import torch, nwfast
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts again at what is in use
+n = 200_000
+x = torch.rand(n).sort().values
+out = nwfast.nadaraya_watson(x, x, x.sin(), 20000.0, backend="native")
+assert torch.allclose(out, x.sin(), atol=1e-3)
+peak = status("VmHWM") - before
+assert 2e6 < peak < 100e6, peak
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
