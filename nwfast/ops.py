@@ -84,7 +84,7 @@ def nadaraya_watson(
         return outputs if return_lse else (outputs, None)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, *_ = kernels.forward(query, key, value, w, key_weight, exclude_self, False, False)
+            out, lse, _, _, _ = kernels.forward(query, key, value, w, key_weight, exclude_self, False, False)
             return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
     return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
 

@@ -42,16 +42,8 @@ def canonical(
     ValueError
         Shapes that do not fit, mixed devices, no keys, or M != N with exclude_self.
     """
-    _check_tensor("query", query)
-    _check_tensor("key", key)
-    if not without_value:
-        _check_tensor("value", value)
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        query, key, value, w, key_weight = map(_widen, (query, key, value, w, key_weight))
-    _check_companion("key", key, query)
-    if value is not None:
-        _check_companion("value", value, query)
+    if not _is_plain(query, key, value, w, key_weight):
+        query, key, value, w, key_weight = _checked(query, key, value, w, key_weight, without_value)
 
     drop = 0
     query_ndim, key_ndim = query.ndim, key.ndim
@@ -125,6 +117,40 @@ def check_method(method: str) -> None:
     """Raise ValueError unless `method` is "auto" or the name of a method."""
     if method != "auto" and method not in METHODS:
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}, got {method!r}")
+
+
+def _is_plain(query: Any, key: Any, value: Any, w: Any, key_weight: Any) -> bool:
+    """The common case, in which `_checked` would find nothing to refuse or convert: one wide dtype, one device."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    dtype, device = query.dtype, query.device
+    return (
+        (dtype == torch.float32 or dtype == torch.float64)
+        and key.dtype == dtype
+        and value.dtype == dtype
+        and key.device == device
+        and value.device == device
+        and (not isinstance(w, Tensor) or w.dtype == dtype)
+        and key_weight is None
+        and query.layout == key.layout == value.layout == torch.strided
+    )
+
+
+def _checked(
+    query: Any, key: Any, value: Any, w: Any, key_weight: Any, without_value: bool
+) -> tuple[Tensor, Tensor, Any, Any, Any]:
+    """The arguments, converted under autocast; TypeError or ValueError where kinds, dtypes or devices do not fit."""
+    _check_tensor("query", query)
+    _check_tensor("key", key)
+    if not without_value:
+        _check_tensor("value", value)
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        query, key, value, w, key_weight = map(_widen, (query, key, value, w, key_weight))
+    _check_companion("key", key, query)
+    if value is not None:
+        _check_companion("value", value, query)
+    return query, key, value, w, key_weight
 
 
 def _check_tensor(name: str, tensor: object) -> None:
