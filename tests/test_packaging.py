@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, require
 
-pytestmark = pytest.mark.xdist_group("packaging")  # what is built once serves all tests
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "nwfast")
 
 # In an installed package: where it is, what works, whether a compiler is in reach, and the op against the formula.
