@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, require
 
-
 # -fwrapv, which Python's own flags bring, would hide signed overflow.
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,undefined -fno-sanitize-recover=all"
 
