@@ -40,6 +40,8 @@ constexpr double kSerialPairs = 65536;
 template <typename T>
 void scalar_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
+void scalar_query_backward(const Problem& problem, const BackwardTask<T>& task);
+template <typename T>
 void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
 // Any number of both (tiled.cpp).

@@ -42,7 +42,7 @@ struct ScalarRows {
 };
 
 // For the keys [key_begin, key_end) over all rows of all blocks whose windows meet them, with e_ij = 2^t_ij and
-// u_ij = value_grad_i v_j - offset_grad_i:
+// u_ij = value_grad_i (v_j - mean_i) + lse_grad_i:
 //   sum_i e value_grad_i,   sum_i e u,   sum_i e u (x_i - k_j)
 template <typename T>
 struct ScalarKeys {
@@ -55,7 +55,8 @@ struct ScalarKeys {
   const T* nearest;         // (rows)
   const double* shift;      // (rows)
   const T* value_grad;      // (rows)
-  const T* offset_grad;     // (rows)
+  const T* mean;            // (rows) the outputs
+  const T* lse_grad;        // (rows)
   const int64_t* excluded;  // (rows) or null
   const int64_t* windows;   // (ceil(rows / kRowBlock), 2)
   double *sum_value, *sum_weight, *sum_offset;  // (key_end - key_begin) each

@@ -171,8 +171,12 @@ struct Range {
     }
   }
   double magnitude() const { return high < low ? 0 : std::fmax(std::fabs(low), std::fabs(high)); }
-  // What to subtract from values before they are summed: it makes sums of constants exact and gradients accurate.
-  double centre() const { return finite && high >= low ? low / 2 + high / 2 : 0; }
+  // What to subtract from values before they are summed. It makes sums of constants exact and gradients accurate, and
+  // is itself exact: numbers within a factor of two of each other have no rounding error in their difference.
+  double centre() const {
+    const double least = std::fmin(std::fabs(low), std::fabs(high));
+    return finite && low * high > 0 && 3 * least >= magnitude() ? low / 2 + high / 2 : 0;
+  }
 };
 
 }  // namespace nwfast

@@ -204,7 +204,11 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
   task.grad_w = needs & kW ? grad_w.get() : nullptr;
   if (problem.batch.count > 0 && (needs & (kQuery | kW)) && problem.queries > 0) {
     const bool tangents = !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
-    tangents ? apply_tangents(problem, task) : tiled_query_backward(problem, task);
+    if (tangents) {
+      apply_tangents(problem, task);
+    } else {
+      scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
+    }
   }
   if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight))) {
     scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);

@@ -279,47 +279,105 @@ class ScalarBatch {
   Buffer<int64_t> excluded_, before_, after_;
 };
 
+// The sums of one block of rows, and what follows from them.
+template <typename T>
+class RowBlock {
+ public:
+  RowBlock(const ScalarBatch<T>& batch, const Kernels<T>& kernels, int64_t block, bool scores, bool offsets)
+      : batch_(batch), step_(batch.scale() * batch.unit) {
+    batch.locate(kernels, block, true, rows_, nearest_);
+    rows_.scores = scores;
+    rows_.offsets = offsets;
+    rows_.sums = sums_;
+    rows_.shift = shift_;
+    kernels.scalar_rows(rows_);
+  }
+
+  int64_t rows() const { return rows_.rows; }
+  bool empty(int64_t i) const { return total(i) == 0; }
+  double total(int64_t i) const { return sum(i, kTotal); }
+  double shift(int64_t i) const { return shift_[i]; }
+  double mean(int64_t i) const { return sum(i, kValue) / total(i); }  // of the centred values
+  double lse(int64_t i) const {
+    const double offset = far_offset(i) * batch_.w;
+    return kLn2 * std::log2(total(i) * batch_.weight_unit) - offset * offset / 2;
+  }
+
+  // Derivatives of out and of lse by w and by the query, from moments (relative to the nearest key where that is far).
+  double out_by_w(int64_t i) const { return covariance(i, kScoreTotal) / step_ * (batch_.w / step_); }
+  double out_by_query(int64_t i) const { return -covariance(i, kOffsetTotal) * batch_.w * (batch_.w / step_); }
+  double lse_by_w(int64_t i) const {
+    const double offset = far_offset(i);
+    return sum(i, kScoreTotal) / total(i) / step_ * (batch_.w / step_) - batch_.w * offset * offset;
+  }
+  double lse_by_query(int64_t i) const {
+    return -batch_.w * (sum(i, kOffsetTotal) / total(i) * (batch_.w / step_) + batch_.w * far_offset(i));
+  }
+
+ private:
+  double sum(int64_t i, int which) const { return sums_[i * kScalarSums + which]; }
+  double covariance(int64_t i, int which) const {
+    return (sum(i, which + 1) - mean(i) * sum(i, which)) / total(i);
+  }
+  // From the nearest key to the query in user units, where the sums are relative to that key.
+  double far_offset(int64_t i) const {
+    return shift_[i] > 0 ? (static_cast<double>(rows_.query[i]) - nearest_[i]) / batch_.unit : 0;
+  }
+
+  const ScalarBatch<T>& batch_;
+  double step_;  // from user coordinates to those of the scores
+  ScalarRows<T> rows_;
+  T nearest_[kRowBlock];
+  double sums_[kRowBlock * kScalarSums], shift_[kRowBlock];
+};
+
 template <typename T, typename R>
 void forward_block(const Problem& problem, const ScalarBatch<T>& batch, const Kernels<T>& kernels, int64_t b,
                    int64_t block, const ForwardResult<R>& result) {
-  T nearest[kRowBlock];
-  double sums[kRowBlock * kScalarSums], shift[kRowBlock];
-  ScalarRows<T> rows;
-  batch.locate(kernels, block, true, rows, nearest);
-  rows.scores = result.tangent_w != nullptr;
-  rows.offsets = result.tangent_q != nullptr;
-  rows.sums = sums;
-  rows.shift = shift;
-  kernels.scalar_rows(rows);
-  const double step = batch.scale() * batch.unit;  // from user coordinates to those of the scores
-  for (int64_t i = 0; i < rows.rows; ++i) {
+  const RowBlock<T> rows(batch, kernels, block, result.tangent_w != nullptr, result.tangent_q != nullptr);
+  for (int64_t i = 0; i < rows.rows(); ++i) {
     const int64_t row = b * problem.queries + batch.original_row(block * kRowBlock + i);
-    const double* sum = sums + i * kScalarSums;
-    const double total = sum[kTotal], mean = sum[kValue] / total;
-    const bool empty = total == 0;
+    const double mean = rows.mean(i);
+    const bool empty = rows.empty(i);
     double out = batch.centre + mean;
     if (batch.values.finite) out = std::fmin(std::fmax(out, batch.values.low), batch.values.high);
     // fmin and fmax drop NaN.
     result.out[row] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
-    const double offset = (static_cast<double>(rows.query[i]) - nearest[i]) / batch.unit * batch.w;
-    const double lse = kLn2 * std::log2(total * batch.weight_unit) - (shift[i] > 0 ? offset * offset / 2 : 0);
-    result.lse[row] = static_cast<R>(empty ? -INFINITY : lse);
-    result.state[2 * row] = shift[i];
-    result.state[2 * row + 1] = total * batch.weight_unit;
-    if (rows.scores) {
-      const double covariance = (sum[kScoreValue] - mean * sum[kScoreTotal]) / total;
-      result.tangent_w[row] = static_cast<R>(empty ? 0 : covariance / step * (batch.w / step));
-    }
-    if (rows.offsets) {
-      const double covariance = (sum[kOffsetValue] - mean * sum[kOffsetTotal]) / total;
-      result.tangent_q[row] = static_cast<R>(empty ? 0 : -covariance * batch.w * (batch.w / step));
-    }
+    result.lse[row] = static_cast<R>(empty ? -INFINITY : rows.lse(i));
+    result.state[2 * row] = rows.shift(i);
+    result.state[2 * row + 1] = rows.total(i) * batch.weight_unit;
+    if (result.tangent_w) result.tangent_w[row] = static_cast<R>(empty ? 0 : rows.out_by_w(i));
+    if (result.tangent_q) result.tangent_q[row] = static_cast<R>(empty ? 0 : rows.out_by_query(i));
   }
 }
 
+// Adds a block's part of the gradient of w to grad_w.
 template <typename T, typename R>
-void forward_in(const Problem& problem, const ForwardResult<R>& result) {
-  const Kernels<T>& table = kernels<T>();
+void query_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch,
+                 const Kernels<T>& kernels, int64_t b, int64_t block, double* grad_w) {
+  const RowBlock<T> rows(batch, kernels, block, task.grad_w != nullptr, task.grad_query != nullptr);
+  const int64_t grad = task.grad_out.offset(problem.batch, b);
+  const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
+  for (int64_t i = 0; i < rows.rows(); ++i) {
+    const int64_t original = batch.original_row(block * kRowBlock + i), row = b * problem.queries + original;
+    if (rows.empty(i)) {
+      if (task.grad_query) task.grad_query[row] = 0;
+      continue;
+    }
+    double g = 0, g_lse = 0;
+    read(task.grad_out, grad + original * task.grad_out.row_stride, 1, 0, &g);
+    if (task.grad_lse.data) read(task.grad_lse, grad_lse + original * task.grad_lse.row_stride, 1, 0, &g_lse);
+    if (task.grad_query) {
+      const double by_lse = task.grad_lse.data ? g_lse * rows.lse_by_query(i) : 0;
+      task.grad_query[row] = static_cast<R>(g * rows.out_by_query(i) + by_lse);
+    }
+    if (task.grad_w) *grad_w += g * rows.out_by_w(i) + (task.grad_lse.data ? g_lse * rows.lse_by_w(i) : 0);
+  }
+}
+
+// run(batch, b, block) over all row blocks of all batch elements.
+template <typename T, typename Run>
+void over_row_blocks(const Problem& problem, const Run& run) {
   const int64_t blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
   const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
   if (problem.batch.count > blocks) {
@@ -329,7 +387,7 @@ void forward_in(const Problem& problem, const ForwardResult<R>& result) {
       const int64_t end = std::min(problem.batch.count, (chunk + 1) * kBatchChunk);
       for (int64_t b = chunk * kBatchChunk; b < end; ++b) {
         batch.prepare(problem, b);
-        for (int64_t block = 0; block < blocks; ++block) forward_block(problem, batch, table, b, block, result);
+        for (int64_t block = 0; block < blocks; ++block) run(batch, b, block);
       }
     });
     return;
@@ -337,15 +395,37 @@ void forward_in(const Problem& problem, const ForwardResult<R>& result) {
   ScalarBatch<T> batch;
   for (int64_t b = 0; b < problem.batch.count; ++b) {
     batch.prepare(problem, b);
-    parallel_blocks(blocks, pairs < kSerialPairs,
-                    [&](int64_t block) { forward_block(problem, batch, table, b, block, result); });
+    parallel_blocks(blocks, pairs < kSerialPairs, [&](int64_t block) { run(batch, b, block); });
+  }
+}
+
+template <typename T, typename R>
+void forward_in(const Problem& problem, const ForwardResult<R>& result) {
+  const Kernels<T>& table = kernels<T>();
+  over_row_blocks<T>(problem, [&](const ScalarBatch<T>& batch, int64_t b, int64_t block) {
+    forward_block(problem, batch, table, b, block, result);
+  });
+}
+
+template <typename T, typename R>
+void query_backward_in(const Problem& problem, const BackwardTask<R>& task) {
+  const Kernels<T>& table = kernels<T>();
+  const int64_t blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
+  Buffer<double> partial(problem.batch.count * blocks);  // added in order below
+  over_row_blocks<T>(problem, [&](const ScalarBatch<T>& batch, int64_t b, int64_t block) {
+    partial[b * blocks + block] = 0;
+    query_block(problem, task, batch, table, b, block, &partial[b * blocks + block]);
+  });
+  for (int64_t b = 0; task.grad_w && b < problem.batch.count; ++b) {
+    task.grad_w[b] = 0;
+    for (int64_t block = 0; block < blocks; ++block) task.grad_w[b] += partial[b * blocks + block];
   }
 }
 
 // The rows of a batch element as the key side sees them.
 template <typename T>
 struct KeySide {
-  Buffer<T> nearest, value_grad, offset_grad;
+  Buffer<T> nearest, value_grad, mean, lse_grad;
   Buffer<double> shift;
   Buffer<int64_t> windows;
 
@@ -372,7 +452,8 @@ struct KeySide {
       const bool empty = total == 0;
       shift[i] = task.state[2 * row];
       value_grad[i] = static_cast<T>(empty ? 0 : g / total);
-      offset_grad[i] = static_cast<T>(empty ? 0 : (g * (task.out[row] - batch.centre) - g_lse) / total);
+      mean[i] = static_cast<T>(empty ? 0 : task.out[row] - batch.centre);
+      lse_grad[i] = static_cast<T>(empty ? 0 : g_lse / total);
     }
   }
 };
@@ -393,7 +474,8 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
   keys.nearest = side.nearest.get();
   keys.shift = side.shift.get();
   keys.value_grad = side.value_grad.get();
-  keys.offset_grad = side.offset_grad.get();
+  keys.mean = side.mean.get();
+  keys.lse_grad = side.lse_grad.get();
   keys.excluded = batch.excluded();
   keys.windows = side.windows.get();
   keys.sum_value = sum_value;
@@ -419,7 +501,9 @@ void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
   const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
   const auto run = [&](ScalarBatch<T>& batch, KeySide<T>& side, int64_t b, bool serial) {
     batch.prepare(problem, b);
-    for (Buffer<T>* buffer : {&side.nearest, &side.value_grad, &side.offset_grad}) buffer->allocate(problem.queries);
+    for (Buffer<T>* buffer : {&side.nearest, &side.value_grad, &side.mean, &side.lse_grad}) {
+      buffer->allocate(problem.queries);
+    }
     side.shift.allocate(problem.queries);
     side.windows.allocate(2 * row_blocks);
     parallel_blocks(row_blocks, serial,
@@ -455,6 +539,20 @@ void scalar_forward<float>(const Problem& problem, const ForwardResult<float>& r
     forward_in<double>(problem, result);
   } else {
     forward_in<float>(problem, result);
+  }
+}
+
+template <>
+void scalar_query_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
+  query_backward_in<double>(problem, task);
+}
+
+template <>
+void scalar_query_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
+  if (weight_range(problem) > Limits<float>::kWeightRange) {
+    query_backward_in<double>(problem, task);
+  } else {
+    query_backward_in<float>(problem, task);
   }
 }
 

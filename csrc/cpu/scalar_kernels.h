@@ -285,7 +285,8 @@ struct KeyAccumulator {
   template <bool kFar, bool kExclude>
   NWFAST_INLINE void add(const ScalarKeys<T>& task, int64_t row, int64_t j) {
     const Vec<T> scale = splat<T>(task.scale), query = splat<T>(task.query[row]);
-    const Vec<T> value_grad = splat<T>(task.value_grad[row]), offset_grad = splat<T>(task.offset_grad[row]);
+    const Vec<T> value_grad = splat<T>(task.value_grad[row]), lse_grad = splat<T>(task.lse_grad[row]);
+    const Vec<T> mean = splat<T>(task.mean[row]);
     const Vec<T> nearest = splat<T>(task.nearest[row]);
     const Vec<T> mirrored = (query - nearest) + query;
 #pragma GCC unroll 8
@@ -305,7 +306,8 @@ struct KeyAccumulator {
         if (place >= 0 && place < kLanes<T>) weight[place] = 0;
       }
       sum_value[v] += weight * value_grad;
-      const Vec<T> u = weight * (value_grad * value[v] - offset_grad);
+      // The difference first: it is exactly 0 where a row's weight is all on this key.
+      const Vec<T> u = weight * (value_grad * (value[v] - mean) + lse_grad);
       sum_weight[v] += u;
       sum_offset[v] += u * difference;
     }

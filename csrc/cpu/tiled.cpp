@@ -305,11 +305,13 @@ struct BackwardBatch : TiledBatch<T> {
       const double total = task.state[2 * row + 1] / this->weight_unit;
       const bool empty = total == 0;
       read(task.grad_out, grad + i * task.grad_out.row_stride, channels, task.grad_out.column_stride, g.get());
-      double dot = 0, g_lse = 0;
+      double g_lse = 0;
+      T dot = 0;  // as the kernels sum it, so that it cancels where a row's weight is all on one key
       if (task.grad_lse.data) read(task.grad_lse, grad_lse + i * task.grad_lse.row_stride, 1, 0, &g_lse);
       for (int64_t c = 0; c < channels; ++c) {
         value_grad[i * pitch + c] = static_cast<T>(empty ? 0 : g[c]);
-        dot += g[c] * (static_cast<double>(task.out[row * channels + c]) - static_cast<double>(this->centre[c]));
+        const T mean = static_cast<T>(static_cast<T>(task.out[row * channels + c]) - this->centre[c]);
+        dot = std::fma(mean, static_cast<T>(g[c]), dot);
       }
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
       offset_grad[i] = static_cast<T>(empty ? 0 : dot - g_lse);
@@ -437,9 +439,7 @@ void tiled_forward<float>(const Problem& problem, const ForwardResult<float>& re
 }
 template <>
 void tiled_query_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
-  // With one feature and channel the forward pass was the scalar one, whose far scores float32 cannot repeat here.
-  const bool wide = (problem.features == 1 && problem.channels == 1) || needs_double(problem);
-  wide ? query_backward_in<double>(problem, task) : query_backward_in<float>(problem, task);
+  needs_double(problem) ? query_backward_in<double>(problem, task) : query_backward_in<float>(problem, task);
 }
 template <>
 void tiled_key_backward<float>(const Problem& problem, const BackwardTask<float>& task) {

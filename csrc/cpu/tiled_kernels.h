@@ -210,10 +210,7 @@ struct GradRows {
 template <typename T, int kVectors>
 NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, const T* columns, int64_t pitch, T* weights,
                          T* grads) {
-  Vec<T> product[kQ][kVectors];
-  for (int r = 0; r < kQ; ++r) {
-    for (int v = 0; v < kVectors; ++v) product[r][v] = splat<T>(-block.offset_grad[r]);
-  }
+  Vec<T> product[kQ][kVectors] = {};
   for (int64_t c = 0; c < data.channels; ++c) {
     Vec<T> value[kVectors];
     for (int v = 0; v < kVectors; ++v) value[v] = load(columns + c * data.pitch + v * kLanes<T>);
@@ -232,7 +229,7 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
       score = select<T>(score > most, most, score);
       const Vec<T> weight = exp2<T>(score) * block.inverse_total[r];
       store<T>(place, weight);
-      store<T>(grads + r * pitch + v * kLanes<T>, weight * product[r][v]);
+      store<T>(grads + r * pitch + v * kLanes<T>, weight * (product[r][v] - block.offset_grad[r]));
     }
   }
 }
