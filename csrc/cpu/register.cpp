@@ -1,5 +1,8 @@
 // The operators nwfast::native_forward and nwfast::native_backward on the CPU: the contract of
 // nwfast/backends/__init__.py in terms of LibTorch's stable ABI. Schemas, fakes and autograd are defined in Python.
+//
+// Beside the canonical form they take the one-feature forms of the public function as they are, query (M,) with key (N,)
+// or (M, N), and return results in those shapes: small calls would otherwise spend more time on views than on sums.
 
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -42,75 +45,149 @@ Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
     strides[dim] = stride;
     stride *= sizes[dim] > 0 ? sizes[dim] : 1;
   }
-  const int32_t code = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(ndim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-// A tensor of shape (*B, columns...), or an empty one where it is not wanted.
-Tensor empty_batched(const Batch& batch, std::initializer_list<int64_t> columns, ScalarType dtype, bool wanted = true) {
-  int64_t sizes[kMaxRank + 2] = {0};
-  if (!wanted) return empty(sizes, 1, dtype);
-  int64_t ndim = 0;
-  for (; ndim < batch.rank; ++ndim) sizes[ndim] = batch.sizes[ndim];
-  for (const int64_t column : columns) sizes[ndim++] = column;
-  return empty(sizes, ndim, dtype);
-}
+// How the shapes of the tensors relate to the problem.
+enum class Form { kCanonical, kShared, kPerQuery };
 
-// A view of a tensor (*B, ...) with `trailing` dimensions behind the leading ones, which broadcast from the right.
-View view_of(const Tensor& tensor, const Batch& batch, int trailing) {
+struct Call {
+  Problem problem;
+  Form form = Form::kCanonical;
+  bool channels = true;  // whether results have a dimension for them
+
+  // A tensor of shape (*B, rows, columns), or an empty one where it is not wanted. Dimensions that the form does without
+  // are left out.
+  Tensor allocate(int64_t rows, int64_t columns, bool has_columns, ScalarType dtype, bool wanted = true) const {
+    int64_t sizes[kMaxRank + 2] = {0};
+    if (!wanted) return empty(sizes, 1, dtype);
+    int64_t ndim = 0;
+    for (; ndim < problem.batch.rank; ++ndim) sizes[ndim] = problem.batch.sizes[ndim];
+    if (rows >= 0) sizes[ndim++] = rows;
+    if (has_columns) sizes[ndim++] = columns;
+    return empty(sizes, ndim, dtype);
+  }
+  // Rows of the queries: one for each batch element with keys per query, whose dimension the caller did not give.
+  int64_t query_rows() const { return form == Form::kPerQuery ? -1 : problem.queries; }
+  bool features() const { return form == Form::kCanonical; }
+};
+
+// A view of a tensor whose dimensions from `batch_dim`, and `row` and `column`, have these roles; -1 for none. Leading
+// dimensions broadcast from the right.
+View view_of(const Tensor& tensor, const Batch& batch, int leading, int row, int column) {
+  const auto stride = [&](int dim) { return dim >= 0 && tensor.size(dim) > 1 ? tensor.stride(dim) : 0; };
   View view;
   view.data = tensor.const_data_ptr();
   view.dtype = dtype_of(tensor);
-  const int ndim = static_cast<int>(tensor.dim()), leading = ndim - trailing;
-  for (int dim = 0; dim < batch.rank; ++dim) {
-    const int own = dim - (batch.rank - leading);
-    view.batch_strides[dim] = own >= 0 && tensor.size(own) > 1 ? tensor.stride(own) : 0;
-  }
-  if (trailing == 2) {
-    view.row_stride = tensor.size(ndim - 2) > 1 ? tensor.stride(ndim - 2) : 0;
-    view.column_stride = tensor.size(ndim - 1) > 1 ? tensor.stride(ndim - 1) : 0;
-  } else {
-    view.row_stride = view.column_stride = tensor.size(ndim - 1) > 1 ? tensor.stride(ndim - 1) : 0;
-  }
+  for (int dim = 0; dim < batch.rank; ++dim) view.batch_strides[dim] = stride(dim - (batch.rank - leading));
+  view.row_stride = stride(row);
+  view.column_stride = stride(column);
   return view;
 }
 
-Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
-                   const std::optional<Tensor>& key_weight, bool exclude_self) {
-  const int ndim = static_cast<int>(query.dim());
-  STD_TORCH_CHECK(ndim >= 2 && key.dim() == ndim && value.dim() == ndim && w.dim() >= 1 && w.dim() <= ndim - 1,
-                  "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
-  Problem problem;
-  problem.batch.rank = ndim - 2;
-  for (int dim = 0; dim < ndim - 2; ++dim) {
-    int64_t size = 1;
-    for (const Tensor* tensor : {&query, &key, &value}) {
-      const int64_t own = tensor->size(dim);
-      STD_TORCH_CHECK(own == 1 || size == 1 || own == size, "nwfast: leading dimensions do not broadcast");
-      if (own != 1) size = own;
-    }
-    problem.batch.sizes[dim] = size;
-    problem.batch.count *= size;
+// (*B, rows, columns) in canonical form.
+View matrix_view(const Tensor& tensor, const Batch& batch) {
+  const int ndim = static_cast<int>(tensor.dim());
+  return view_of(tensor, batch, ndim - 2, ndim - 2, ndim - 1);
+}
+
+// (*B, n): key weights, w, gradients of lse.
+View vector_view(const Tensor& tensor, const Batch& batch) {
+  const int ndim = static_cast<int>(tensor.dim());
+  return view_of(tensor, batch, ndim - 1, ndim - 1, ndim - 1);
+}
+
+// The gradient of out.
+View output_view(const Tensor& tensor, const Call& call) {
+  switch (call.form) {
+    case Form::kShared:
+      return view_of(tensor, call.problem.batch, 0, 0, call.channels ? 1 : -1);
+    case Form::kPerQuery:
+      return view_of(tensor, call.problem.batch, 1, -1, -1);
+    default:
+      return matrix_view(tensor, call.problem.batch);
   }
-  problem.queries = query.size(ndim - 2);
-  problem.keys = key.size(ndim - 2);
-  problem.features = key.size(ndim - 1);
-  problem.channels = value.size(ndim - 1);
-  STD_TORCH_CHECK(problem.keys > 0 && value.size(ndim - 2) == problem.keys && problem.features > 0 &&
-                      query.size(ndim - 1) == problem.features && problem.channels > 0 &&
-                      (!exclude_self || problem.queries == problem.keys) &&
-                      (!key_weight || key_weight->size(key_weight->dim() - 1) == problem.keys),
-                  "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
-  problem.query = view_of(query, problem.batch, 2);
-  problem.key = view_of(key, problem.batch, 2);
-  problem.value = view_of(value, problem.batch, 2);
-  problem.w = view_of(w, problem.batch, 1);
-  if (key_weight) problem.key_weight = view_of(*key_weight, problem.batch, 1);
+}
+
+void check(bool valid) {
+  STD_TORCH_CHECK(valid, "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
+}
+
+Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
+             const std::optional<Tensor>& key_weight, bool exclude_self) {
+  const int ndim = static_cast<int>(query.dim());
+  Call call;
+  Problem& problem = call.problem;
+  Batch& batch = problem.batch;
   problem.exclude_self = exclude_self;
-  return problem;
+  if (ndim == 1) {
+    const bool per_query = key.dim() == 2;
+    call.form = per_query ? Form::kPerQuery : Form::kShared;
+    call.channels = !per_query && value.dim() == 2;
+    check(w.dim() <= 1 && w.numel() == 1 && (!key_weight || key_weight->dim() <= key.dim()));
+    problem.features = 1;
+    problem.channels = call.channels ? value.size(1) : 1;
+    if (per_query) {
+      check(value.dim() == 2 && key.size(0) == query.size(0) && value.size(0) == query.size(0) && !exclude_self);
+      check(!key_weight || key_weight->dim() == 1 || key_weight->size(0) == query.size(0) || key_weight->size(0) == 1);
+      batch.rank = 1;
+      batch.sizes[0] = batch.count = query.size(0);
+      problem.queries = 1;
+      problem.keys = key.size(1);
+      check(value.size(1) == problem.keys);
+      problem.query = view_of(query, batch, 1, -1, -1);
+      problem.key = view_of(key, batch, 1, 1, -1);
+      problem.value = view_of(value, batch, 1, 1, -1);
+    } else {
+      check(key.dim() == 1 && (value.dim() == 1 || value.dim() == 2));
+      problem.queries = query.size(0);
+      problem.keys = key.size(0);
+      check(value.size(0) == problem.keys);
+      problem.query = view_of(query, batch, 0, 0, -1);
+      problem.key = view_of(key, batch, 0, 0, -1);
+      problem.value = view_of(value, batch, 0, 0, call.channels ? 1 : -1);
+    }
+    problem.w = view_of(w, batch, 0, -1, -1);
+    check(problem.key.dtype == problem.query.dtype && problem.value.dtype == problem.query.dtype &&
+          problem.w.dtype == problem.query.dtype);
+  } else {
+    check(ndim >= 2 && key.dim() == ndim && value.dim() == ndim && w.dim() >= 1 && w.dim() <= ndim - 1);
+    batch.rank = ndim - 2;
+    for (int dim = 0; dim < ndim - 2; ++dim) {
+      int64_t size = 1;
+      for (const Tensor* tensor : {&query, &key, &value}) {
+        const int64_t own = tensor->size(dim);
+        check(own == 1 || size == 1 || own == size);
+        if (own != 1) size = own;
+      }
+      batch.sizes[dim] = size;
+      batch.count *= size;
+    }
+    problem.queries = query.size(ndim - 2);
+    problem.keys = key.size(ndim - 2);
+    problem.features = key.size(ndim - 1);
+    problem.channels = value.size(ndim - 1);
+    check(value.size(ndim - 2) == problem.keys && query.size(ndim - 1) == problem.features);
+    problem.query = matrix_view(query, batch);
+    problem.key = matrix_view(key, batch);
+    problem.value = matrix_view(value, batch);
+    problem.w = vector_view(w, batch);
+  }
+  check(problem.keys > 0 && problem.features > 0 && problem.channels > 0 &&
+        (!exclude_self || problem.queries == problem.keys));
+  if (key_weight) {
+    check(key_weight->dim() >= 1 && key_weight->size(key_weight->dim() - 1) == problem.keys);
+    problem.key_weight = vector_view(*key_weight, batch);
+    check(ndim > 1 || problem.key_weight.dtype == problem.query.dtype);
+  }
+  return call;
 }
 
 bool scalar(const Problem& problem) { return problem.features == 1 && problem.channels == 1; }
@@ -131,17 +208,17 @@ void run_forward(const Problem& problem, const Gradients& outputs) {
 
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
-  const Problem problem = problem_of(query, key, value, w, key_weight, exclude_self);
+  const Call call = call_of(query, key, value, w, key_weight, exclude_self);
+  const Problem& problem = call.problem;
   STD_TORCH_CHECK(scalar(problem) || !(tangent_w || tangent_q),
                   "nwfast: tangents are for one feature and one channel");
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const Batch& batch = problem.batch;
-  const int64_t m = problem.queries, channels = problem.channels;
-  Gradients outputs{empty_batched(batch, {m, channels}, dtype), empty_batched(batch, {m}, dtype),
-                    empty_batched(batch, {m, 2}, ScalarType::Double),
-                    empty_batched(batch, {m, channels}, dtype, tangent_w),
-                    empty_batched(batch, {m, channels}, dtype, tangent_q)};
+  const int64_t m = call.query_rows(), channels = problem.channels;
+  Gradients outputs{call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype),
+                    call.allocate(m, 2, true, ScalarType::Double),
+                    call.allocate(m, channels, call.channels, dtype, tangent_w),
+                    call.allocate(m, channels, call.channels, dtype, tangent_q)};
   wide ? run_forward<double>(problem, outputs) : run_forward<float>(problem, outputs);
   return outputs;
 }
@@ -170,11 +247,10 @@ void apply_tangents(const Problem& problem, const BackwardTask<T>& task) {
 // Sum (batches, features) over what w was broadcast over, in order, into the contiguous gradient of w.
 template <typename R>
 void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* out) {
-  const int ndim = static_cast<int>(w.dim());
+  const int ndim = static_cast<int>(w.dim()) > 0 ? static_cast<int>(w.dim()) : 1;  // a scalar is as (1,)
   View target;
-  int64_t stride = 1;
-  target.column_stride = w.size(ndim - 1) > 1 ? 1 : 0;
-  stride *= w.size(ndim - 1);
+  int64_t stride = w.dim() > 0 ? w.size(ndim - 1) : 1;
+  target.column_stride = stride > 1 ? 1 : 0;
   for (int dim = problem.batch.rank - 1; dim >= 0; --dim) {
     const int own = dim - (problem.batch.rank - (ndim - 1));
     const int64_t size = own >= 0 ? w.size(own) : 1;
@@ -213,12 +289,17 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
   if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight))) {
     scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
   }
-  if (needs & kW && std::get<3>(gradients).numel() > 0) {
-    if (std::get<3>(gradients).scalar_type() == ScalarType::Double) {
-      reduce_w(problem, w, grad_w.get(), data<double>(std::get<3>(gradients)));
-    } else {
-      reduce_w(problem, w, grad_w.get(), data<float>(std::get<3>(gradients)));
-    }
+  const Tensor& sum = std::get<3>(gradients);
+  if (!(needs & kW) || sum.numel() == 0) return;
+  switch (dtype_of(sum)) {
+    case Dtype::kFloat:
+      return reduce_w(problem, w, grad_w.get(), data<float>(sum));
+    case Dtype::kDouble:
+      return reduce_w(problem, w, grad_w.get(), data<double>(sum));
+    case Dtype::kHalf:
+      return reduce_w(problem, w, grad_w.get(), data<torch::headeronly::Half>(sum));
+    case Dtype::kBFloat16:
+      return reduce_w(problem, w, grad_w.get(), data<torch::headeronly::BFloat16>(sum));
   }
 }
 
@@ -228,25 +309,27 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
                    const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight,
                    const Tensor& out, const Tensor& state, const Tensor& tangent_w, const Tensor& tangent_q,
                    bool exclude_self, int64_t needs) {
-  const Problem problem = problem_of(query, key, value, w, key_weight, exclude_self);
+  const Call call = call_of(query, key, value, w, key_weight, exclude_self);
+  const Problem& problem = call.problem;
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const Batch& batch = problem.batch;
   int64_t w_sizes[kMaxRank + 2] = {0};
   const int64_t w_ndim = needs & kW ? w.dim() : 1;
   for (int64_t dim = 0; needs & kW && dim < w_ndim; ++dim) w_sizes[dim] = w.size(dim);
   const Gradients gradients{
-      empty_batched(batch, {problem.queries, problem.features}, dtype, needs & kQuery),
-      empty_batched(batch, {problem.keys, problem.features}, dtype, needs & kKey),
-      empty_batched(batch, {problem.keys, problem.channels}, dtype, needs & kValue),
-      empty(w_sizes, w_ndim, dtype),
-      empty_batched(batch, {problem.keys}, dtype, needs & kKeyWeight)};
+      call.allocate(call.query_rows(), problem.features, call.features(), dtype, needs & kQuery),
+      call.allocate(problem.keys, problem.features, call.features(), dtype, needs & kKey),
+      call.allocate(problem.keys, problem.channels, call.channels, dtype, needs & kValue),
+      empty(w_sizes, w_ndim, needs & kW ? w.scalar_type() : dtype),
+      call.allocate(problem.keys, 0, false, dtype, needs & kKeyWeight)};
   const Tensor whole[] = {as_contiguous(out), as_contiguous(state), as_contiguous(tangent_w), as_contiguous(tangent_q)};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     BackwardTask<T> task;
-    task.grad_out = view_of(grad_out, batch, 2);
-    if (grad_lse) task.grad_lse = view_of(*grad_lse, batch, 1);
+    task.grad_out = output_view(grad_out, call);
+    if (grad_lse) {
+      task.grad_lse = call.form == Form::kPerQuery ? output_view(*grad_lse, call) : vector_view(*grad_lse, problem.batch);
+    }
     task.out = data<T>(whole[0]);
     task.state = data<double>(whole[1]);
     task.tangent_w = data<T>(whole[2]);

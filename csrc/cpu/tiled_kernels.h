@@ -15,7 +15,9 @@ namespace nwfast {
 namespace NWFAST_ISA {
 
 constexpr int kQ = kTiledRows;
-constexpr double kLowestScore = -0x1p110;  // finite, so that a row without keys never computes inf - inf
+// Below all scores, and finite, so that a row without keys never computes inf - inf.
+template <typename T>
+constexpr T kLowestScore = sizeof(T) == 4 ? T(-0x1p120) : T(-0x1p1000);
 
 // t_ij (not yet shifted) for kQ rows and the keys [begin, begin + count), to scores (kQ, pitch). kFeatures = 0: at run time.
 template <typename T, int kFeatures, bool kUniform>
@@ -131,7 +133,7 @@ void tiled_rows(const TiledRows<T>& task) {
     double total[kQ] = {};
     T top[kQ];
     double* values = task.values + first * data.channels;
-    for (int r = 0; r < kQ; ++r) top[r] = static_cast<T>(kLowestScore);
+    for (int r = 0; r < kQ; ++r) top[r] = kLowestScore<T>;
     for (int64_t i = 0; i < rows * data.channels; ++i) values[i] = 0;
     for (int64_t begin = 0; begin < data.n; begin += kTileKeys) {
       const int64_t left = data.n - begin;
