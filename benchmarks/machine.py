@@ -1,0 +1,89 @@
+"""Where and on what code something was measured: stored with every result."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import nwfast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fingerprint() -> dict:
+    """Device, processor, cores, threads, instruction set, operating system and versions."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numba": _version("numba"),
+            "nwfast": nwfast.__version__,
+        },
+        "extension_is_current": extension_is_current(),
+    }
+
+
+def processor() -> str:
+    """The name the processor gives itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """What the C++ kernels use, or torch where there are none."""
+    from nwfast.backends import native
+
+    return torch.backends.cpu.get_cpu_capability() if native.why_not else native.instruction_set()
+
+
+def extension_is_current() -> bool:
+    """Whether the extension is younger than every C++ source; otherwise what is timed is not what is checked out."""
+    extensions = [path.stat().st_mtime for path in (ROOT / "nwfast").glob("_C.*")]
+    sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    return bool(extensions) and min(extensions) >= max(sources, default=0.0)
+
+
+def commit() -> dict:
+    """The commit of the checkout, and whether the package or its C++ sources differ from it."""
+    revision = _git("rev-parse", "HEAD")
+    return {
+        "commit": revision or "unknown",
+        "date": _git("log", "-1", "--format=%cI"),
+        "dirty": bool(_git("status", "--porcelain", "--", "nwfast", "csrc", "setup.py")),
+    }
+
+
+def today() -> str:
+    """The date in ISO format, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # an unpacked archive
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

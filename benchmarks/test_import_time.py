@@ -1,0 +1,15 @@
+"""How much does `import nwfast` add to `import torch`?"""
+
+import statistics
+
+import fresh
+
+
+def test_import(benchmark):
+    fresh.import_times()  # files read from disk, bytecode written
+    found = []
+    rounds = 1 if benchmark.disabled else 9
+    benchmark.pedantic(lambda: found.append(fresh.import_times()), rounds=rounds)
+    milliseconds = {name: 1000 * statistics.median(times[name] for times in found) for name in found[0]}
+    benchmark.extra_info["import_ms"] = milliseconds
+    assert 0 < milliseconds["nwfast"] < milliseconds["torch"]
