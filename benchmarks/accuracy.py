@@ -102,10 +102,8 @@ def findings(n: int, backends: tuple[str, ...]) -> list[Finding]:
                 errors[backend] = _errors(function, inputs, cotangent, truth)
             for i, (quantity, scale) in enumerate(zip(("output", "gradient"), scales, strict=True)):
                 own = errors["textbook"][i]
-                if dtype == torch.float32:
-                    limit = 2 * own + 4 * 2.0**-23 * scale
-                else:
-                    limit = max(2 * own, 1e-12 * scale)
+                single = dtype == torch.float32
+                limit = 2 * own + 4 * 2.0**-23 * scale if single else max(2 * own, 1e-12 * scale)
                 name = str(dtype).removeprefix("torch.")
                 found += [
                     Finding(case, quantity, backend, name, errors[backend][i], own, limit)

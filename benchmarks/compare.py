@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # what is measured is this checkout, wherever the command is called
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # measure this checkout, wherever called from
 
 import accuracy
 import fresh
@@ -29,7 +28,7 @@ from report import format_time
 from tqdm import tqdm
 from workloads import Work, forward, gradients, small, why_not
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 POINTS, QUICK_POINTS = 8192, 512
 
 

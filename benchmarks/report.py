@@ -7,6 +7,7 @@ python benchmarks/report.py benchmarks/results/NAME.json --print    only show it
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -19,15 +20,18 @@ def section(content: dict) -> str:
     versions = place["versions"]
     device = "" if place["device"] == "cpu" else f"{place['device']}, "
     missed = [bar["what"] for bar in content["bars"] if not bar["passed"]]
+    setting = (
+        f"Medians of alternating runs in one process, float32, N = M = {content['points']} unless said, unsorted uniform "
+        "data, w = 1 (no pair can be skipped), each result checked against float64 first. "
+        f"{device}{place['processor']}, {place['cores']} cores, {place['instruction_set']}, torch {versions['torch']}, "
+        f"numba {versions['numba']}, Python {versions['python']}; commit {commit['commit'][:10]}"
+        f"{' with changes' if commit['dirty'] else ''}, {content['date']}. Textbook: the two lines; torch.compile: the "
+        "same two lines, compiled."
+    )
     lines = [
         "## Speed",
         "",
-        f"Medians of alternating runs in one process, float32, N = M = {content['points']} unless said, unsorted",
-        "uniform data, w = 1 (no pair can be skipped), each result checked against float64 first. "
-        f"{device}{place['processor']},",
-        f"{place['cores']} cores, {place['instruction_set']}, torch {versions['torch']}, numba {versions['numba']}, "
-        f"Python {versions['python']}; commit {commit['commit'][:10]}{' with changes' if commit['dirty'] else ''},",
-        f"{content['date']}. Textbook: the two lines; torch.compile: the same two lines, compiled.",
+        *textwrap.wrap(setting, 120),
         "",
         "| time | native | numba | torch.compile | textbook | native, Gpair/s |",
         "| --- | --- | --- | --- | --- | --- |",

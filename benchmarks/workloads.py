@@ -186,18 +186,23 @@ def gradients(n: int, wanted: str) -> Work:
     )
 
 
+def per_query_lines(query: Tensor, keys: Tensor, values: Tensor, w: Tensor) -> Tensor:
+    """The textbook's lines where each query has a row of keys of its own, (M, n), as its training does."""
+    n = keys.shape[1]
+    Q = query.repeat_interleave(n).reshape(-1, n)
+    weights = torch.softmax(-(((Q - keys) * w) ** 2) / 2, dim=1)
+    return torch.bmm(weights.unsqueeze(1), values.unsqueeze(-1)).reshape(-1)
+
+
 class TextbookModule(nn.Module):
-    """The chapter's module: one row of keys and values a query, the weights kept."""
+    """The same as a module, with the parameter w."""
 
     def __init__(self, w: float):
         super().__init__()
         self.w = nn.Parameter(torch.tensor([w]))
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        n = keys.shape[1]
-        queries = queries.repeat_interleave(n).reshape(-1, n)
-        self.attention_weights = torch.softmax(-(((queries - keys) * self.w) ** 2) / 2, dim=1)
-        return torch.bmm(self.attention_weights.unsqueeze(1), values.unsqueeze(-1)).reshape(-1)
+        return per_query_lines(queries, keys, values, self.w)
 
 
 @functools.cache
@@ -215,21 +220,26 @@ SMALL = ("forward", "forward + backward", "training step")
 
 
 def small(kind: str, n: int = 50) -> Work:
-    """The chapter's own size, the chapter's module against nwfast's: what an op costs beside its arithmetic.
+    """The chapter's own size, where the op's overhead matters more than its arithmetic.
 
-    forward: under no_grad. forward + backward: to w, from a given gradient. training step: zero_grad, halved squared
-    loss, backward, SGD.
+    forward: the op against the lines, under no_grad. forward + backward: the same, to w, from a given gradient.
+    training step: module against module, with zero_grad, halved squared loss, backward, SGD.
     """
-    x, y, keys, values = _chapter(n)
 
     def build(competitor: str) -> Call:
-        textbook = competitor == "textbook"
-        net = TextbookModule(1.0) if textbook else nwfast.NWKernelRegression(w=1.0, backend=competitor)
-        return _small_call(kind, net, x, y, keys, values)
+        if kind == "training step":
+            textbook = competitor == "textbook"
+            net = TextbookModule(1.0) if textbook else nwfast.NWKernelRegression(w=1.0, backend=competitor)
+            return _training_step(net, *_chapter(n))
+        if competitor == "textbook":
+            return _small_call(kind, per_query_lines, *_chapter(n))
+        return _small_call(kind, functools.partial(nwfast.nadaraya_watson, backend=competitor), *_chapter(n))
 
     def result() -> tuple[Tensor, ...]:
-        net = TextbookModule(1.0).double()
-        return _small_call(kind, net, *(tensor.double() for tensor in (x, y, keys, values)))()
+        chapter = [tensor.double() for tensor in _chapter(n)]
+        if kind == "training step":
+            return _training_step(TextbookModule(1.0).double(), *chapter)()
+        return _small_call(kind, per_query_lines, *chapter)()
 
     return Work(
         f"{kind}, n = {n}, keys ({n}, {n - 1})",
@@ -239,30 +249,33 @@ def small(kind: str, n: int = 50) -> Work:
     )
 
 
-def _small_call(kind: str, net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
-    if kind == "forward":
+def _small_call(
+    kind: str, function: Callable[..., Tensor], x: Tensor, y: Tensor, keys: Tensor, values: Tensor
+) -> Call:
+    w = torch.ones(1, dtype=x.dtype, requires_grad=kind != "forward")
+    cotangent = torch.linspace(-1, 2, len(x), dtype=x.dtype)
 
-        def call() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (net(x, keys, values),)
+    def forward_only() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (function(x, keys, values, w),)
 
-    elif kind == "forward + backward":
-        cotangent = torch.linspace(-1, 2, len(x), dtype=x.dtype)
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        out = function(x, keys, values, w)
+        return out.detach(), *torch.autograd.grad(out, [w], cotangent)
 
-        def call() -> tuple[Tensor, ...]:
-            out = net(x, keys, values)
-            return out.detach(), *torch.autograd.grad(out, [net.w], cotangent)
+    return forward_only if kind == "forward" else forward_and_backward
 
-    else:
-        # So small a rate that w, and with it the work, stays the same however often the step is repeated.
-        trainer = torch.optim.SGD(net.parameters(), lr=1e-9)
-        loss = nn.MSELoss(reduction="none")
 
-        def call() -> tuple[Tensor, ...]:
-            trainer.zero_grad()
-            errors = loss(net(x, keys, values), y) / 2
-            errors.sum().backward()
-            trainer.step()
-            return errors.detach(), net.w.grad
+def _training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
+    # So small a rate that w, and with it the work, stays the same however often the step is repeated.
+    trainer = torch.optim.SGD(net.parameters(), lr=1e-9)
+    loss = nn.MSELoss(reduction="none")
+
+    def call() -> tuple[Tensor, ...]:
+        trainer.zero_grad()
+        errors = loss(net(x, keys, values), y) / 2
+        errors.sum().backward()
+        trainer.step()
+        return errors.detach(), net.w.grad
 
     return call
