@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -66,6 +67,33 @@ def commit() -> dict:
         "date": _git("log", "-1", "--format=%cI"),
         "dirty": bool(_git("status", "--porcelain", "--", "nwfast", "csrc", "setup.py")),
     }
+
+
+class Neighbours:
+    """How many cores other processes keep busy, from here to `cores`: a comparison means nothing on a busy machine."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        """The mean number of cores since the start; None where the system does not tell."""
+        if self.start is None:
+            return None
+        busy, own, clock = (now - then for now, then in zip(self._now(), self.start, strict=True))
+        return max(0.0, (busy - own) / max(clock, 1e-9))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: of all processors at work, of this process and its children, and of the clock."""
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(
+                int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+            )
+        except (OSError, ValueError):
+            return None
+        own = os.times()
+        at_work = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return at_work, sum(own[:4]), time.perf_counter()
 
 
 def today() -> str:
