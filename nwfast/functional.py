@@ -140,6 +140,10 @@ def nadaraya_watson(
     tensor([1.6667, 1.6667, 1.6667])
     """
     check_method(method)
+    if backend == "auto" or backend == "native":
+        result = ops.direct(query, key, value, w, key_weight, exclude_self, return_lse)
+        if result is not None:
+            return result
     form = canonical(query, key, value, w, key_weight, exclude_self)
     query = form[0]  # under autocast of another dtype than the one given
     out, lse = ops.nadaraya_watson(

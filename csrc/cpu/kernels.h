@@ -51,25 +51,26 @@ struct ScalarKeys {
   int64_t n, key_begin, key_end;
   T scale;
   int64_t rows;
-  const T* query;           // (rows)
-  const T* nearest;         // (rows)
-  const double* shift;      // (rows)
-  const T* value_grad;      // (rows)
-  const T* mean;            // (rows) the outputs
-  const T* lse_grad;        // (rows)
-  const int64_t* excluded;  // (rows) or null
-  const int64_t* windows;   // (ceil(rows / kRowBlock), 2)
+  const T* query;                               // (rows)
+  const T* nearest;                             // (rows)
+  const double* shift;                          // (rows)
+  const T* value_grad;                          // (rows)
+  const T* mean;                                // (rows) the outputs
+  const T* lse_grad;                            // (rows)
+  const int64_t* excluded;                      // (rows) or null
+  const int64_t* windows;                       // (ceil(rows / kRowBlock), 2)
   double *sum_value, *sum_weight, *sum_offset;  // (key_end - key_begin) each
 };
 
 // Any number of features and channels ------------------------------------------------------------------------------
 
-constexpr int64_t kTiledRows = 4;    // queries in flight
-constexpr int64_t kTileKeys = 512;   // keys whose scores are held at once
-constexpr int64_t kKeyTile = 64;     // keys that a key-side tile owns
-constexpr int64_t kMaxColumns = 8;   // up to so many channels, value is packed by channel for the forward pass
+constexpr int64_t kTiledRows = 4;   // queries in flight
+constexpr int64_t kTileKeys = 512;  // keys whose scores are held at once
+constexpr int64_t kKeyTile = 64;    // keys that a key-side tile owns
+constexpr int64_t kMaxColumns = 8;  // up to so many channels, value is packed by channel for the forward pass
 
-// Packed keys and values of one batch element. Scores are t_ij = -score_scale sum_f ((x_if - k_jf) * feature_scale_f)^2 + log_weight_j.
+// Packed keys and values of one batch element. Scores are t_ij = -score_scale sum_f ((x_if - k_jf) * feature_scale_f)^2
+// + log_weight_j.
 template <typename T>
 struct TiledData {
   int64_t n, features, channels;

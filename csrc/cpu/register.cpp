@@ -1,8 +1,9 @@
 // The operators nwfast::native_forward and nwfast::native_backward on the CPU: the contract of
 // nwfast/backends/__init__.py in terms of LibTorch's stable ABI. Schemas, fakes and autograd are defined in Python.
 //
-// Beside the canonical form they take the one-feature forms of the public function as they are, query (M,) with key (N,)
-// or (M, N), and return results in those shapes: small calls would otherwise spend more time on views than on sums.
+// Beside the canonical form they take the one-feature forms of the public function as they are, query (M,) with key
+// (N,) or (M, N), and return results in those shapes: small calls would otherwise spend more time on views than on
+// sums.
 
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -63,8 +64,8 @@ struct Call {
   Form form = Form::kCanonical;
   bool channels = true;  // whether results have a dimension for them
 
-  // A tensor of shape (*B, rows, columns), or an empty one where it is not wanted. Dimensions that the form does without
-  // are left out.
+  // A tensor of shape (*B, rows, columns), or an empty one where it is not wanted. Dimensions that the form does
+  // without are left out.
   Tensor allocate(int64_t rows, int64_t columns, bool has_columns, ScalarType dtype, bool wanted = true) const {
     int64_t sizes[kMaxRank + 2] = {0};
     if (!wanted) return empty(sizes, 1, dtype);
@@ -210,8 +211,7 @@ Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, c
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
   const Problem& problem = call.problem;
-  STD_TORCH_CHECK(scalar(problem) || !(tangent_w || tangent_q),
-                  "nwfast: tangents are for one feature and one channel");
+  STD_TORCH_CHECK(scalar(problem) || !(tangent_w || tangent_q), "nwfast: tangents are for one feature and one channel");
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t m = call.query_rows(), channels = problem.channels;
@@ -279,7 +279,8 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
   for (int64_t i = 0; needs & kW && i < problem.batch.count * problem.features; ++i) grad_w[i] = 0;
   task.grad_w = needs & kW ? grad_w.get() : nullptr;
   if (problem.batch.count > 0 && (needs & (kQuery | kW)) && problem.queries > 0) {
-    const bool tangents = !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
+    const bool tangents =
+        !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
     if (tangents) {
       apply_tangents(problem, task);
     } else {
@@ -303,7 +304,9 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
   }
 }
 
-Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
                    const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight,
@@ -316,19 +319,19 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
   int64_t w_sizes[kMaxRank + 2] = {0};
   const int64_t w_ndim = needs & kW ? w.dim() : 1;
   for (int64_t dim = 0; needs & kW && dim < w_ndim; ++dim) w_sizes[dim] = w.size(dim);
-  const Gradients gradients{
-      call.allocate(call.query_rows(), problem.features, call.features(), dtype, needs & kQuery),
-      call.allocate(problem.keys, problem.features, call.features(), dtype, needs & kKey),
-      call.allocate(problem.keys, problem.channels, call.channels, dtype, needs & kValue),
-      empty(w_sizes, w_ndim, needs & kW ? w.scalar_type() : dtype),
-      call.allocate(problem.keys, 0, false, dtype, needs & kKeyWeight)};
+  const Gradients gradients{call.allocate(call.query_rows(), problem.features, call.features(), dtype, needs & kQuery),
+                            call.allocate(problem.keys, problem.features, call.features(), dtype, needs & kKey),
+                            call.allocate(problem.keys, problem.channels, call.channels, dtype, needs & kValue),
+                            empty(w_sizes, w_ndim, needs & kW ? w.scalar_type() : dtype),
+                            call.allocate(problem.keys, 0, false, dtype, needs & kKeyWeight)};
   const Tensor whole[] = {as_contiguous(out), as_contiguous(state), as_contiguous(tangent_w), as_contiguous(tangent_q)};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     BackwardTask<T> task;
     task.grad_out = output_view(grad_out, call);
     if (grad_lse) {
-      task.grad_lse = call.form == Form::kPerQuery ? output_view(*grad_lse, call) : vector_view(*grad_lse, problem.batch);
+      task.grad_lse =
+          call.form == Form::kPerQuery ? output_view(*grad_lse, call) : vector_view(*grad_lse, problem.batch);
     }
     task.out = data<T>(whole[0]);
     task.state = data<double>(whole[1]);

@@ -40,8 +40,8 @@ double weight_range(const Problem& problem) {
   Buffer<double> weight(problem.keys);
   double low = INFINITY, high = 0;
   for (int64_t b = 0; b < problem.batch.count; ++b) {
-    read(problem.key_weight, problem.key_weight.offset(problem.batch, b), problem.keys,
-         problem.key_weight.row_stride, weight.get());
+    read(problem.key_weight, problem.key_weight.offset(problem.batch, b), problem.keys, problem.key_weight.row_stride,
+         weight.get());
     for (int64_t j = 0; j < problem.keys; ++j) {
       if (!(weight[j] > 0 && weight[j] < INFINITY)) continue;
       low = std::fmin(low, weight[j]);
@@ -86,8 +86,8 @@ class ScalarBatch {
     }
   }
 
-  // The nearest keys and the window of the rows of a block; `rows` gets the block's part of each array. Where keys are not
-  // sorted, the nearest keys cost a scan.
+  // The nearest keys and the window of the rows of a block; `rows` gets the block's part of each array. Where keys are
+  // not sorted, the nearest keys cost a scan.
   void locate(const Kernels<T>& kernels, int64_t block, bool scan, ScalarRows<T>& rows, T* nearest) const {
     const int64_t first = block * kRowBlock;
     rows.key = key_.get();
@@ -316,9 +316,7 @@ class RowBlock {
 
  private:
   double sum(int64_t i, int which) const { return sums_[i * kScalarSums + which]; }
-  double covariance(int64_t i, int which) const {
-    return (sum(i, which + 1) - mean(i) * sum(i, which)) / total(i);
-  }
+  double covariance(int64_t i, int which) const { return (sum(i, which + 1) - mean(i) * sum(i, which)) / total(i); }
   // From the nearest key to the query in user units, where the sums are relative to that key.
   double far_offset(int64_t i) const {
     return shift_[i] > 0 ? (static_cast<double>(rows_.query[i]) - nearest_[i]) / batch_.unit : 0;
@@ -459,8 +457,8 @@ struct KeySide {
 };
 
 template <typename T, typename R>
-void key_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch,
-               const KeySide<T>& side, const Kernels<T>& kernels, int64_t b, int64_t block) {
+void key_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch, const KeySide<T>& side,
+               const Kernels<T>& kernels, int64_t b, int64_t block) {
   double sum_value[kKeyBlock], sum_weight[kKeyBlock], sum_offset[kKeyBlock];
   ScalarKeys<T> keys;
   keys.key = batch.key();
@@ -506,10 +504,8 @@ void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
     }
     side.shift.allocate(problem.queries);
     side.windows.allocate(2 * row_blocks);
-    parallel_blocks(row_blocks, serial,
-                    [&](int64_t block) { side.gather(problem, task, batch, table, b, block); });
-    parallel_blocks(key_blocks, serial,
-                    [&](int64_t block) { key_block(problem, task, batch, side, table, b, block); });
+    parallel_blocks(row_blocks, serial, [&](int64_t block) { side.gather(problem, task, batch, table, b, block); });
+    parallel_blocks(key_blocks, serial, [&](int64_t block) { key_block(problem, task, batch, side, table, b, block); });
   };
   if (problem.batch.count > key_blocks) {
     const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;

@@ -11,7 +11,7 @@
 namespace nwfast {
 namespace NWFAST_ISA {
 
-constexpr int kRows = 4;  // queries in flight; 1 where a batch element has a single query
+constexpr int kRows = 4;         // queries in flight; 1 where a batch element has a single query
 constexpr int64_t kFlush = 128;  // vectors of keys between flushes of the accumulators into double
 
 // Runs plain(begin, end) over ranges of whole vectors and special(vector) for each vector that needs a lane mask:

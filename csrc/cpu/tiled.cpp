@@ -65,11 +65,11 @@ class TiledBatch {
   }
 
   TiledData<T> data;
-  Buffer<T> query;          // (queries, features), scaled
-  Buffer<double> w, unit;   // (features)
-  Buffer<T> centre;         // (channels)
-  Buffer<Range> values;     // (channels)
-  Buffer<double> weight;    // (keys), divided by weight_unit; empty where there are none
+  Buffer<T> query;         // (queries, features), scaled
+  Buffer<double> w, unit;  // (features)
+  Buffer<T> centre;        // (channels)
+  Buffer<Range> values;    // (channels)
+  Buffer<double> weight;   // (keys), divided by weight_unit; empty where there are none
   double weight_unit = 1;
   double score_unit = 1;  // what scores must be multiplied by where coordinates had to be shrunk
   const int64_t* excluded = nullptr;
@@ -190,8 +190,8 @@ bool needs_double(const Problem& problem) {
     for (int64_t f = 0; f < features; ++f) {
       const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E);
       Range range;
-      read(problem.key, problem.key.offset(problem.batch, b) + f * problem.key.column_stride, n,
-           problem.key.row_stride, column.get());
+      read(problem.key, problem.key.offset(problem.batch, b) + f * problem.key.column_stride, n, problem.key.row_stride,
+           column.get());
       range.include(column.get(), n);
       read(problem.query, problem.query.offset(problem.batch, b) + f * problem.query.column_stride, m,
            problem.query.row_stride, column.get());

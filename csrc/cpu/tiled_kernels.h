@@ -19,7 +19,8 @@ constexpr int kQ = kTiledRows;
 template <typename T>
 constexpr T kLowestScore = sizeof(T) == 4 ? T(-0x1p120) : T(-0x1p1000);
 
-// t_ij (not yet shifted) for kQ rows and the keys [begin, begin + count), to scores (kQ, pitch). kFeatures = 0: at run time.
+// t_ij (not yet shifted) for kQ rows and the keys [begin, begin + count), to scores (kQ, pitch). kFeatures = 0: at run
+// time.
 template <typename T, int kFeatures, bool kUniform>
 NWFAST_INLINE void score_rows(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
                               int64_t pitch, T* scores) {
@@ -64,12 +65,13 @@ NWFAST_INLINE void mask_scores(int64_t n, int64_t begin, int64_t count, const in
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   for (int r = 0; r < rows; ++r) {
     for (int64_t j = n - begin > 0 ? n - begin : 0; j < count; ++j) scores[r * pitch + j] = kNone;
-    if (excluded && excluded[r] >= begin && excluded[r] < begin + count) scores[r * pitch + excluded[r] - begin] = kNone;
+    if (excluded && excluded[r] >= begin && excluded[r] < begin + count)
+      scores[r * pitch + excluded[r] - begin] = kNone;
   }
 }
 
-// out (kQ, columns) += weights (kQ, keys; distance `pitch`) @ right (keys, columns; distance `right_pitch`), lanes hold columns.
-// kTransposed: weights (keys, kQ...) with `pitch` between keys.
+// out (kQ, columns) += weights (kQ, keys; distance `pitch`) @ right (keys, columns; distance `right_pitch`), lanes hold
+// columns. kTransposed: weights (keys, kQ...) with `pitch` between keys.
 template <typename T, int kVectors, bool kTransposed>
 NWFAST_INLINE void multiply_columns(const T* weights, int64_t pitch, int64_t keys, const T* right, int64_t right_pitch,
                                     double* out, int64_t out_pitch, int64_t columns, int rows) {
@@ -101,8 +103,8 @@ void multiply(const T* weights, int64_t pitch, int64_t keys, const T* right, int
   int64_t c = 0;
   for (; c < columns; c += kWide * kLanes<T>) {
     if (columns - c <= kLanes<T>) {
-      multiply_columns<T, 1, kTransposed>(weights, pitch, keys, right + c, right_pitch, out + c, out_pitch,
-                                          columns - c, rows);
+      multiply_columns<T, 1, kTransposed>(weights, pitch, keys, right + c, right_pitch, out + c, out_pitch, columns - c,
+                                          rows);
     } else {
       multiply_columns<T, kWide, kTransposed>(weights, pitch, keys, right + c, right_pitch, out + c, out_pitch,
                                               columns - c, rows);
@@ -210,8 +212,8 @@ struct GradRows {
 
 // From scores to p_ij (in place) and u_ij for kVectors vectors of keys.
 template <typename T, int kVectors>
-NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, const T* columns, int64_t pitch, T* weights,
-                         T* grads) {
+NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, const T* columns, int64_t pitch,
+                         T* weights, T* grads) {
   Vec<T> product[kQ][kVectors] = {};
   for (int64_t c = 0; c < data.channels; ++c) {
     Vec<T> value[kVectors];

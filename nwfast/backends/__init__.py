@@ -8,8 +8,10 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
 
     forward(query, key, value, w, key_weight, exclude_self, tangent_w, tangent_q)
         -> out (*B, M, C), lse (*B, M), state, tangent_w (*B, M, C), tangent_q (*B, M, C)
-    backward(grad_out, grad_lse, query, key, value, w, key_weight, out, state, tangent_w, tangent_q, exclude_self, needs)
-        -> grad_query (*B, M, D), grad_key (*B, N, D), grad_value (*B, N, C), grad_w (the shape of w), grad_key_weight (*B, N)
+    backward(grad_out, grad_lse, query, key, value, w, key_weight, out, state, tangent_w, tangent_q, exclude_self,
+             needs)
+        -> grad_query (*B, M, D), grad_key (*B, N, D), grad_value (*B, N, C), grad_w (the shape of w),
+           grad_key_weight (*B, N)
 
 * Results have the arithmetic dtype: float64 for float64 inputs, float32 for float32, float16 and bfloat16 (gradient
   of w: its own dtype).
@@ -22,12 +24,13 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
 * Rows without any key left (all weights 0) give out NaN, lse -inf, and add nothing to any gradient.
 """
 
-import functools
 import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor, device
+
+from . import native
 
 NAMES = ("native", "numba", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
@@ -50,16 +53,16 @@ def available() -> dict[str, bool | str]:
     return {name: reason or True for name in NAMES for reason in [_why_not(name)]}
 
 
-@functools.cache
-def _why_not(name: str) -> str:
-    """Empty if the backend can run in this process, else the reason."""
-    if name == "native":
-        from . import native
+# Found out once, at import: the reason why a backend cannot run in this process, empty if it can.
+_REASONS = {
+    "native": native.why_not,
+    "numba": "" if importlib.util.find_spec("numba") else "the package numba is not installed",
+    "reference": "",
+}
 
-        return native.why_not
-    if name == "numba" and importlib.util.find_spec("numba") is None:
-        return "the package numba is not installed"
-    return ""
+
+def _why_not(name: str) -> str:
+    return _REASONS[name]
 
 
 # Which device types a backend's kernels serve, in the order in which "auto" prefers the backends.
@@ -85,11 +88,12 @@ def resolve(backend: str, where: device) -> str:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     devices = _DEVICES[backend]
     if devices is not None and where.type not in devices and where.type != "meta":
-        raise ValueError(f"backend={backend!r} serves tensors on {' or '.join(devices)}, got tensors on {where}")
+        raise ValueError(
+            f"backend={backend!r} serves tensors on {' or '.join(devices)}, got tensors on {where}"
+        )
     return backend
 
 
-@functools.cache
 def _resolve_auto(device_type: str) -> str:
     for name, devices in _DEVICES.items():
         if not _why_not(name) and (devices is None or device_type in devices):
