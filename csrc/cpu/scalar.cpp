@@ -15,6 +15,7 @@ namespace nwfast {
 namespace {
 
 constexpr int64_t kKeyBlock = 256;     // keys that one key-side task owns
+constexpr double kScaledReach = 3;     // float32 coordinates within (-3, 3) units of the score are scaled beforehand
 constexpr int64_t kBatchChunk = 16;    // batch elements of one task, where there are many
 constexpr int64_t kWindowQueries = 8;  // from so many queries on, windows are worth a check whether keys are sorted
 constexpr int64_t kSortQueries = 128;  // from so many queries on, sorting the keys pays
@@ -169,6 +170,18 @@ class ScalarBatch {
     // Below, all weights are 1 to rounding and tangents would underflow; above, only the nearest key has weight.
     if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
     if (scale_ > Limits<T>::kHigh) scale_ = Limits<T>::kHigh;
+    const double half = (range.high - range.low) / 2 * scale_ * unit;
+    if (sizeof(T) == 4 && range.finite && half > 0x1p-3 && half < kScaledReach) scale_fully(range);
+  }
+
+  // Wide bandwidths: coordinates in units of the score, about the middle of the data. Rounding them costs as much as
+  // rounding the product of w and a difference does, and saves each pair that product.
+  void scale_fully(const Range& range) {
+    const double factor = scale_, middle = (range.low / 2 + range.high / 2) * unit;
+    for (int64_t j = 0; j < keys_; ++j) key_[j] = static_cast<T>((key_[j] - middle) * factor);
+    for (int64_t i = 0; i < queries_; ++i) query_[i] = static_cast<T>((query_[i] - middle) * factor);
+    unit *= factor;
+    scale_ = 1;
   }
 
   void centre_values() {

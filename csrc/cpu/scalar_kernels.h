@@ -63,7 +63,10 @@ NWFAST_INLINE IntVec<T> valid_lanes(int64_t vector, int64_t n, const int64_t* ex
   return mask;
 }
 
-template <typename T, int kRows, bool kFar, bool kCharged, bool kScores, bool kOffsets>
+// How scores are formed: relative to the nearest key, from offsets, or from offsets that need no scaling any more.
+enum class Scores { kFar, kNear, kUnit };
+
+template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
 struct ScalarAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
   Vec<T> sums[kRows][kCount];
@@ -84,13 +87,14 @@ struct ScalarAccumulator {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vec<T> offset, score;
-      if (kFar) {
+      if (kMode == Scores::kFar) {
         offset = (nearest[r] - key) * scale;
         score = Vec<T>{} - offset * ((mirrored[r] - key) * scale);
         // A key of weight 0 may lie nearer than the nearest one that counts.
         if (kCharged) score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
       } else {
-        offset = (query[r] - key) * scale;
+        offset = query[r] - key;
+        if (kMode == Scores::kNear) offset = offset * scale;
         score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
@@ -128,9 +132,9 @@ struct ScalarAccumulator {
   }
 };
 
-template <typename T, int kRows, bool kFar, bool kCharged, bool kScores, bool kOffsets>
+template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
 void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
-  ScalarAccumulator<T, kRows, kFar, kCharged, kScores, kOffsets> sums;
+  ScalarAccumulator<T, kRows, kMode, kCharged, kScores, kOffsets> sums;
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + (r < rows ? r : 0);
     const T x = task.query[row], nearest = task.nearest[row];
@@ -167,18 +171,27 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
   sums.flush(rows, out);
 }
 
-template <typename T, int kRows, bool kFar, bool kCharged>
+template <typename T, int kRows, Scores kMode, bool kCharged>
 NWFAST_INLINE void scalar_group_sums(const ScalarRows<T>& task, int64_t first, int rows) {
   if (task.scores) {
     if (task.offsets) {
-      scalar_group<T, kRows, kFar, kCharged, true, true>(task, first, rows);
+      scalar_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
     } else {
-      scalar_group<T, kRows, kFar, kCharged, true, false>(task, first, rows);
+      scalar_group<T, kRows, kMode, kCharged, true, false>(task, first, rows);
     }
   } else if (task.offsets) {
-    scalar_group<T, kRows, kFar, kCharged, false, true>(task, first, rows);
+    scalar_group<T, kRows, kMode, kCharged, false, true>(task, first, rows);
   } else {
-    scalar_group<T, kRows, kFar, kCharged, false, false>(task, first, rows);
+    scalar_group<T, kRows, kMode, kCharged, false, false>(task, first, rows);
+  }
+}
+
+template <typename T, int kRows, Scores kMode>
+NWFAST_INLINE void scalar_group_of(const ScalarRows<T>& task, int64_t first, int rows) {
+  if (task.total_charge) {
+    scalar_group_sums<T, kRows, kMode, true>(task, first, rows);
+  } else {
+    scalar_group_sums<T, kRows, kMode, false>(task, first, rows);
   }
 }
 
@@ -198,15 +211,11 @@ NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
       for (int r = 0; r < rows; ++r) task.shift[first + r] = 0;
     }
     if (far) {
-      if (task.total_charge) {
-        scalar_group_sums<T, kRows, true, true>(task, first, rows);
-      } else {
-        scalar_group_sums<T, kRows, true, false>(task, first, rows);
-      }
-    } else if (task.total_charge) {
-      scalar_group_sums<T, kRows, false, true>(task, first, rows);
+      scalar_group_of<T, kRows, Scores::kFar>(task, first, rows);
+    } else if (sizeof(T) == 4 && task.scale == 1) {  // the driver scales float coordinates alone
+      scalar_group_of<T, kRows, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task, first, rows);
     } else {
-      scalar_group_sums<T, kRows, false, false>(task, first, rows);
+      scalar_group_of<T, kRows, Scores::kNear>(task, first, rows);
     }
   }
 }
@@ -282,7 +291,7 @@ struct KeyAccumulator {
     for (int v = 0; v < kVectors; ++v) sum_value[v] = sum_weight[v] = sum_offset[v] = Vec<T>{};
   }
 
-  template <bool kFar, bool kExclude>
+  template <Scores kMode, bool kExclude>
   NWFAST_INLINE void add(const ScalarKeys<T>& task, int64_t row, int64_t j) {
     const Vec<T> scale = splat<T>(task.scale), query = splat<T>(task.query[row]);
     const Vec<T> value_grad = splat<T>(task.value_grad[row]), lse_grad = splat<T>(task.lse_grad[row]);
@@ -293,11 +302,11 @@ struct KeyAccumulator {
     for (int v = 0; v < kVectors; ++v) {
       const Vec<T> difference = query - key[v];
       Vec<T> score;
-      if (kFar) {
+      if (kMode == Scores::kFar) {
         score = Vec<T>{} - ((nearest - key[v]) * scale) * ((mirrored - key[v]) * scale);
         score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
       } else {
-        const Vec<T> offset = difference * scale;
+        const Vec<T> offset = kMode == Scores::kNear ? difference * scale : difference;
         score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
@@ -326,7 +335,7 @@ struct KeyAccumulator {
   }
 };
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, Scores kMode>
 void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
   KeyAccumulator<T, kVectors> sums;
   for (int v = 0; v < kVectors; ++v) {
@@ -346,19 +355,19 @@ void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
     }
     auto local = sums;
     if (!far && !exclude) {
-      for (int64_t row = first; row < last; ++row) local.template add<false, false>(task, row, j);
+      for (int64_t row = first; row < last; ++row) local.template add<kMode, false>(task, row, j);
     } else {
       for (int64_t row = first; row < last; ++row) {
         if (task.shift[row] > 0) {
           if (exclude) {
-            local.template add<true, true>(task, row, j);
+            local.template add<Scores::kFar, true>(task, row, j);
           } else {
-            local.template add<true, false>(task, row, j);
+            local.template add<Scores::kFar, false>(task, row, j);
           }
         } else if (exclude) {
-          local.template add<false, true>(task, row, j);
+          local.template add<kMode, true>(task, row, j);
         } else {
-          local.template add<false, false>(task, row, j);
+          local.template add<kMode, false>(task, row, j);
         }
       }
     }
@@ -367,17 +376,26 @@ void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
   }
 }
 
+template <typename T, Scores kMode>
+NWFAST_INLINE void scalar_key_groups(const ScalarKeys<T>& task) {
+  const int64_t end = (task.key_end + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  int64_t j = task.key_begin;
+  for (; j + kKeyVectors * kLanes<T> <= end; j += kKeyVectors * kLanes<T>) {
+    scalar_key_group<T, kKeyVectors, kMode>(task, j);
+  }
+  for (; j < end; j += kLanes<T>) scalar_key_group<T, 1, kMode>(task, j);
+}
+
 template <typename T>
 void scalar_keys(const ScalarKeys<T>& task) {
   for (int64_t i = 0; i < task.key_end - task.key_begin; ++i) {
     task.sum_value[i] = task.sum_weight[i] = task.sum_offset[i] = 0;
   }
-  const int64_t end = (task.key_end + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  int64_t j = task.key_begin;
-  for (; j + kKeyVectors * kLanes<T> <= end; j += kKeyVectors * kLanes<T>) {
-    scalar_key_group<T, kKeyVectors>(task, j);
+  if (sizeof(T) == 4 && task.scale == 1) {
+    scalar_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
+  } else {
+    scalar_key_groups<T, Scores::kNear>(task);
   }
-  for (; j < end; j += kLanes<T>) scalar_key_group<T, 1>(task, j);
 }
 
 }  // namespace NWFAST_ISA
