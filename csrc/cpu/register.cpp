@@ -63,12 +63,17 @@ struct Call {
   Problem problem;
   Form form = Form::kCanonical;
   bool channels = true;  // whether results have a dimension for them
+  mutable std::optional<Tensor> nothing;
 
   // A tensor of shape (*B, rows, columns), or an empty one where it is not wanted. Dimensions that the form does
   // without are left out.
   Tensor allocate(int64_t rows, int64_t columns, bool has_columns, ScalarType dtype, bool wanted = true) const {
     int64_t sizes[kMaxRank + 2] = {0};
-    if (!wanted) return empty(sizes, 1, dtype);
+    if (!wanted) {
+      if (form == Form::kCanonical) return empty(sizes, 1, dtype);
+      if (!nothing) nothing = empty(sizes, 1, dtype);  // direct calls share it, to save time
+      return *nothing;
+    }
     int64_t ndim = 0;
     for (; ndim < problem.batch.rank; ++ndim) sizes[ndim] = problem.batch.sizes[ndim];
     if (rows >= 0) sizes[ndim++] = rows;

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kKeyBlock = 256;     // keys that one key-side task owns
 constexpr double kScaledReach = 3;     // float32 coordinates within (-3, 3) units of the score are scaled beforehand
+constexpr int64_t kScaledQueries = 8;  // for fewer it does not pay
 constexpr int64_t kBatchChunk = 16;    // batch elements of one task, where there are many
 constexpr int64_t kWindowQueries = 8;  // from so many queries on, windows are worth a check whether keys are sorted
 constexpr int64_t kSortQueries = 128;  // from so many queries on, sorting the keys pays
@@ -171,7 +172,9 @@ class ScalarBatch {
     if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
     if (scale_ > Limits<T>::kHigh) scale_ = Limits<T>::kHigh;
     const double half = (range.high - range.low) / 2 * scale_ * unit;
-    if (sizeof(T) == 4 && range.finite && half > 0x1p-3 && half < kScaledReach) scale_fully(range);
+    if (sizeof(T) == 4 && queries_ >= kScaledQueries && range.finite && half > 0x1p-3 && half < kScaledReach) {
+      scale_fully(range);
+    }
   }
 
   // Wide bandwidths: coordinates in units of the score, about the middle of the data. Rounding them costs as much as
