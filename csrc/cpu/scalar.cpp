@@ -103,6 +103,10 @@ class ScalarBatch {
     rows.query = query_.get() + first;
     rows.nearest = nearest;
     rows.excluded = exclude_ ? excluded_.get() + first : nullptr;
+    if (scaled_) {
+      std::copy(rows.query, rows.query + rows.rows, nearest);  // at no distance: scores are taken as they are
+      return;
+    }
     if (!sorted_) {
       if (scan) kernels.scalar_nearest(rows, nearest);
       return;
@@ -171,6 +175,7 @@ class ScalarBatch {
     // Below, all weights are 1 to rounding and tangents would underflow; above, only the nearest key has weight.
     if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
     if (scale_ > Limits<T>::kHigh) scale_ = Limits<T>::kHigh;
+    scaled_ = false;
     const double half = (range.high - range.low) / 2 * scale_ * unit;
     if (sizeof(T) == 4 && queries_ >= kScaledQueries && range.finite && half > 0x1p-3 && half < kScaledReach) {
       scale_fully(range);
@@ -178,13 +183,15 @@ class ScalarBatch {
   }
 
   // Wide bandwidths: coordinates in units of the score, about the middle of the data. Rounding them costs as much as
-  // rounding the product of w and a difference does, and saves each pair that product.
+  // rounding the product of w and a difference does, and saves each pair that product. Nor is an order of the keys or
+  // the nearest key of use: no window is narrower than the data, and no score is below -(2 kScaledReach)^2.
   void scale_fully(const Range& range) {
     const double factor = scale_, middle = (range.low / 2 + range.high / 2) * unit;
     for (int64_t j = 0; j < keys_; ++j) key_[j] = static_cast<T>((key_[j] - middle) * factor);
     for (int64_t i = 0; i < queries_; ++i) query_[i] = static_cast<T>((query_[i] - middle) * factor);
     unit *= factor;
     scale_ = 1;
+    scaled_ = true;
   }
 
   void centre_values() {
@@ -223,11 +230,11 @@ class ScalarBatch {
   }
 
   void order() {
-    sorted_ = queries_ >= kWindowQueries && ascending(key_.get(), keys_);
+    sorted_ = !scaled_ && queries_ >= kWindowQueries && ascending(key_.get(), keys_);
     keys_moved_ = rows_moved_ = false;
     constexpr int64_t kMost = int64_t{1} << 32;
     Buffer<T> scratch;
-    if (!sorted_ && finite_ && queries_ >= kSortQueries && keys_ > kPadding && keys_ < kMost) {
+    if (!sorted_ && !scaled_ && finite_ && queries_ >= kSortQueries && keys_ > kPadding && keys_ < kMost) {
       key_order_.allocate(keys_);
       sort_order(key_.get(), keys_, key_order_.get());
       permute(key_.get(), key_order_.get(), keys_, scratch);
@@ -288,7 +295,7 @@ class ScalarBatch {
 
   int64_t queries_ = 0, keys_ = 0;
   bool exclude_ = false, weighted_ = false, finite_ = true, sorted_ = false, windowed_ = false;
-  bool keys_moved_ = false, rows_moved_ = false;
+  bool keys_moved_ = false, rows_moved_ = false, scaled_ = false;
   double scale_ = 1, weight_span_ = 0, negligible_ = 0;
   Buffer<T> key_, query_, value_, value_charge_, weight_;
   Buffer<uint32_t> key_order_, row_order_;
