@@ -39,8 +39,9 @@ format: setup  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: setup  ## the benchmarks, timed
+bench: setup  ## the benchmarks, timed; then the comparison that the README reports
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python benchmarks/compare.py
 
 wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI of Python and of torch
 	rm -rf dist build/wheel
