@@ -1,7 +1,9 @@
 """The op under torch.compile, torch.export and tracing with fake or meta tensors."""
 
 import itertools
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -73,6 +75,9 @@ def test_fullgraph_with_dynamic_shapes(backend, return_lse):
     assert len(graphs) == 2, "recompiled for other sizes"
 
 
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "c++").split()[0]), reason="torch's inductor needs a C++ compiler"
+)
 def test_inductor(backend):
     """The default compiler too, with all forms of input in one graph."""
 
