@@ -36,8 +36,11 @@ def info() -> str:
     for name, answer in backends.available().items():
         lines.append((f"backend {name}", "available" if answer is True else f"not available: {answer}"))
     lines.append(("used on the CPU", backends.resolve("auto", torch.device("cpu"))))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    lines.append(("GPU", gpu))
+    if torch.cuda.is_available():
+        lines.append(("used on the GPU", backends.resolve("auto", torch.device("cuda"))))
+        lines.append(("GPU", torch.cuda.get_device_name()))
+    else:
+        lines.append(("GPU", "none that torch can use"))
     lines.append(("threads", f"{torch.get_num_threads()} (of {os.cpu_count()} processors)"))
     lines.append(("instruction set", _instruction_set()))
     width = max(len(name) for name, _ in lines)

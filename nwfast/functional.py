@@ -141,14 +141,14 @@ def nadaraya_watson(
     """
     check_method(method)
     if backend == "auto" or backend == "native":
-        result = ops.direct(query, key, value, w, key_weight, exclude_self, return_lse)
+        result = ops.direct(query, key, value, w, key_weight, exclude_self, method, return_lse)
         if result is not None:
             return result
     form = canonical(query, key, value, w, key_weight, exclude_self)
     query = form[0]  # under autocast of another dtype than the one given
-    out, lse = ops.nadaraya_watson(
-        backends.resolve(backend, query.device), *form[:5], exclude_self, return_lse, form[5]
-    )
+    backend = backends.resolve(backend, query.device, method)
+    kernel = ops.choose_kernel(backend, method, query.shape[-1], query.shape[-2] * form[1].shape[-2])
+    out, lse = ops.nadaraya_watson(kernel, *form[:5], exclude_self, return_lse, form[5])
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
     return out if lse is None else (out, lse)

@@ -1,7 +1,8 @@
 """The op: schemas, fakes, autograd, transforms. The only module that knows torch.library.
 
-For each kernel backend there are two operators, `nwfast::<backend>_forward` and `nwfast::<backend>_backward`, with the
-contract of `nwfast.backends`. Implementations come from the C++ extension (native) or from Python (numba).
+For each kernel (`nwfast.backends.operators`) there are two operators, `nwfast::<kernel>_forward` and
+`nwfast::<kernel>_backward`, with the contract of `nwfast.backends`. Implementations come from the C++ extensions
+(native, cuda) or from Python (numba, triton).
 
 One call is routed by what surrounds it:
 
@@ -42,7 +43,7 @@ _BACKWARD_SCHEMA = (
 
 
 def nadaraya_watson(
-    backend: str,
+    kernel: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,18 +53,18 @@ def nadaraya_watson(
     return_lse: bool,
     drop: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of canonical inputs on a resolved backend, differentiable; lse is None unless asked for.
+    """(out, lse) of canonical inputs by a named kernel or "reference", differentiable; lse is None unless asked for.
 
     `drop` dimensions of size 1 are dropped at the end of out, and one less at the end of lse.
     """
     compiling = torch.compiler.is_compiling()
     functorch, forward_mode = torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
-    if forward_mode or backend == "reference" or (compiling and functorch):
+    if forward_mode or kernel == "reference" or (compiling and functorch):
         if forward_mode and not compiling:
             derivatives.require_memory("forward-mode derivative", query, key, value)
         out, lse = reference.forward(query, key, value, w, key_weight, exclude_self)
         return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
-    kernels = _KERNELS[backend]
+    kernels = _KERNELS[kernel]
     differentiate = torch.is_grad_enabled() and (
         w.requires_grad
         or query.requires_grad
@@ -90,6 +91,33 @@ def nadaraya_watson(
     return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
 
 
+def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
+    """The kernel of a resolved backend for this method and so many pairs of a query and a key.
+
+    Which method is faster depends on the data, so the choice itself is in the kernels. Only where it cannot matter, and
+    the look at the data would, is it made here: by shapes, which under compilation would become guards.
+    """
+    if (
+        "fgt" not in backends.METHODS.get(backend, ())
+        or method == "dense"
+        or (features != 1 and method == "auto")
+    ):
+        return backend
+    if method == "fgt":
+        if features != 1:
+            raise ValueError(
+                f"method='fgt' is for data of one feature, got query and key of D = {features} features"
+            )
+        return f"{backend}_fgt"
+    if not torch.compiler.is_compiling() and pairs <= _DENSE_PAIRS:
+        return backend
+    return f"{backend}_auto"
+
+
+# Up to so many pairs the dense method is as fast as any.
+_DENSE_PAIRS = 1 << 16
+
+
 def _transform_active() -> bool:
     """Whether a functorch transform or forward-mode AD surrounds the call (private API, pinned by a test)."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -99,7 +127,14 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def direct(
-    query: Any, key: Any, value: Any, w: Any, key_weight: Any, exclude_self: bool, return_lse: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    w: Any,
+    key_weight: Any,
+    exclude_self: bool,
+    method: str,
+    return_lse: bool,
 ) -> Any:
     """The result, out or (out, lse), of a call that the native operators take as it is; None for any other.
 
@@ -127,7 +162,9 @@ def direct(
         and not backends._why_not("native")
     ):
         return None
-    kernels = _KERNELS["native"]
+    kernels = _KERNELS[
+        choose_kernel("native", method, 1, key.numel() * (query.numel() if key.ndim == 1 else 1))
+    ]
     try:
         if torch.is_grad_enabled() and (
             w.requires_grad
@@ -442,10 +479,11 @@ def _fake_backward(
     )
 
 
-def _register_python(name: str) -> None:
-    """Register a backend that is a Python module, imported at the first call."""
+def _register_python(name: str, *dispatch_keys: str) -> None:
+    """Register a kernel that is a Python module, imported at the first call."""
     for function in "forward", "backward":
-        torch.library.impl(f"nwfast::{name}_{function}", "CPU", _implementation(name, function))
+        for dispatch_key in dispatch_keys:
+            torch.library.impl(f"nwfast::{name}_{function}", dispatch_key, _implementation(name, function))
 
 
 def _implementation(name: str, function: str) -> Callable:
@@ -464,5 +502,8 @@ def _implementation(name: str, function: str) -> Callable:
     return run
 
 
-_KERNELS = {name: _Kernels(name) for name in backends.NAMES if name != "reference"}
-_register_python("numba")
+_KERNELS = {name: _Kernels(name) for name in backends.operators()}
+for _name in _KERNELS:
+    if _name.startswith("numba"):
+        _register_python(_name, "CPU")
+_register_python("triton", "CUDA", "CPU")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import METHODS as BACKEND_METHODS
 from .backends import batch_shape
 
-METHODS = ("dense",)
+METHODS = ("dense", *sorted({m for methods in BACKEND_METHODS.values() for m in methods} - {"dense"}))
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
 

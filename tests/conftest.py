@@ -44,10 +44,37 @@ def require(name: str, missing_toolchain: Callable[[], str]) -> str:
     pytest.fail(f"backend {name!r} should work here: {answer}")
 
 
-@pytest.fixture(params=["native", "numba"])
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options to run the tests of the op on other backends than those of the CPU."""
+    parser.addoption(
+        "--backend", default="native,numba", help="backends that the tests of all backends run on"
+    )
+    parser.addoption("--device", default="cpu", help="device on which tests make their tensors by default")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that takes a backend on every one of them in turn."""
+    if "backend" in metafunc.fixturenames:
+        names = metafunc.config.getoption("--backend").split(",")
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, missing_toolchain: Callable[[], str]) -> str:
-    """Every backend that has kernels for the CPU, in turn."""
+    """Every backend that the tests run on (those that have kernels for the CPU, unless told), in turn."""
     return require(request.param, missing_toolchain)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make tensors on the device that the tests run on."""
+    device = request.config.getoption("--device")
+    if device == "cpu":  # even then a default device is a mode that functions of torch go through
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

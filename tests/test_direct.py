@@ -71,7 +71,8 @@ def test_derivatives(form):
             return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
 
         assert (
-            ops.direct(*inputs[:4], inputs[4] if weight is not None else None, False, return_lse) is not None
+            ops.direct(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
+            is not None
         )
         assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(call, inputs)
@@ -79,7 +80,7 @@ def test_derivatives(form):
 
 def test_refuses_what_is_not_exactly_of_such_a_form():
     x, w = torch.rand(3), torch.ones(1)
-    assert ops.direct(x, x, x, w, None, False, False) is not None
+    assert ops.direct(x, x, x, w, None, False, "auto", False) is not None
     for arguments in (
         (x, x, torch.rand(4), w, None),
         (x, torch.rand(4, 3), torch.rand(4, 3), w, None),
@@ -93,4 +94,4 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
         (x.half(), x.half(), x.half(), w.half(), None),
         (x, x, x, 1.0, None),
     ):
-        assert ops.direct(*arguments, False, False) is None
+        assert ops.direct(*arguments, False, "auto", False) is None

@@ -534,4 +534,6 @@ def test_inference_mode(backend):
     with torch.inference_mode():
         out = nwfast.nadaraya_watson(query, key, value, w, backend=backend)
     assert out.is_inference()
-    close(out.clone(), nwfast.nadaraya_watson(query, key, value, w, backend=backend).detach(), 0)
+    with torch.no_grad():  # the same kernel: with tangents the compiler may round a sum differently
+        expected = nwfast.nadaraya_watson(query, key, value, w, backend=backend)
+    close(out.clone(), expected, 0)

@@ -21,20 +21,36 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
   the backward pass for w and query a product. Not asked for: an empty tensor of shape (0,).
 * grad_lse may be None. needs is a sum of NEEDS flags; a gradient not asked for is an empty tensor of shape (0,).
   backward uses the tangents it is given unless grad_lse is not None, which they do not cover.
+* fgt kernels (see `operators`) take D = 1 alone.
 * The native operators also take the one-feature forms of the public function as they are (`nwfast.ops.direct`).
 * Rows without any key left (all weights 0) give out NaN, lse -inf, and add nothing to any gradient.
 """
 
+import functools
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor, device
 
-from . import native
+from . import cuda, native
 
-NAMES = ("native", "numba", "reference")
+NAMES = ("native", "cuda", "numba", "triton", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
+
+# What each backend can do beside the reference, which serves every device with the dense formula.
+METHODS = {"native": ("dense",), "cuda": ("dense",), "numba": ("dense",), "triton": ("dense",)}
+# Triton's interpreter runs its kernels on CPU tensors, for tests: only what is asked for by name gets it.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = {
+    "native": ("cpu",),
+    "cuda": ("cuda",),
+    "numba": ("cpu",),
+    "triton": ("cpu", "cuda") if _INTERPRETED else ("cuda",),
+}
+# The order in which "auto" takes the backends on each type of device; the reference comes last everywhere.
+_ORDER = {"cpu": ("native", "numba"), "cuda": ("cuda", "triton")}
 
 
 def available() -> dict[str, bool | str]:
@@ -54,52 +70,86 @@ def available() -> dict[str, bool | str]:
     return {name: reason or True for name in NAMES for reason in [_why_not(name)]}
 
 
-# Found out once, at import: the reason why a backend cannot run in this process, empty if it can.
+# Why a backend cannot run in this process, empty if it can; found out once. Triton's answer waits until it is asked
+# for: looking for GPUs at import would start CUDA in processes that never use it.
 _REASONS = {
     "native": native.why_not,
+    "cuda": cuda.why_not,
     "numba": "" if importlib.util.find_spec("numba") else "the package numba is not installed",
     "reference": "",
 }
 
 
+@functools.cache
+def _why_not_triton() -> str:
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    if _INTERPRETED or torch.cuda.is_available():
+        return ""
+    return "torch finds no GPU"
+
+
 def _why_not(name: str) -> str:
-    return _REASONS[name]
+    return _why_not_triton() if name == "triton" else _REASONS[name]
 
 
-# Which device types a backend's kernels serve, in the order in which "auto" prefers the backends.
-_DEVICES = {"native": ("cpu",), "numba": ("cpu",), "reference": None}
-
-
-def resolve(backend: str, where: device) -> str:
-    """The name of the backend to run on: `backend` itself, or the first that can serve the device for "auto".
+def resolve(backend: str, where: device, method: str = "auto") -> str:
+    """The name of the backend to run on: `backend` itself, or the first that can serve the call for "auto".
 
     Raises
     ------
     ValueError
-        The name is unknown, or the named backend does not serve tensors on this device.
+        The name is unknown, or the named backend serves neither tensors on this device nor this method.
     RuntimeError
         The named backend cannot run here; the message gives the reason.
     """
     if backend == "auto":
-        return _resolve_auto(where.type)
+        return _resolve_auto(where, method)
     if backend not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     reason = _why_not(backend)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
-    devices = _DEVICES[backend]
+    devices = _DEVICES.get(backend)
     if devices is not None and where.type not in devices and where.type != "meta":
         raise ValueError(
             f"backend={backend!r} serves tensors on {' or '.join(devices)}, got tensors on {where}"
         )
+    methods = METHODS.get(backend, ("dense",))
+    if method != "auto" and method not in methods:
+        raise ValueError(
+            f"backend={backend!r} has no method {method!r}, only {', '.join(map(repr, methods))}"
+        )
     return backend
 
 
-def _resolve_auto(device_type: str) -> str:
-    for name, devices in _DEVICES.items():
-        if not _why_not(name) and (devices is None or device_type in devices):
+def _resolve_auto(where: device, method: str) -> str:
+    for name in _ORDER.get(where.type, ()):
+        if not _why_not(name) and (method == "auto" or method in METHODS[name]):
             return name
-    raise AssertionError("unreachable: the reference serves every device")
+    if method == "auto" or method == "dense":
+        return "reference"
+    able = [name for name, methods in METHODS.items() if method in methods]
+    raise ValueError(
+        f"method={method!r} has no backend for tensors on {where} here; it is in the backends "
+        + ", ".join(
+            f"{name} ({' and '.join(_DEVICES[name])}: {_why_not(name) or 'available'})" for name in able
+        )
+    )
+
+
+def operators() -> list[str]:
+    """The names of all kernels, each a pair of operators `nwfast::<name>_forward` and `nwfast::<name>_backward`.
+
+    A backend's own name is its dense method. Where it has another, <backend>_fgt is that and <backend>_auto takes the
+    faster of the two.
+    """
+    names = []
+    for backend, methods in METHODS.items():
+        names.append(backend)
+        if "fgt" in methods:
+            names += [f"{backend}_fgt", f"{backend}_auto"]
+    return names
 
 
 def load(name: str) -> ModuleType:

@@ -1,14 +1,8 @@
 """The C++ extension `nwfast._C`: importing it registers the CPU kernels of `csrc/cpu` with the dispatcher."""
 
-import importlib
-from typing import Any
+from .extension import load
 
-why_not = ""
-_extension: Any = None
-try:
-    _extension = importlib.import_module("nwfast._C")
-except ImportError as error:
-    why_not = f"the C++ extension nwfast._C is not built, or does not load ({error})"
+_extension, why_not = load("_C")
 
 
 def instruction_set() -> str:
