@@ -6,11 +6,18 @@ ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
 EXTENSION := nwfast/_C.abi3.so
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulation/*.h tests/emulation/*.cpp)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo info test lint format bench wheel clean
+# What the machine with the GPU has: python with torch, pytest and a compiler. No .venv is made there.
+GPU_PYTHON ?= python3
+GPU_JOBS ?= 12
+GPU_TESTS := $(addprefix tests/test_,functional.py extremes.py properties.py ops.py compile.py nn.py reference.py \
+    validation.py dispatch.py)
+
+.PHONY: help setup demo info test lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
+    gpu-bench report regression
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,9 +46,49 @@ format: setup  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: setup  ## the benchmarks, timed; then the comparison that the README reports
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
-	$(BIN)/python benchmarks/compare.py
+bench: setup .venv/peers  ## all benchmarks against all peers, 20 minutes: benchmarks/results/<machine>.json
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+report: setup  ## docs/benchmarks.md, figures and the README's tables from the results
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
+regression: setup .venv/peers  ## fails where we are 20 percent slower than committed, by ratios to the peers
+	$(BIN)/python benchmarks/regression.py $(ARGS)
+
+kernels: .venv/installed  ## what the GPU kernels take of a GPU, compiled without one; fails over budget
+	$(BIN)/python tests/kernels.py
+
+gpu: gpu-build gpu-test gpu-bench  ## on a machine with a GPU: build, test, benchmark; or gpu-build, gpu-test, gpu-bench
+
+gpu-build gpu-checks gpu-suite gpu-bench: export PYTHONUNBUFFERED = 1
+
+gpu-build:
+	@$(GPU_PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("torch") or sys.exit("make gpu: " + \
+	    sys.executable + " has no torch; GPU_PYTHON=... names another Python")'
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU (torch " + \
+	    torch.__version__ + ", Python " + sys.version.split()[0] + "): nothing can be built for it, tested or timed")'
+	NWFAST_EXT=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m nwfast info
+	@$(GPU_PYTHON) -c 'import sys, nwfast; found = nwfast.backends.available(); \
+	    sys.exit("".join(f"backend {name}: {found[name]}\n" for name in ("cuda", "triton") if found[name] is not True))'
+
+gpu-test: gpu-checks gpu-suite
+
+# What only a GPU shows. Large sizes take turns: they fill the device's memory.
+gpu-checks:
+	$(GPU_PYTHON) -m pytest -q tests/gpu/test_large.py --backend cuda,triton $(ARGS)
+	$(GPU_PYTHON) -m pytest -q tests/gpu --ignore tests/gpu/test_large.py --backend cuda,triton $(GPU_XDIST) $(ARGS)
+
+# The suite of the CPU on CUDA tensors, without what is not installed there.
+gpu-suite:
+	@$(GPU_PYTHON) -c 'import importlib.util as u; [print("not installed, left out:", name) for name in \
+	    ("hypothesis", "xdist") if not u.find_spec(name)]'
+	$(GPU_PYTHON) -m pytest -q $(GPU_TESTS) --backend cuda,triton --device cuda $(GPU_XDIST) $(ARGS)
+
+GPU_XDIST = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n $(GPU_JOBS)')
+
+gpu-bench:
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI of Python and of torch
 	rm -rf dist build/wheel
@@ -59,6 +106,13 @@ clean:  ## remove everything that was made, .venv included
 	    if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# The peers of the benchmarks; where one does not install, the rest is measured and the report says which is absent.
+.venv/peers: .venv/requirements requirements-bench.txt
+	$(BIN)/python -m pip install --quiet -r requirements-bench.txt || \
+	    sed -n 's/^\([a-z][^#]*\)$$/\1/p' requirements-bench.txt | while read -r package; do \
+	    $(BIN)/python -m pip install --quiet "$$package" || echo "not installed: $$package"; done
 	@touch $@
 
 # Makes the package importable, and puts the command nwfast into .venv; the extension is built apart, in place.

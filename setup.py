@@ -1,9 +1,12 @@
-"""Build of the C++ extension nwfast._C; all else is in pyproject.toml.
+"""Build of the C++ extensions nwfast._C and nwfast._C_cuda; all else is in pyproject.toml.
 
-NWFAST_EXT = auto (the default) builds it where a C++ compiler is found and says so where none is, 0 never builds it,
-1 takes a missing compiler for an error. A compiler that is there and fails is an error in any case. The environment's
-CXXFLAGS come after the flags below. Build with --no-build-isolation: the extension is compiled against the torch that
-is installed.
+NWFAST_EXT = auto (the default) builds them where a C++ compiler is found and says so where none is, 0 never builds
+them, 1 takes a missing compiler for an error. A compiler that is there and fails is an error in any case. The
+environment's CXXFLAGS come after the flags below. Build with --no-build-isolation: the extensions are compiled against
+the torch that is installed.
+
+nwfast._C_cuda is built where the installed torch has CUDA and nvcc is found, with a GPU or without.
+TORCH_CUDA_ARCH_LIST says for which GPUs; unset, for those that are visible, or for the usual ones where none is.
 """
 
 import os
@@ -26,6 +29,13 @@ COMPILE = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+NVCC = [
+    "-O3",
+    "-std=c++17",
+    "-DUSE_CUDA",  # declares torch's CUDA functions of the stable ABI
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-Xcompiler=-fvisibility=hidden",
+]
 
 
 def missing_toolchain() -> str:
@@ -41,6 +51,36 @@ def missing_toolchain() -> str:
     return ""
 
 
+def missing_cuda() -> str:
+    """Why nwfast._C_cuda cannot be compiled here; empty if it can be tried."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "the installed torch is built without CUDA"
+    if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
+        return "no nvcc is found (CUDA_HOME names the toolkit's folder)"
+    return ""
+
+
+def cuda_extension() -> Extension:
+    """nwfast._C_cuda, for the GPUs that are asked for, or visible, or else usual."""
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        # torch would look at the GPUs that it sees.
+        version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
+    return CUDAExtension(
+        "nwfast._C_cuda",
+        sources=sorted(glob("csrc/cuda/*.cu")),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
+        py_limited_api=True,
+        extra_compile_args={"cxx": COMPILE, "nvcc": NVCC},
+    )
+
+
 def extensions() -> list[Extension]:
     """The extensions to build, as NWFAST_EXT and the machine have it."""
     choice = os.environ.get("NWFAST_EXT", "auto")
@@ -53,13 +93,14 @@ def extensions() -> list[Extension]:
         print(f"nwfast: the C++ extension nwfast._C is SKIPPED: {reason}. Numba serves.", file=sys.stderr)
         return []
     try:
+        import torch
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         raise SystemExit(
             f"nwfast: torch cannot be imported where nwfast is built ({error}): install torch first, and build "
             "with --no-build-isolation; or set NWFAST_EXT=0 to go without the C++ extension"
         ) from error
-    return [
+    found = [
         CppExtension(
             "nwfast._C",
             sources=sorted(glob("csrc/cpu/*.cpp")),
@@ -68,6 +109,14 @@ def extensions() -> list[Extension]:
             extra_compile_args=[*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", ""))],
         )
     ]
+    reason = missing_cuda()
+    if not reason:
+        found.append(cuda_extension())
+    elif torch.version.cuda is not None:
+        print(
+            f"nwfast: the C++ extension nwfast._C_cuda is SKIPPED: {reason}. Triton serves.", file=sys.stderr
+        )
+    return found
 
 
 def build_commands(found: list[Extension]) -> dict:

@@ -1,5 +1,7 @@
 """Fixtures that all tests share."""
 
+import functools
+import importlib.util
 import os
 import runpy
 from collections.abc import Callable, Iterator
@@ -7,15 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 import nwfast
 
+collect_ignore = ["emulation/plugin.py", "emulation/small_case.py"]  # run in processes of their own
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# Timings are noisy, hence no deadline. In CI the examples are the same at every run.
-settings.register_profile("nwfast", deadline=None, derandomize="CI" in os.environ, print_blob=True)
-settings.load_profile("nwfast")
+if importlib.util.find_spec(
+    "hypothesis"
+):  # a machine with a GPU may go without: what needs it is left out there
+    from hypothesis import settings
+
+    # Timings are noisy, hence no deadline. In CI the examples are the same at every run.
+    settings.register_profile("nwfast", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+    settings.load_profile("nwfast")
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +74,40 @@ def backend(request: pytest.FixtureRequest, missing_toolchain: Callable[[], str]
 
 
 @pytest.fixture(autouse=True)
-def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Make tensors on the device that the tests run on."""
+def default_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make tensors on the device that the tests run on, with the random numbers that they have on the CPU.
+
+    Devices draw other numbers from the same seed: without this a test that fails on a GPU could not be told from one
+    whose data there are unlucky, nor be looked at on a CPU.
+    """
     device = request.config.getoption("--device")
     if device == "cpu":  # even then a default device is a mode that functions of torch go through
         yield
         return
+    for name in ("rand", "randn", "randint", "randperm"):
+        monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name), torch.device(device)))
+    for name in ("rand_like", "randn_like"):
+        monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
     torch.set_default_device(device)
     yield
     torch.set_default_device(None)
+
+
+def _drawn_on_the_cpu(function: Callable, default: torch.device | None = None) -> Callable:
+    """A function of torch that draws, with its numbers from the CPU; `default` is None for one like another tensor."""
+
+    @functools.wraps(function)
+    def draw(*args, device=None, requires_grad=False, **options):
+        where = device or default or args[0].device
+        return function(*args, device="cpu", **options).to(where).requires_grad_(requires_grad)
+
+    return draw
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that the tests run on."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture
