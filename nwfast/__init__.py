@@ -2,7 +2,8 @@
 
 from . import backends
 from .functional import attention_weights, nadaraya_watson
+from .index import KeyIndex
 from .nn import NWKernelRegression
 
 __version__ = "0.1.0"
-__all__ = ["NWKernelRegression", "attention_weights", "backends", "nadaraya_watson"]
+__all__ = ["KeyIndex", "NWKernelRegression", "attention_weights", "backends", "nadaraya_watson"]

@@ -81,10 +81,10 @@ def chapter(
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise must be a finite number >= 0, got {noise}")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    x_train = (_END * torch.rand(n, generator=generator, dtype=torch.float64)).sort().values
-    y_train = truth(x_train) + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+    x_train = (_END * torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")).sort().values
+    y_train = truth(x_train) + noise * torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
     n_test = max(n, CHAPTER_SIZE)
-    x_test = torch.arange(n_test, dtype=torch.float64) * (_END / n_test)
+    x_test = torch.arange(n_test, dtype=torch.float64, device="cpu") * (_END / n_test)
     return Chapter(*(column.to(dtype) for column in (x_train, y_train, x_test, truth(x_test))))
 
 

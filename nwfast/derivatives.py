@@ -103,7 +103,8 @@ def require_memory(what: str, query: Tensor, key: Tensor, value: Tensor) -> None
 def _free_memory(device: torch.device) -> int | None:
     """Bytes free on the device; None where nobody tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type != "cpu" or not os.path.exists("/proc/meminfo"):
         return None
     with open("/proc/meminfo") as lines:

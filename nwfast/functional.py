@@ -74,7 +74,8 @@ def nadaraya_watson(
         \mathrm{out}_i = \frac{\sum_j a_j e^{s_{ij}} v_j}{\sum_j a_j e^{s_{ij}}}, \qquad
         \mathrm{lse}_i = \log \sum_j a_j e^{s_{ij}}
 
-    It takes the place of ``softmax(-((query - key) * w)**2 / 2) @ value``, in O(M + N) memory.
+    It takes the place of ``softmax(-((query - key) * w)**2 / 2) @ value``, in O(M + N) memory, and with one feature on
+    the CPU in O(M + N) time.
 
     Parameters
     ----------
@@ -92,9 +93,10 @@ def nadaraya_watson(
         Weights a_j >= 0 of shape (N,) or (..., N); 0 masks a key out. A negative weight gives NaN.
     exclude_self : bool
         Leave key i out for query i (leave-one-out); needs M == N.
-    method : {"auto", "dense"}
-        How to sum. "dense" visits all pairs that can matter, O(M N).
-    backend : {"auto", "native", "numba", "reference"}
+    method : {"auto", "dense", "fgt"}
+        How to sum. "dense" visits all pairs that can matter, O(M N). "fgt", a fast Gauss transform, is for one feature
+        (D = 1) and takes O(M + N); to rounding both compute the same. "auto" takes the one expected to be faster.
+    backend : {"auto", "native", "cuda", "numba", "triton", "reference"}
         Where to compute; see `nwfast.backends.available`. Only "auto" chooses, a named backend runs or raises.
     return_lse : bool
         Also return lse: up to the constant log((2 pi)^(D/2) h^D) the log of the kernel density estimate times sum(a),
@@ -112,7 +114,8 @@ def nadaraya_watson(
     TypeError
         Arguments that are no tensors, integer or mixed dtypes.
     ValueError
-        Shapes that do not fit, mixed devices, N = 0, M != N with exclude_self, unknown method or backend.
+        Shapes that do not fit, mixed devices, N = 0, M != N with exclude_self, unknown method or backend; "fgt" with
+        more than one feature, or where no backend has it.
     RuntimeError
         The named backend cannot run here (the message says why).
 

@@ -118,7 +118,34 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
 _DENSE_PAIRS = 1 << 16
 
 
-def _transform_active() -> bool:
+def compress(kernel: str, key: Tensor, value: Tensor, w: Tensor, key_weight: Tensor | None) -> list[Tensor]:
+    """Ascending keys (N, 1) with their values (N, C), compressed for one w; empty where that cannot serve.
+
+    It is done in the arithmetic dtype.
+    """
+    dtype = arithmetic_dtype(key.dtype)
+    key, value, w = key.detach().to(dtype), value.detach().to(dtype), w.detach().to(dtype)
+    key_weight = key_weight if key_weight is None else key_weight.detach().to(dtype)
+    if kernel.startswith("numba"):
+        return backends.load("numba_fgt").compress(key, value, key_weight, w)
+    compressed = torch.ops.nwfast.native_fgt_compress(key.squeeze(-1), value, w, key_weight)
+    return list(compressed) if compressed[-1].numel() else []
+
+
+def predict(kernel: str, compressed: list[Tensor], query: Tensor, drop: int) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) at queries (M, 1), in any order, from compressed keys, not differentiable; None if it cannot serve."""
+    x = query.detach().to(arithmetic_dtype(query.dtype))
+    if kernel.startswith("numba"):
+        out, lse = backends.load("numba_fgt").predict(compressed, x)
+    else:
+        try:
+            out, lse = torch.ops.nwfast.native_fgt_predict(x.squeeze(-1), *compressed)
+        except RuntimeError:  # queries at 1e100 and beyond
+            return None
+    return _drop(out, drop).to(query.dtype), _drop(lse, drop - 1)
+
+
+def is_transformed() -> bool:
     """Whether a functorch transform or forward-mode AD surrounds the call (private API, pinned by a test)."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -197,6 +224,23 @@ def _scalar(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.shape[-1] == 1 and value.shape[-1] == 1
 
 
+_LIBRARY = torch.library.Library("nwfast", "FRAGMENT")
+
+
+def _register_autograd(operator: Any, backward: Callable, setup_context: Callable) -> None:
+    """As torch.library.register_autograd, whose kernel takes a millisecond to make: made when it is first called."""
+
+    @functools.cache
+    def kernel() -> Callable:
+        registration = torch._library.autograd  # private API, pinned by a test
+        return registration.make_autograd_impl(operator, registration.Info(backward, setup_context))
+
+    def run(keyset, *args, **kwargs):
+        return kernel()(keyset, *args, **kwargs)
+
+    _LIBRARY.impl(operator._opname, run, "Autograd", with_keyset=True)
+
+
 class _Kernels:
     """One backend's two operators, and the autograd.Functions around them."""
 
@@ -208,13 +252,19 @@ class _Kernels:
         torch.library.register_fake(backward_name)(_fake_backward)
         self.forward: Callable = getattr(torch.ops.nwfast, f"{name}_forward").default
         self.backward: Callable = getattr(torch.ops.nwfast, f"{name}_backward").default
-        self.eager, self.transformable = _functions(self.forward, self.backward)
-        torch.library.register_autograd(
-            forward_name,
+        _register_autograd(
+            self.forward,
             lambda ctx, *grads: (*_formula(ctx, self.backward, *grads[:2]), None, None, None),
-            setup_context=_save_all,
+            _save_all,
         )
-        torch.library.register_autograd(backward_name, _second, setup_context=_save_for_second)
+        _register_autograd(self.backward, _second, _save_for_second)
+
+    def __getattr__(self, name: str) -> Any:
+        # Made at the first call that needs them: they would take a quarter of the time of an import.
+        if name not in ("eager", "transformable"):
+            raise AttributeError(name)
+        self.eager, self.transformable = _functions(self.forward, self.backward)
+        return self.__dict__[name]
 
 
 def _save_all(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -502,6 +552,15 @@ def _implementation(name: str, function: str) -> Callable:
     return run
 
 
+_COMPRESSED = ("key", "value", "key_weight", "cells", "moments", "matrices", "numbers")
+torch.library.define(
+    "nwfast::native_fgt_compress",
+    f"(Tensor key, Tensor value, Tensor w, Tensor? key_weight) -> ({', '.join(['Tensor'] * len(_COMPRESSED))})",
+)
+torch.library.define(
+    "nwfast::native_fgt_predict",
+    f"(Tensor query, {', '.join(f'Tensor {name}' for name in _COMPRESSED)}) -> (Tensor, Tensor)",
+)
 _KERNELS = {name: _Kernels(name) for name in backends.operators()}
 for _name in _KERNELS:
     if _name.startswith("numba"):

@@ -18,14 +18,15 @@ WIDTHS = ((1, 1), (1, 2), (1, 17), (2, 1), (3, 1), (3, 5), (3, 64), (9, 33), (70
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def check(query, key, value, w, **options) -> None:
+def check(query, key, value, w, method="dense", **options) -> None:
     """Forward and backward to everything that asks for a gradient, native against the reference."""
     leaves = [tensor for tensor in (query, key, value, w, options.get("key_weight")) if tensor is not None]
     results = []
     for backend in ("native", "reference"):
         inputs = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
         weight = {"key_weight": inputs[4]} if len(inputs) == 5 else {}
-        out = nwfast.nadaraya_watson(*inputs[:4], **{**options, **weight}, backend=backend)
+        chosen = {**options, **weight, "method": method if backend == "native" else "auto"}
+        out = nwfast.nadaraya_watson(*inputs[:4], **chosen, backend=backend)
         outputs = [part.double() for part in (out if isinstance(out, tuple) else (out,))]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         if wanted:
@@ -100,6 +101,38 @@ def one_feature(generator: np.random.Generator) -> None:
         check(query, rows[0], rows[1], torch.ones(1, requires_grad=True))
 
 
+def fast_gauss_transform(generator: np.random.Generator) -> None:
+    """Crowded and empty boxes, gaps with and without queries, duplicates, masked keys, channels and batches."""
+    clusters = np.r_[
+        generator.normal(size=700), generator.uniform(0, 40, 300), np.full(300, 3.0), [90.0, 91.0]
+    ]
+    keys = {"uniform": generator.uniform(0, 5, 1500), "clusters": clusters, "few": generator.uniform(0, 5, 9)}
+    for (name, drawn), w in itertools.product(keys.items(), (0.0, 0.3, 5.0, 80.0, 3e3)):
+        n = len(drawn)
+        query = np.r_[generator.uniform(-3, 8, 500), drawn[: n // 2], [200.0, 3e4]]
+        dtype = torch.float64 if name != "uniform" or w > 1 else torch.float32
+        arrays = query, drawn, np.sin(drawn), generator.uniform(0.1, 2, n)
+        tensors = [torch.from_numpy(array).to(dtype) for array in arrays]
+        tensors[3][::5] = 0
+        bandwidth = torch.tensor(w, dtype=dtype, requires_grad=True)
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        near = leaves[0].detach()[:-2].requires_grad_()
+        check(leaves[0].detach(), *leaves[1:3], bandwidth.detach(), method="fgt")
+        check(near, *leaves[1:3], bandwidth, method="fgt", return_lse=True)
+        sorted_key = tensors[1].detach().sort().values.requires_grad_()
+        check(sorted_key, sorted_key, leaves[2], bandwidth, method="fgt", exclude_self=True)
+        channels = torch.stack([tensors[2].detach()] * 3, -1).requires_grad_()
+        check(near, leaves[1], channels, bandwidth, method="fgt")
+        if w < 1:  # a masked key amid a wide gap has too large a gradient to compare
+            check(near, *leaves[1:3], bandwidth, method="fgt", key_weight=leaves[3])
+    for dtype, n_keys in itertools.product(DTYPES, SIZES):
+        shape = (2, 1, n_keys, 1)
+        key = torch.from_numpy(generator.uniform(0, 2, shape)).to(dtype).requires_grad_()
+        query = torch.from_numpy(generator.uniform(0, 2, (1, 2, 33, 1))).to(dtype).requires_grad_()
+        value = torch.from_numpy(generator.normal(size=(2, 2, n_keys, 2))).to(dtype).requires_grad_()
+        check(query, key, value, torch.tensor([3.0], dtype=dtype, requires_grad=True), method="fgt")
+
+
 def special_values() -> None:
     """No queries, no keys of weight, NaN and infinity: nothing of it may lead an index astray."""
     x, nan = torch.linspace(0, 4, 37), float("nan")
@@ -134,5 +167,6 @@ if __name__ == "__main__":
         generator = np.random.default_rng(0)
         general_form(generator)
         one_feature(generator)
+        fast_gauss_transform(generator)
         special_values()
     print("done")

@@ -71,7 +71,7 @@ def test_fullgraph_with_dynamic_shapes(backend, return_lse):
         assert_same(compiled(*leaves), function(*leaves))
         assert_same(torch.autograd.grad(loss(compiled), leaves), torch.autograd.grad(loss(function), leaves))
     called = sorted({name for graph in graphs for name in nodes(graph) if "nwfast" in name})
-    assert called == [f"nwfast.{backend}_backward.default", f"nwfast.{backend}_forward.default"]
+    assert called == [f"nwfast.{backend}_auto_backward.default", f"nwfast.{backend}_auto_forward.default"]
     assert len(graphs) == 2, "recompiled for other sizes"
 
 
@@ -199,9 +199,11 @@ def test_double_backward_of_compiled_is_right_or_refused(backend):
                 torch.autograd.grad(first, leaves)
 
 
-def test_autocast_inside_compile(backend):
+def test_autocast_inside_compile(backend, device):
+    where = device.type
+
     def function(query, key, value, w):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(where, dtype=torch.bfloat16):
             return nwfast.nadaraya_watson(query, key, value, w, backend=backend)
 
     query, key, value, w, _ = make(dtype=torch.float32)
@@ -234,7 +236,7 @@ def test_export(backend, strict):
         dynamic_shapes=({0: torch.export.Dim.AUTO}, {0: size}, {0: size}),
         strict=strict,
     )
-    assert f"nwfast.{backend}_forward.default" in nodes(program.graph_module)
+    assert f"nwfast.{backend}_auto_forward.default" in nodes(program.graph_module)
     for m, n in ((6, 7), (3, 11)):
         arguments = [tensor.detach() for tensor in make(m, n)[:3]]
         assert_same(program.module()(*arguments), module(*arguments))

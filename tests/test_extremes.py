@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 def exact(query, key, value, w):
     """(out, lse, d out / d w, d out / d query) of one-feature data in long double, relative to the nearest key."""
-    x, u, v = (tensor.double().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
+    x, u, v = (tensor.double().cpu().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
     w = np.longdouble(float(w))
     distance = x - u.T
     score = -((distance * w) ** 2) / 2
@@ -31,7 +31,8 @@ def exact(query, key, value, w):
     slope_w = -w * (pull * (distance - nearest) * (distance + nearest)).sum(1)
     slope_q = -(w**2) * (pull * (distance - nearest)).sum(1)
     lse = (top + np.log(total))[:, 0]
-    return [torch.from_numpy(array.astype(np.float64)) for array in (out[:, 0], lse, slope_w, slope_q)]
+    results = out[:, 0], lse, slope_w, slope_q
+    return [torch.from_numpy(array.astype(np.float64)).to(query.device) for array in results]
 
 
 def assert_relative(actual, expected, tolerance, scale=None, what=""):

@@ -500,13 +500,13 @@ def test_opcheck(backend, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(backend, dtype):
+def test_autocast(backend, device, dtype):
     (query, key, value, w, _), _ = inputs()
     query, key, value, w = (tensor.detach().float() for tensor in (query, key, value, w))
     half = query.to(dtype), key.to(dtype), value.to(dtype)
     expected = nwfast.nadaraya_watson(*(tensor.float() for tensor in half), w, backend=backend)
     assert nwfast.nadaraya_watson(*half, w, backend=backend).dtype == dtype
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = nwfast.nadaraya_watson(*half, w, backend=backend)
         assert out.dtype == torch.float32
         assert torch.equal(out, expected)

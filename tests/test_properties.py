@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import nwfast
+
+pytest.importorskip("hypothesis", reason="the package hypothesis is not installed")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # The backend fixture is the same for all examples of a test.
 draws = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -24,19 +24,19 @@ def formula(query, key, value, w, key_weight=None):
 
 @pytest.mark.parametrize("features", [1, 3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_formula(features, weighted):
+def test_formula(features, weighted, device):
     generator = np.random.default_rng(2)
     query, key = generator.random((6, features)), generator.random((9, features))
     value, w = generator.standard_normal((9, 2)), 2 + generator.random(features)
     key_weight = generator.random(9) if weighted else None
     out, lse, p = formula(query, key, value, w, key_weight)
-    tensors = [torch.from_numpy(array) for array in (query, key, value, w)]
-    weight = None if key_weight is None else torch.from_numpy(key_weight)
+    tensors = [torch.from_numpy(array).to(device) for array in (query, key, value, w)]
+    weight = None if key_weight is None else torch.from_numpy(key_weight).to(device)
     found = nwfast.nadaraya_watson(*tensors, key_weight=weight, backend="reference", return_lse=True)
-    np.testing.assert_allclose(found[0], out, rtol=1e-13, atol=1e-13)
-    np.testing.assert_allclose(found[1], lse, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(found[0].cpu(), out, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(found[1].cpu(), lse, rtol=1e-13, atol=1e-13)
     matrix = nwfast.attention_weights(tensors[0], tensors[1], tensors[3], key_weight=weight)
-    np.testing.assert_allclose(matrix, p, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(matrix.cpu(), p, rtol=1e-13, atol=1e-13)
     assert 1.5 < np.median(1 / (p**2).sum(1)) < 8  # neither one-hot nor uniform
 
 

@@ -141,7 +141,7 @@ def test_mixed_dtypes():
 
 
 def test_mixed_devices():
-    message = "{} must be on the device of query, cpu, got meta"
+    message = f"{{}} must be on the device of query, {t(4).device}, got meta"
     away = t(4, device="meta")
     rejects(ValueError, message.format("key"), t(4), away, t(4))
     rejects(ValueError, message.format("value"), t(4), t(4), away)
@@ -168,7 +168,7 @@ def test_w_that_is_no_number():
 
 def test_unknown_method_or_backend():
     three = t(4), t(4), t(4)
-    rejects(ValueError, "method must be 'auto' or one of 'dense', got 'fft'", *three, method="fft")
+    rejects(ValueError, "method must be 'auto' or one of 'dense', 'fgt', got 'fft'", *three, method="fft")
     expected = "backend must be 'auto' or one of .*'native'.*'numba'.*'reference', got 'gpu'"
     rejects(ValueError, expected, *three, backend="gpu")
     rejects(ValueError, "method must be 'auto' or one of .*, got None", *three, method=None)
@@ -185,9 +185,15 @@ def test_named_backend_that_cannot_run_is_an_error(monkeypatch):
     assert backends.available()["native"] == "no such luck"
 
 
-def test_backend_that_does_not_serve_the_device(backend, monkeypatch):
-    with pytest.raises(ValueError, match=f"backend='{backend}' serves tensors on cpu, got tensors on cuda:0"):
-        backends.resolve(backend, torch.device("cuda:0"))
+def test_backend_that_does_not_serve_the_device(backend):
+    served = backends._DEVICES[backend]
+    for elsewhere in map(torch.device, ("cpu", "cuda:0", "xpu:0")):
+        if elsewhere.type not in served:
+            message = (
+                f"backend='{backend}' serves tensors on {' or '.join(served)}, got tensors on {elsewhere}"
+            )
+            with pytest.raises(ValueError, match=message):
+                backends.resolve(backend, elsewhere)
 
 
 def test_valid_input_is_viewed_not_copied():

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <vector>
 
 #include "problem.h"
 
@@ -51,5 +52,44 @@ template <typename T>
 void tiled_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void tiled_key_backward(const Problem& problem, const BackwardTask<T>& task);
+
+// One feature, in linear time (fgt.cpp, fgt_keys.cpp); false where the dense drivers have to serve: coordinates, values
+// or weights that are not finite, or scales beyond what boxes can hold.
+template <typename T>
+bool fgt_forward(const Problem& problem, const ForwardResult<T>& result);
+template <typename T>
+bool fgt_query_backward(const Problem& problem, const BackwardTask<T>& task);
+template <typename T>
+bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task);
+
+// Whether that is expected to be faster than the drivers above (method.cpp).
+bool linear_is_faster(const Problem& problem);
+
+// Keys prepared for a fixed w (fgt_prepared.cpp): sorted, with the moments of crowded boxes and the matrices between
+// boxes. All that a prediction needs, in plain arrays.
+template <typename T>
+struct FgtPrepared {
+  std::vector<T> key, value, weight;  // (keys), (keys, channels), (keys) or empty where all are 1
+  std::vector<int64_t> cells;         // (cells, 3): box, first key, last key + 1
+  std::vector<double> moments, matrices, numbers;
+};
+template <typename T>
+struct FgtPreparedView {
+  const T *key, *value, *weight;  // weight may be null
+  int64_t keys, channels;
+  const int64_t* cells;
+  int64_t cell_count;
+  const double *moments, *matrices;
+  int64_t matrices_size;
+  const double* numbers;
+  int64_t numbers_size;
+};
+// False where the dense drivers have to serve.
+template <typename T>
+bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared);
+// out and lse of the result alone.
+template <typename T>
+bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t queries,
+                 const ForwardResult<T>& result);
 
 }  // namespace nwfast

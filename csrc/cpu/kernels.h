@@ -143,4 +143,8 @@ template <typename T>
 const Kernels<T>& kernels();
 const char* instruction_set();
 
+// The instruction sets that there are kernels for; the best that this processor has.
+enum class Level { kBaseline, kAvx2, kAvx512 };
+Level processor_level();
+
 }  // namespace nwfast

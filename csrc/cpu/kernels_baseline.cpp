@@ -22,8 +22,6 @@ extern const Kernels<double> kDoubleKernels;
 
 namespace {
 
-enum class Level { kBaseline, kAvx2, kAvx512 };
-
 Level detect() {
 #ifdef NWFAST_X86
   __builtin_cpu_init();
@@ -38,22 +36,22 @@ Level detect() {
   return Level::kBaseline;
 }
 
-Level level() {
+}  // namespace
+
+Level processor_level() {
   static const Level best = detect();
   return best;
 }
 
-}  // namespace
-
 const char* instruction_set() {
-  return level() == Level::kAvx512 ? "AVX-512" : level() == Level::kAvx2 ? "AVX2" : "baseline";
+  return processor_level() == Level::kAvx512 ? "AVX-512" : processor_level() == Level::kAvx2 ? "AVX2" : "baseline";
 }
 
 template <>
 const Kernels<float>& kernels<float>() {
 #ifdef NWFAST_X86
-  if (level() == Level::kAvx512) return avx512::kFloatKernels;
-  if (level() == Level::kAvx2) return avx2::kFloatKernels;
+  if (processor_level() == Level::kAvx512) return avx512::kFloatKernels;
+  if (processor_level() == Level::kAvx2) return avx2::kFloatKernels;
 #endif
   return baseline::kFloatKernels;
 }
@@ -61,8 +59,8 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
 #ifdef NWFAST_X86
-  if (level() == Level::kAvx512) return avx512::kDoubleKernels;
-  if (level() == Level::kAvx2) return avx2::kDoubleKernels;
+  if (processor_level() == Level::kAvx512) return avx512::kDoubleKernels;
+  if (processor_level() == Level::kAvx2) return avx2::kDoubleKernels;
 #endif
   return baseline::kDoubleKernels;
 }

@@ -2,10 +2,12 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
-#include "problem.h"
+#include "drivers.h"
 
 namespace nwfast {
 
@@ -74,6 +76,69 @@ void sort_order(const T* x, int64_t n, uint32_t* order) {
     to = swap;
   }
   for (int64_t i = 0; i < n; ++i) order[i] = from[i].index;
+}
+
+// The number whose ordered bits these are.
+template <typename T>
+T from_ordered_bits(typename RadixBits<T>::Type bits) {
+  typedef typename RadixBits<T>::Type U;
+  const U sign = U(1) << (8 * sizeof(U) - 1);
+  bits = bits & sign ? bits & ~sign : ~bits;
+  T x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The same order by several threads, and the sorted numbers: each pass counts and moves parts of the array side by
+// side. sorted may be x.
+template <typename T>
+void sort_numbers(const T* x, int64_t n, bool serial, uint32_t* order, T* sorted) {
+  typedef typename RadixBits<T>::Type U;
+  struct Item {
+    U bits;
+    uint32_t index;
+  };
+  constexpr int kDigit = 11, kBuckets = 1 << kDigit, kPasses = (8 * sizeof(U) + kDigit - 1) / kDigit;
+  const int64_t parts = std::min<int64_t>(4, n / 16384 + 1), size = (n + parts - 1) / parts;
+  Buffer<Item> first(n), second(n);
+  std::vector<int64_t> places(parts * kBuckets);
+  const auto over_parts = [&](const auto& body) {
+    parallel_blocks(parts, serial, [&](int64_t part) {
+      body(places.data() + part * kBuckets, part * size, std::min(n, (part + 1) * size));
+    });
+  };
+  over_parts([items = first.get(), x](int64_t*, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) items[i] = {ordered_bits(x[i]), static_cast<uint32_t>(i)};
+  });
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int shift = pass * kDigit;
+    over_parts([shift, items = first.get()](int64_t* own, int64_t begin, int64_t end) {
+      std::fill(own, own + kBuckets, 0);
+      for (int64_t i = begin; i < end; ++i) ++own[items[i].bits >> shift & (kBuckets - 1)];
+    });
+    int64_t sum = 0;
+    bool one_bucket = false;
+    for (int digit = 0; digit < kBuckets; ++digit) {
+      const int64_t before = sum;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t count = places[part * kBuckets + digit];
+        places[part * kBuckets + digit] = sum;
+        sum += count;
+      }
+      one_bucket |= sum - before == n;
+    }
+    if (one_bucket) continue;
+    over_parts([shift, from = first.get(), to = second.get()](int64_t* own, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[own[from[i].bits >> shift & (kBuckets - 1)]++] = from[i];
+    });
+    first.swap(second);
+  }
+  over_parts([items = first.get(), order, sorted](int64_t*, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      order[i] = items[i].index;
+      sorted[i] = from_ordered_bits<T>(items[i].bits);
+    }
+  });
 }
 
 }  // namespace nwfast

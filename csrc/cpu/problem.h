@@ -12,14 +12,14 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
+#include "../softmax_state.h"
 #include "kernels.h"
 
 namespace nwfast {
 
 constexpr int kMaxRank = 64;  // of leading dimensions; torch has no tensors of higher rank
-constexpr double kLn2 = 0.69314718055994530942;
-constexpr double kHalfLog2E = 0.72134752044448170368;  // base-2 scores are -kHalfLog2E (w d)^2
 
 enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
 
@@ -92,6 +92,10 @@ class Buffer {
       if (!data_) throw std::bad_alloc();
     }
     for (int64_t i = n; i < size; ++i) data_[i] = T{};
+  }
+  void swap(Buffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(capacity_, other.capacity_);
   }
   T* get() const { return capacity_ ? data_ : nullptr; }
   T& operator[](int64_t i) const { return data_[i]; }

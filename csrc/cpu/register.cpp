@@ -51,7 +51,7 @@ Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(ndim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -203,15 +203,25 @@ T* data(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
+enum class Method { kDense, kFgt, kAuto };
+
+bool is_linear(Method method, const Problem& problem) {
+  STD_TORCH_CHECK(method != Method::kFgt || problem.features == 1,
+                  "nwfast: the fast Gauss transform is for one feature");
+  return method == Method::kFgt || (method == Method::kAuto && linear_is_faster(problem));
+}
+
 template <typename T>
-void run_forward(const Problem& problem, const Gradients& outputs) {
+void run_forward(const Problem& problem, const Gradients& outputs, bool linear) {
   if (problem.batch.count == 0 || problem.queries == 0) return;
   const ForwardResult<T> result{data<T>(std::get<0>(outputs)), data<T>(std::get<1>(outputs)),
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
+  if (linear && fgt_forward(problem, result)) return;
   scalar(problem) ? scalar_forward(problem, result) : tiled_forward(problem, result);
 }
 
+template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
@@ -224,7 +234,8 @@ Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, c
                     call.allocate(m, 2, true, ScalarType::Double),
                     call.allocate(m, channels, call.channels, dtype, tangent_w),
                     call.allocate(m, channels, call.channels, dtype, tangent_q)};
-  wide ? run_forward<double>(problem, outputs) : run_forward<float>(problem, outputs);
+  const bool linear = is_linear(method, problem);
+  wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
   return outputs;
 }
 
@@ -275,7 +286,7 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 
 template <typename T>
 void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w, int64_t needs,
-                  const Gradients& gradients) {
+                  const Gradients& gradients, bool linear) {
   task.grad_query = data<T>(std::get<0>(gradients));
   task.grad_key = data<T>(std::get<1>(gradients));
   task.grad_value = data<T>(std::get<2>(gradients));
@@ -288,11 +299,12 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
         !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
     if (tangents) {
       apply_tangents(problem, task);
-    } else {
+    } else if (!linear || !fgt_query_backward(problem, task)) {
       scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
     }
   }
-  if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight))) {
+  if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight)) &&
+      !(linear && fgt_key_backward(problem, task))) {
     scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
   }
   const Tensor& sum = std::get<3>(gradients);
@@ -313,12 +325,14 @@ Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+template <Method method>
 Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
                    const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight,
                    const Tensor& out, const Tensor& state, const Tensor& tangent_w, const Tensor& tangent_q,
                    bool exclude_self, int64_t needs) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
   const Problem& problem = call.problem;
+  const bool linear = is_linear(method, problem);
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   int64_t w_sizes[kMaxRank + 2] = {0};
@@ -342,18 +356,106 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
     task.state = data<double>(whole[1]);
     task.tangent_w = data<T>(whole[2]);
     task.tangent_q = data<T>(whole[3]);
-    run_backward(problem, task, w, needs, gradients);
+    run_backward(problem, task, w, needs, gradients, linear);
   };
   wide ? run(double()) : run(float());
   return gradients;
+}
+
+// Prepared keys. The schemas, to be defined in Python:
+//   native_fgt_compress(Tensor key, Tensor value, Tensor w, Tensor? key_weight)
+//       -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
+//   native_fgt_predict(Tensor query, Tensor key, Tensor value, Tensor key_weight, Tensor cells, Tensor moments,
+//       Tensor matrices, Tensor numbers) -> (Tensor out, Tensor lse)
+// key (N,), value (N,) or (N, C), w of one element, query (M,); all of one dtype. The seven tensors of the first, in
+// order, are the last seven arguments of the second: keys sorted, without those of weight 0, in the arithmetic dtype;
+// value (N, C); key_weight (N,), or (0,) where all are 1; the rest is the transform's own. Where numbers is empty (not
+// finite numbers, or a scale beyond what boxes can hold) the caller uses native_forward with what it gave. out is (M,
+// C).
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename V>
+Tensor tensor_of(const std::vector<V>& from, int64_t columns) {
+  const int64_t sizes[2] = {static_cast<int64_t>(from.size()) / (columns > 0 ? columns : 1), columns};
+  int64_t strides[2] = {columns > 0 ? columns : 1, 1};
+  const int32_t code = std::is_same<V, int64_t>::value  ? aoti_torch_dtype_int64()
+                       : std::is_same<V, double>::value ? aoti_torch_dtype_float64()
+                                                        : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(columns > 0 ? 2 : 1, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  if (!from.empty()) std::memcpy(tensor.mutable_data_ptr(), from.data(), from.size() * sizeof(V));
+  return tensor;
+}
+
+template <typename T>
+Seven compress_as(const Problem& problem) {
+  FgtPrepared<T> prepared;
+  if (!fgt_compress(problem, prepared)) prepared = FgtPrepared<T>();
+  return {tensor_of(prepared.key, 0),     tensor_of(prepared.value, problem.channels),
+          tensor_of(prepared.weight, 0),  tensor_of(prepared.cells, 3),
+          tensor_of(prepared.moments, 0), tensor_of(prepared.matrices, 0),
+          tensor_of(prepared.numbers, 0)};
+}
+
+Seven compress(const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight) {
+  check(key.dim() == 1 && w.numel() == 1);
+  Problem problem = call_of(key, key, value, w, key_weight, false).problem;
+  problem.queries = 0;
+  return problem.key.dtype == Dtype::kDouble ? compress_as<double>(problem) : compress_as<float>(problem);
+}
+
+template <typename T>
+void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& out, const Tensor& lse) {
+  FgtPreparedView<T> view;
+  view.key = data<T>(prepared[0]);
+  view.value = data<T>(prepared[1]);
+  view.weight = data<T>(prepared[2]);
+  view.keys = prepared[0].size(0);
+  view.channels = prepared[1].size(1);
+  view.cells = data<int64_t>(prepared[3]);
+  view.cell_count = prepared[3].size(0);
+  view.moments = data<double>(prepared[4]);
+  view.matrices = data<double>(prepared[5]);
+  view.matrices_size = prepared[5].size(0);
+  view.numbers = data<double>(prepared[6]);
+  view.numbers_size = prepared[6].size(0);
+  const View rows = view_of(query, Batch(), 0, 0, -1);
+  if (query.size(0) == 0) return;
+  STD_TORCH_CHECK(fgt_predict<T>(view, rows, query.size(0), {data<T>(out), data<T>(lse), nullptr, nullptr, nullptr}),
+                  "nwfast: queries beyond what prepared keys can serve");
+}
+
+std::tuple<Tensor, Tensor> predict(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const Tensor& key_weight, const Tensor& cells, const Tensor& moments,
+                                   const Tensor& matrices, const Tensor& numbers) {
+  const Tensor prepared[7] = {as_contiguous(key),    as_contiguous(value),   as_contiguous(key_weight),
+                              as_contiguous(cells),  as_contiguous(moments), as_contiguous(matrices),
+                              as_contiguous(numbers)};
+  const bool wide = key.scalar_type() == ScalarType::Double;
+  check(query.dim() == 1 && value.dim() == 2 && numbers.size(0) > 0 && value.size(0) == key.size(0) &&
+        (dtype_of(query) == Dtype::kDouble) == wide);
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const int64_t sizes[2] = {query.size(0), value.size(1)};
+  const Tensor out = empty(sizes, 2, dtype), lse = empty(sizes, 1, dtype);
+  wide ? predict_as<double>(query, prepared, out, lse) : predict_as<float>(query, prepared, out, lse);
+  return {out, lse};
 }
 
 }  // namespace
 }  // namespace nwfast
 
 STABLE_TORCH_LIBRARY_IMPL(nwfast, CPU, m) {
-  m.impl("native_forward", TORCH_BOX(&nwfast::forward));
-  m.impl("native_backward", TORCH_BOX(&nwfast::backward));
+  using nwfast::Method;
+  m.impl("native_forward", TORCH_BOX(&nwfast::forward<Method::kDense>));
+  m.impl("native_backward", TORCH_BOX(&nwfast::backward<Method::kDense>));
+  m.impl("native_fgt_forward", TORCH_BOX(&nwfast::forward<Method::kFgt>));
+  m.impl("native_fgt_backward", TORCH_BOX(&nwfast::backward<Method::kFgt>));
+  m.impl("native_auto_forward", TORCH_BOX(&nwfast::forward<Method::kAuto>));
+  m.impl("native_auto_backward", TORCH_BOX(&nwfast::backward<Method::kAuto>));
+  m.impl("native_fgt_compress", TORCH_BOX(&nwfast::compress));
+  m.impl("native_fgt_predict", TORCH_BOX(&nwfast::predict));
 }
 
 // The module itself holds what is no operator; loading it runs the registration above.

@@ -242,8 +242,7 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, const Kern
       if (range.finite) out = std::fmin(std::fmax(out, range.low), range.high);
       result.out[row * channels + c] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
     }
-    const double lse = kLn2 * (std::log2(total[i] * batch.weight_unit) - shift[i] * batch.score_unit);
-    result.lse[row] = static_cast<R>(empty ? -INFINITY : lse);
+    result.lse[row] = static_cast<R>(log_sum({shift[i] * batch.score_unit, total[i] * batch.weight_unit}));
     result.state[2 * row] = shift[i];
     result.state[2 * row + 1] = total[i] * batch.weight_unit;
   }

@@ -40,7 +40,7 @@ NAMES = ("native", "cuda", "numba", "triton", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
 
 # What each backend can do beside the reference, which serves every device with the dense formula.
-METHODS = {"native": ("dense",), "cuda": ("dense",), "numba": ("dense",), "triton": ("dense",)}
+METHODS = {"native": ("dense", "fgt"), "cuda": ("dense",), "numba": ("dense", "fgt"), "triton": ("dense",)}
 # Triton's interpreter runs its kernels on CPU tensors, for tests: only what is asked for by name gets it.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {

@@ -196,25 +196,33 @@ class _Call:
         if count == 0:
             return
         example, about = _EXAMPLE[self.dtype], np.array(self.about, dtype=np.int64)
-        workers = min(torch.get_num_threads(), count)
-        if workers == 1 or self.size * self.m * self.n * (self.d + self.c) < _SERIAL:
-            kernel(example, about, 0, count)
-            return
-        step = max(1, count // (8 * workers))
-        starts = iter(range(0, count, step))  # shared: a thread that is done takes the next
+        serial = self.size * self.m * self.n * (self.d + self.c) < _SERIAL
+        run_units(lambda first, last: kernel(example, about, first, last), count, serial)
 
-        def work() -> None:
-            for start in starts:
-                kernel(example, about, start, min(start + step, count))
 
-        others = [_executor(workers - 1).submit(work) for _ in range(workers - 1)]
-        try:
-            work()
-        finally:  # the kernels write to memory of this call: never leave before they are done
-            for other in others:
-                other.exception()
+def run_units(kernel: Callable[[int, int], None], count: int, serial: bool = False) -> None:
+    """Run kernel(first, last) over the units 0 .. count on torch's threads, or in this one."""
+    workers = min(torch.get_num_threads(), count)
+    if count == 0:
+        return
+    if workers == 1 or serial:
+        kernel(0, count)
+        return
+    step = max(1, count // (8 * workers))
+    starts = iter(range(0, count, step))  # shared: a thread that is done takes the next
+
+    def work() -> None:
+        for start in starts:
+            kernel(start, min(start + step, count))
+
+    others = [_executor(workers - 1).submit(work) for _ in range(workers - 1)]
+    try:
+        work()
+    finally:  # the kernels write to memory of this call: never leave before they are done
         for other in others:
-            other.result()
+            other.exception()
+    for other in others:
+        other.result()
 
 
 def _widen(tensor: Tensor) -> Tensor:

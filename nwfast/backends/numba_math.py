@@ -5,9 +5,18 @@ One small array costs less per call than a dozen array arguments, and one compil
 dimensions and every layout. float32 and float64 data are told apart by `example`, an empty array of that dtype.
 """
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+
+# Numba's cache looks at the file of an entry point alone; with this digest of all sources in the entry point's closure
+# a changed kernel in another file is a new entry.
+DIGEST = hashlib.sha256(
+    b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("numba*.py")))
+).hexdigest()
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
@@ -29,6 +38,7 @@ BATCH_ITEMS = 6
 # With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
 ROOT = 0.84932180028801904272  # sqrt(log2(e) / 2)
 LN2 = 0.69314718055994530942
+ROUND = 6755399441055744.0  # 1.5 * 2^52
 
 
 @intrinsic
@@ -46,8 +56,8 @@ def pointer(typingctx, address, example):
 def exp2_double(x):
     """2^x for x < 1024, relative error 3e-16; 0 below -1022. Branch-free: loops over it become vector code."""
     x = max(x, -1023.0)
-    whole = np.floor(x + 0.5)
-    f = x - whole
+    shifted = x + ROUND  # rounds to a whole number, which is then in its low bits
+    f = x - (shifted - ROUND)
     p = 4.4352809446103361611e-10
     p = p * f + 7.0741056262456593708e-9
     p = p * f + 1.0178198033328527662e-7
@@ -60,7 +70,7 @@ def exp2_double(x):
     p = p * f + 0.24022650695910156205
     p = p * f + 0.69314718055994533046
     p = p * f + 0.9999999999999999971
-    return p * np.int64((np.int64(whole) + 1023) << 52).view(np.float64)
+    return p * np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
 
 
 @njit(**EXACT)

@@ -1,19 +1,28 @@
 """Compiled entry points: each runs the units first..last of one call, a unit being a block of one batch element's rows.
 
-Only these are cached on disk, everything else is compiled into them. Numba's cache looks at the file of the entry point
-alone; the digest of all sources in the closure makes a changed kernel in another file a new entry.
+Only these are cached on disk, everything else is compiled into them.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import njit
 
 from . import numba_keys, numba_rows
 from .numba_fast import TILE
-from .numba_math import BATCH, EXACT, GRAD_OUT, GRAD_QUERY, GRAD_W, STATE, TANGENT_Q, TANGENT_W, M, pointer
+from .numba_math import (
+    BATCH,
+    DIGEST,
+    EXACT,
+    GRAD_OUT,
+    GRAD_QUERY,
+    GRAD_W,
+    STATE,
+    TANGENT_Q,
+    TANGENT_W,
+    M,
+    pointer,
+)
 from .numba_rows import QUERY_BLOCK
 
 __all__ = ["QUERY_BLOCK", "TILE", "backward_keys", "backward_rows", "backward_tangents", "forward"]
@@ -41,13 +50,7 @@ def _compile_tangents(digest: str) -> Callable:
     return backward_tangents
 
 
-def _digest() -> str:
-    sources = sorted(Path(__file__).parent.glob("numba*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-
-
-_DIGEST = _digest()
-forward = numba_rows.compile_forward(_DIGEST)
-backward_rows = numba_rows.compile_backward(_DIGEST)
-backward_keys = numba_keys.compile_backward(_DIGEST)
-backward_tangents = _compile_tangents(_DIGEST)
+forward = numba_rows.compile_forward(DIGEST)
+backward_rows = numba_rows.compile_backward(DIGEST)
+backward_keys = numba_keys.compile_backward(DIGEST)
+backward_tangents = _compile_tangents(DIGEST)

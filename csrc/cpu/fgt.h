@@ -1,0 +1,187 @@
+// The fast Gauss transform in one feature: sums over all keys for every query in linear time, accurate relative to each
+// sum, near the keys and far from them.
+//
+// In units of the bandwidth, x = |w| q and u = |w| k, all sums are S(x) = sum_j c_j exp(-(x - u_j)^2 / 2), one for each
+// column of charges c: a_j (the total) and a_j (v_j - centre) for each channel. Everything is in double, whatever the
+// input; coordinates stay in user units, and differences are taken before they are scaled.
+//
+// Boxes (make_plan). The axis is cut into boxes of equal width around the multiples of `box`, a number of six bits, so
+// that edges and centres are exact. In a box of half width h bandwidths, exp(-(x - u)^2 / 2) is a polynomial of T terms
+// in the local coordinates t, s in [-1, 1] of key and query, with an error of 8.7 (h/2)^T / sqrt(T!) exp(-y^2/4) at
+// distance y (expansion_error). T is 8, 12, 16, 20 or 24, h the largest that keeps the error (1e-9 of a box's mass for
+// float32, 2e-15 for float64), and the choice is that of least work for the density of the keys. Only boxes up to
+// `reach` apart count.
+//
+// Compress (Cells): a box with kCrowd keys or more gets its power moments sum_j c_j t_j^n. Sorted keys are read in
+// chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
+// threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
+// of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
+// turned into powers): local_m = sum_n K_o[n][m] moment_n. Keys in boxes that are not crowded get moments on the spot.
+// With factors d and d^2 in the kernel the same moments give the sums that the derivatives by q and w need. Evaluate:
+// Horner's scheme at the queries of the box. Directly (RowPass::direct): where a query's window holds few keys, or a
+// box few queries, pairs are summed one by one, lanes holding queries. The window of a query that is delta from its
+// nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and sums are relative to k* (the reference r) where delta > 2:
+//   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
+// Which way is taken follows from counts alone.
+//
+// Which expansions to trust. Expansion adds up the plan's error times the mass of each box, plus what all keys beyond
+// the reach could add: a bound of the absolute error of S. A row whose total is not well above it (a gap, a lone key
+// beside a distant crowd, key weights of many decades, a leave-one-out row dominated by its own key) is summed again
+// with care. No level, and no nearest key, has to be known beforehand, and dense data never look for one.
+//
+// With care: directly where the window holds at most kDirectKeys keys. Otherwise (RowPass::run_far) the row lies in a
+// gap between two neighbouring keys, or beyond an end. Keys on either side, z behind the edge of the gap, count exp(-z
+// (2 delta + z) / 2) relative to the edge, delta from the row. Rows are grouped by edge and level l, 2^l < delta
+// <= 2^(l+1); for each group the keys within the depth that counts are cut into boxes of half width 2^-l, within which
+// the exponent varies by 4 at most, and a crowded box becomes T keys at Chebyshev nodes (Edge). Then errors are
+// relative to each box's own sum, and nothing depends on the balance of masses. Both sides are brought to the row's
+// reference and added.
+//
+// Leave-one-out: the own key is subtracted from what was expanded, with less than 3 digits lost or else the row is
+// summed again, and skipped in direct sums.
+//
+// The key side of the backward pass (fgt_keys.cpp) is the same with the roles exchanged: rows whose total is at least
+// kSmallTotal of the largest weight are sources with charges g_i / S_i in boxes, keys are targets. Other rows are
+// gathered by each key one by one, or, many rows of a gap with many keys, summed at the compressed keys of an edge and
+// handed on by the transposed interpolation.
+//
+// What is not finite, and scales at which boxes have no exact edges, are the dense drivers' (the functions return
+// false).
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "drivers.h"
+#include "fgt_tasks.h"
+
+namespace nwfast {
+namespace fgt {
+
+constexpr int64_t kChunk = 8192;      // points of one task
+constexpr int64_t kBlock = 1024;      // points whose charges are held at once
+constexpr int64_t kCrowd = 8;         // points from which on a box has moments
+constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
+constexpr int kMaxTerms = 24;
+constexpr double kLevelZero = 2;  // distance to the nearest key, in bandwidths, up to which no shift is needed
+constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
+
+template <typename T>
+struct Accuracy;
+template <>
+struct Accuracy<float> {
+  static constexpr double kTruncation = 1e-9;  // of expansions, relative to the mass of a box
+  static constexpr double kAccept = 2e-8;      // of a row's total: beyond this error bound it is summed with care
+  static constexpr double kLargestHalf = 1.5;  // half width of a box, in bandwidths
+  static constexpr int kFarTerms = 16;
+};
+template <>
+struct Accuracy<double> {
+  static constexpr double kTruncation = 2e-15;
+  static constexpr double kAccept = 1e-13;
+  static constexpr double kLargestHalf = 1;
+  static constexpr int kFarTerms = 24;
+};
+
+// Bound of the error of interpolating exp(-(x-u)^2/2) in x and u on boxes of this half width, each at `terms`
+// Chebyshev nodes, for boxes that touch: |d^T/dx^T exp(-x^2/2)| <= 1.09 sqrt(T!) exp(-x^2/4).
+double expansion_error(int terms, double half);
+
+// Boxes and the matrices that translate between them.
+struct Plan {
+  double scale = 0;  // |w|
+  double box = 1;    // width of a box in user units, a number of few bits: edges and centres are exact
+  double half = 0;   // box * scale / 2
+  int terms = 8, pitch = 8;
+  int64_t reach = 0;    // boxes that count lie at most so many boxes apart
+  double window = 0;    // keys within sqrt(delta^2 + window^2) bandwidths count
+  double log_span = 0;  // window^2 / 2
+  int orders = 1;
+  bool offsets = false, scores = false;
+  std::vector<double> matrices;  // (orders, 2 reach + 1, terms, pitch)
+  std::vector<double> error;     // (reach + 1) by the distance of boxes, relative to the mass of a box
+  double tail_error = 0;         // what all keys beyond the reach add, relative to their mass
+
+  const double* matrix(int order, int64_t offset) const {
+    return matrices.data() + (order * (2 * reach + 1) + offset + reach) * terms * pitch;
+  }
+  // The box whose edges enclose x: [(b - 1/2) box, (b + 1/2) box).
+  int64_t box_of(double x) const {
+    const double place = std::floor(x * (1 / box) + 0.5);
+    if (!(std::fabs(place) < 2.0 * kMostBoxes)) return place > 0 ? 2 * kMostBoxes : -2 * kMostBoxes;
+    int64_t b = static_cast<int64_t>(place);
+    if (x < lower_edge(b)) --b;
+    if (x >= lower_edge(b + 1)) ++b;
+    return b;
+  }
+  double lower_edge(int64_t b) const { return static_cast<double>(2 * b - 1) * (box / 2); }
+  double centre(int64_t b) const { return static_cast<double>(b) * box; }
+  double to_local() const { return 2 / box; }
+};
+
+// What the choice of a plan depends on.
+struct Extent {
+  double scale;      // |w|
+  double magnitude;  // of the largest coordinate of keys and queries
+  double spread;     // keys and queries lie within this distance of each other, or more
+  int64_t keys, queries;
+  std::vector<double> gaps;  // between every (keys / gaps)-th key
+  int columns;
+  bool offsets, scores;
+  bool anywhere = false;  // queries to come may lie anywhere
+};
+
+template <typename R>
+void make_plan(const Extent& extent, Plan& plan);
+void fill_matrices(Plan& plan);
+
+// Steps from place to the first index at or after it with x[index] >= bound; n if there is none.
+template <typename R>
+int64_t gallop(const R* x, int64_t n, int64_t place, double bound) {
+  int64_t step = 1, low = place;
+  if (low >= n || !(x[low] < bound)) return low;
+  while (low + step < n && x[low + step] < bound) {
+    low += step;
+    step *= 2;
+  }
+  // x[low] < bound, and x[high] is not
+  int64_t high = std::min(n, low + step);
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (x[middle] < bound) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return high;
+}
+
+// The first index with x[index] >= bound.
+template <typename R>
+int64_t lower_bound(const R* x, int64_t n, double bound) {
+  return std::lower_bound(x, x + n, bound, [](R a, double b) { return a < b; }) - x;
+}
+
+// run(b, serial) for each batch element, many small ones side by side; false from it means that the dense drivers
+// serve.
+template <typename Run>
+bool over_batch(const Problem& problem, const Run& run) {
+  const double points = static_cast<double>(problem.queries) + static_cast<double>(problem.keys);
+  const bool small = points < 4 * kChunk;
+  if (problem.batch.count > 1 && small) {
+    std::vector<char> served(problem.batch.count);
+    parallel_blocks(problem.batch.count, false, [&](int64_t b) { served[b] = run(b, true); });
+    return std::find(served.begin(), served.end(), 0) == served.end();
+  }
+  for (int64_t b = 0; b < problem.batch.count; ++b) {
+    if (!run(b, points < kChunk)) return false;
+  }
+  return true;
+}
+
+}  // namespace fgt
+}  // namespace nwfast

@@ -1,0 +1,39 @@
+// The kernels of the fast Gauss transform for any processor, and the choice of the best table for this one.
+
+#define NWFAST_ISA baseline
+#define NWFAST_LEVEL 128
+#include "fgt_isa.h"
+
+namespace nwfast {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NWFAST_X86 1
+namespace avx512 {
+extern const FgtKernels<float> kFloatFgtKernels;
+extern const FgtKernels<double> kDoubleFgtKernels;
+}  // namespace avx512
+namespace avx2 {
+extern const FgtKernels<float> kFloatFgtKernels;
+extern const FgtKernels<double> kDoubleFgtKernels;
+}  // namespace avx2
+#endif
+
+template <>
+const FgtKernels<float>& fgt_kernels<float>() {
+#ifdef NWFAST_X86
+  if (processor_level() == Level::kAvx512) return avx512::kFloatFgtKernels;
+  if (processor_level() == Level::kAvx2) return avx2::kFloatFgtKernels;
+#endif
+  return baseline::kFloatFgtKernels;
+}
+
+template <>
+const FgtKernels<double>& fgt_kernels<double>() {
+#ifdef NWFAST_X86
+  if (processor_level() == Level::kAvx512) return avx512::kDoubleFgtKernels;
+  if (processor_level() == Level::kAvx2) return avx2::kDoubleFgtKernels;
+#endif
+  return baseline::kDoubleFgtKernels;
+}
+
+}  // namespace nwfast

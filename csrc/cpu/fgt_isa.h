@@ -1,0 +1,22 @@
+// One instruction set's kernels of the fast Gauss transform; included once by each fgt_<isa>.cpp.
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "fgt_kernels.h"
+
+namespace nwfast {
+namespace NWFAST_ISA {
+
+// Constant initialisation: no code of this instruction set may run when the library is loaded.
+template <typename T>
+constexpr FgtKernels<T> fgt_table() {
+  return {fgt_moments<T>, fgt_translate, fgt_evaluate<T>, fgt_direct<T>, fgt_gather<T>, fgt_pull<T>, fgt_finish<T>};
+}
+extern constexpr FgtKernels<float> kFloatFgtKernels = fgt_table<float>();
+extern constexpr FgtKernels<double> kDoubleFgtKernels = fgt_table<double>();
+
+}  // namespace NWFAST_ISA
+}  // namespace nwfast

@@ -1,0 +1,600 @@
+// The key side of the backward pass: the transposed sums. Rows become sources, keys become targets.
+//
+// With g_i the gradient of a row's output, S_i its total, p_ij = a_j exp(s_ij) / S_i and u_ij = <g_i, v_j - out_i> +
+// lse_grad_i, a key needs
+//   A_j = sum_i exp(s_ij) g_i / S_i (by channel)  and  E_j = sum_i exp(s_ij) (<g_i, out_i> - lse_grad_i) / S_i
+// and the same sums with a factor (x_i - k_j): grad_value = a_j A_j, grad_key_weight = <v_j, A_j> - E_j, grad_key =
+// a_j w^2 (<v_j, A'_j> - E'_j).
+//
+// Rows whose total is not small beside the largest weight need no shift and are expanded or summed as in the forward
+// pass, with the roles exchanged. Other rows are relative to their nearest key: those with few keys in their window are
+// gathered by each key, the rest are summed at the compressed keys behind the edges of their gap and handed on from
+// there. A block of keys owns its sums, and adds to them in a fixed order.
+
+#include "fgt_rows.h"
+
+namespace nwfast {
+namespace fgt {
+namespace {
+
+constexpr int64_t kTargets = 64;      // keys that gather from the same rows
+constexpr double kSmallTotal = 0.05;  // beside the largest weight; e^-2 / 2 is the least that level zero can have
+
+// Keys to be served: those with a weight, or those without.
+template <typename R>
+struct Targets {
+  const R* x;
+  int64_t n;
+  bool weighted;
+  const int64_t* place;      // of keys without a weight, by the caller's numbers; -1 for others
+  const int64_t* excluding;  // the row that leaves out a key without a weight
+};
+
+// Rows whose parts each key gathers one by one.
+struct Gathered {
+  std::vector<int64_t> row;
+  std::vector<double> x, reference, low, high;  // windows: of all rows up to one (high), from one on (low)
+  std::vector<double> grad, mean;               // (channels, rows); the gradient is divided by the row's total
+  std::vector<double> lse_grad;
+};
+
+template <typename R>
+class KeyPass {
+ public:
+  KeyPass(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial)
+      : problem_(problem), task_(task), b_(b), serial_(serial), table_(fgt_kernels<R>()) {}
+
+  bool run() {
+    if (!data_.prepare(problem_, b_, serial_) || !data_.bad_rows.empty()) return false;
+    channels_ = data_.channels;
+    columns_ = channels_ + 1;
+    const int64_t base = b_ * problem_.keys;
+    for (int64_t j = 0; j < problem_.keys && (data_.keys == 0 || !data_.dropped.empty()); ++j) {
+      for (int c = 0; task_.grad_value && c < channels_; ++c) task_.grad_value[(base + j) * channels_ + c] = 0;
+      if (task_.grad_key) task_.grad_key[base + j] = 0;
+      if (task_.grad_key_weight) task_.grad_key_weight[base + j] = 0;
+    }
+    if (data_.keys == 0) return true;
+    make_plan<R>(data_.extent(columns_, task_.grad_key != nullptr, false), plan_);
+    slots_ = plan_.orders;
+    expanded_ = data_.key_range.magnitude() / plan_.box < static_cast<double>(kMostBoxes);
+    if (!read_rows()) return false;
+    if (expanded_ && data_.queries > 0) {
+      cells_.compress(plan_, data_.query, data_.queries, columns_, false, loader(), serial_);
+      fill_matrices(plan_);
+    }
+    sort_far_rows();
+    serve({data_.key, data_.keys, true, nullptr, nullptr});
+    if (task_.grad_key_weight && !data_.dropped.empty()) {
+      const int64_t n = static_cast<int64_t>(data_.dropped.size());
+      Buffer<R> x(n);
+      const int64_t offset = problem_.key.offset(problem_.batch, b_);
+      for (int64_t j = 0; j < n; ++j) {
+        read(problem_.key, offset + data_.dropped[j] * problem_.key.row_stride, 1, 0, &x[j]);
+      }
+      Buffer<int64_t> place(problem_.keys), excluding(n);
+      for (int64_t j = 0; j < problem_.keys; ++j) place[j] = -1;
+      for (int64_t j = 0; j < n; ++j) place[data_.dropped[j]] = j;
+      for (int64_t i = 0; data_.exclude && i < data_.queries; ++i) {
+        const int64_t j = place[data_.original_row(i)];
+        if (j >= 0) excluding[j] = i;
+      }
+      serve({x.get(), n, false, place.get(), excluding.get()});
+    }
+    return true;
+  }
+
+ private:
+  auto loader() const {
+    return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
+      for (int c = 0; c < columns_; ++c) {
+        std::memcpy(charge + c * pitch, charge_.get() + c * data_.queries + begin, n * sizeof(double));
+      }
+    };
+  }
+
+  // Charges of the rows that need no shift, zeros for others, which are listed. False if a gradient is not finite.
+  bool read_rows() {
+    const int64_t n = data_.queries, chunks = (n + kChunk - 1) / kChunk;
+    charge_.allocate(columns_ * n);
+    std::vector<std::vector<int64_t>> far(chunks);
+    std::vector<char> finite(chunks, 1);
+    parallel_blocks(chunks, serial_, [&](int64_t chunk) {
+      std::vector<double> charge(columns_);
+      for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
+        const int64_t row = b_ * problem_.queries + data_.original_row(i);
+        const double total = task_.state[2 * row + 1] * data_.weight_factor;
+        if (!(total > 0)) {
+          finite[chunk] &= total == 0;
+          for (int c = 0; c < columns_; ++c) charge_[c * n + i] = 0;
+          continue;
+        }
+        const double plain = total * std::exp2(-task_.state[2 * row]);
+        const bool level_zero = plain >= kSmallTotal;
+        charge_of(i, nullptr, charge.data());
+        bool regular = true;
+        for (int c = 0; c < columns_; ++c) {
+          regular &= std::isfinite(charge[c]);
+          charge_[c * n + i] = level_zero ? charge[c] / plain : 0;
+        }
+        finite[chunk] &= regular;
+        if (!level_zero) far[chunk].push_back(i);
+      }
+    });
+    far_.clear();
+    for (const auto& part : far) far_.insert(far_.end(), part.begin(), part.end());
+    return std::find(finite.begin(), finite.end(), 0) == finite.end();
+  }
+
+  // (g_i, <g_i, out_i - base> - lse_grad_i), not divided by the total; outputs and base are centred.
+  void charge_of(int64_t i, const double* base, double* charge) const {
+    const int64_t row = b_ * problem_.queries + data_.original_row(i);
+    double sum = 0;
+    for (int c = 0; c < channels_; ++c) {
+      charge[c] = grad_of(i, c);
+      sum += charge[c] * (mean_of(row, c) - (base ? base[c] : 0));
+    }
+    charge[channels_] = sum - lse_grad_of(i);
+  }
+  double mean_of(int64_t row, int c) const {
+    return static_cast<double>(task_.out[row * channels_ + c]) - data_.centre[c];
+  }
+  double grad_of(int64_t i, int c) const {
+    const int64_t original = data_.original_row(i);
+    double g = 0;
+    read(task_.grad_out,
+         task_.grad_out.offset(problem_.batch, b_) + original * task_.grad_out.row_stride +
+             c * task_.grad_out.column_stride,
+         1, 0, &g);
+    return g;
+  }
+  double lse_grad_of(int64_t i) const {
+    if (!task_.grad_lse.data) return 0;
+    double g = 0;
+    read(task_.grad_lse, task_.grad_lse.offset(problem_.batch, b_) + data_.original_row(i) * task_.grad_lse.row_stride,
+         1, 0, &g);
+    return g;
+  }
+
+  // Far rows are gathered one by one, or summed in groups at compressed keys.
+  void sort_far_rows() {
+    const int64_t count = static_cast<int64_t>(far_.size());
+    found_.resize(count);
+    std::vector<char> single(count);
+    std::vector<double> lows(count), highs(count);
+    parallel_blocks((count + kChunk - 1) / kChunk, serial_, [&](int64_t block) {
+      int64_t hint = 0;
+      for (int64_t k = block * kChunk; k < std::min(count, (block + 1) * kChunk); ++k) {
+        const double x = data_.query[far_[k]];
+        found_[k] = nearest(data_, plan_, far_[k], hint);
+        hint = found_[k].place;
+        window_of(data_, plan_, x, found_[k].key, &lows[k], &highs[k]);
+        // A total below 1 lets keys of less weight count.
+        const double total = total_of(far_[k]);
+        if (total < 1 && plan_.scale > 0) {
+          const double more = std::sqrt(-2 * std::log(total)) / plan_.scale;
+          lows[k] -= more;
+          highs[k] += more;
+        }
+        const int64_t window =
+            lower_bound(data_.key, data_.keys, highs[k]) - lower_bound(data_.key, data_.keys, lows[k]);
+        const int64_t own = data_.excluded(far_[k]);
+        const bool own_nearer =
+            own >= 0 && std::fabs(x - data_.key[own]) <= std::fabs(x - (found_[k].level_zero ? x : found_[k].key));
+        single[k] = window <= kDirectKeys || own_nearer;
+      }
+    });
+    for (int64_t k = 0; k < count; ++k) {
+      if (!single[k]) continue;
+      gathered_.row.push_back(k);
+      gathered_.x.push_back(data_.query[far_[k]]);
+      gathered_.reference.push_back(found_[k].level_zero ? gathered_.x.back() : found_[k].key);
+      gathered_.low.push_back(lows[k]);
+      gathered_.high.push_back(highs[k]);
+    }
+    const int64_t n = static_cast<int64_t>(gathered_.row.size());
+    gathered_.grad.resize(channels_ * n);
+    gathered_.mean.resize(channels_ * n);
+    gathered_.lse_grad.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = far_[gathered_.row[i]];
+      const double total = total_of(row);
+      for (int c = 0; c < channels_; ++c) {
+        gathered_.grad[c * n + i] = grad_of(row, c) / total;
+        gathered_.mean[c * n + i] = mean_of(b_ * problem_.queries + data_.original_row(row), c);
+      }
+      gathered_.lse_grad[i] = lse_grad_of(row) / total;
+    }
+    for (int64_t i = 1; i < n; ++i) gathered_.high[i] = std::fmax(gathered_.high[i], gathered_.high[i - 1]);
+    for (int64_t i = n - 2; i >= 0; --i) gathered_.low[i] = std::fmin(gathered_.low[i], gathered_.low[i + 1]);
+    make_groups(single);
+  }
+
+  double total_of(int64_t i) const {
+    return task_.state[2 * (b_ * problem_.queries + data_.original_row(i)) + 1] * data_.weight_factor;
+  }
+
+  struct Group {
+    int64_t place;  // of the key at the edge
+    int side, level;
+    std::vector<int64_t> rows;  // among the far ones
+    double apart;               // least distance of a row from the edge
+  };
+  struct Field {
+    std::unique_ptr<Edge<R>> edge;
+    std::vector<double> base;  // the values of the edge's key, which others are taken relative to
+    std::vector<double> sums;  // (slots, columns, pitch), at the edge's sources
+    int64_t pitch;
+  };
+
+  void make_groups(const std::vector<char>& single) {
+    in_left_group_.assign(far_.size(), 0);
+    for (int side = 0; side < 2; ++side) {
+      for (int64_t k = 0; k < static_cast<int64_t>(far_.size()); ++k) {
+        if (single[k]) continue;
+        const int64_t left = found_[k].place - 1, right = found_[k].place, edge = side ? right : left;
+        if (edge < 0 || edge >= data_.keys) continue;
+        const double x = data_.query[far_[k]], apart = std::fabs(x - data_.key[edge]);
+        const double reference = found_[k].level_zero ? 0 : std::fabs(x - found_[k].key);
+        const double excess = (apart - reference) * (apart + reference) * plan_.scale * plan_.scale / 2;
+        if (excess > plan_.log_span + data_.weight_span + 8 - std::fmin(0.0, std::log(total_of(far_[k])))) continue;
+        const int level = level_of(apart * plan_.scale);
+        if (groups_.empty() || groups_.back().side != side || groups_.back().place != edge ||
+            groups_.back().level != level) {
+          groups_.push_back({edge, side, level, {}, INFINITY});
+        }
+        groups_.back().rows.push_back(k);
+        in_left_group_[k] |= side == 0;
+        groups_.back().apart = std::fmin(groups_.back().apart, apart);
+      }
+    }
+    fields_.resize(groups_.size());
+    parallel_blocks(static_cast<int64_t>(groups_.size()), serial_,
+                    [&](int64_t g) { sum_group(groups_[g], fields_[g]); });
+  }
+
+  // The group's sums at the sources of its edge.
+  void sum_group(const Group& group, Field& field) const {
+    field.edge.reset(new Edge<R>(edge_of(data_, plan_, group.place, group.side, group.level, group.apart)));
+    const int64_t n = static_cast<int64_t>(group.rows.size()), targets = field.edge->sources();
+    for (int c = 0; c < channels_; ++c) field.base.push_back(data_.value_of(group.place, c));
+    std::vector<double> apart(n), reference(n, 0.0), charge(columns_ * n), one(columns_);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = group.rows[i], row = far_[k];
+      const double x = data_.query[row], edge = data_.key[group.place];
+      const double r = found_[k].level_zero ? x : found_[k].key;
+      apart[i] = std::fabs(x - edge);
+      // From the edge to the row's own reference.
+      const double score = (r - edge) * ((x - edge) + (x - r));
+      const double factor = std::exp(-score * plan_.scale * plan_.scale / 2) / total_of(row);
+      charge_of(row, field.base.data(), one.data());
+      for (int c = 0; c < columns_; ++c) charge[c * n + i] = one[c] * factor;
+    }
+    field.pitch = padded(targets);
+    field.sums.assign(slots_ * columns_ * field.pitch, 0.0);
+    FgtGather<double> task;
+    task.target = field.edge->position();
+    task.targets = targets;
+    task.source = apart.data();
+    task.reference = reference.data();
+    task.sources = n;
+    task.charge = charge.data();
+    task.pitch = n;
+    task.columns = columns_;
+    task.scale = plan_.scale;
+    task.offsets = plan_.offsets;
+    task.sums = field.sums.data();
+    task.sums_pitch = field.pitch;
+    fgt_kernels<double>().gather(task);
+    if (plan_.offsets && group.side) {  // x lies below the keys
+      for (int64_t i = columns_ * field.pitch; i < 2 * columns_ * field.pitch; ++i) field.sums[i] = -field.sums[i];
+    }
+  }
+
+  void serve(const Targets<R>& targets) const {
+    parallel_blocks((targets.n + kChunk - 1) / kChunk, serial_, [&](int64_t chunk) { serve_chunk(targets, chunk); });
+  }
+
+  // Of a chunk of keys.
+  struct Sums {
+    int64_t begin, pitch;
+    Buffer<double> near;   // (slots, columns, pitch): A and E, A' and E'
+    Buffer<double> far;    // (channels + slots, pitch): A, <v, A> - E and <v, A'> - E' of the other rows
+    Buffer<double> value;  // (channels, pitch), centred
+  };
+
+  void serve_chunk(const Targets<R>& targets, int64_t chunk) const {
+    const int64_t begin = chunk * kChunk, end = std::min(targets.n, begin + kChunk), pitch = padded(end - begin);
+    Sums sums;
+    sums.begin = begin;
+    sums.pitch = pitch;
+    sums.near.allocate(slots_ * columns_ * pitch);
+    std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
+    if (data_.queries > 0) add_level_zero(targets, begin, end, sums.near.get(), pitch);
+    if (data_.exclude) subtract_own(targets, begin, end, sums.near.get(), pitch);
+    load_values(targets, begin, end, sums);
+    if (!far_.empty()) {
+      sums.far.allocate((channels_ + slots_) * pitch);
+      std::memset(sums.far.get(), 0, (channels_ + slots_) * pitch * sizeof(double));
+      for (int64_t first = begin; first < end; first += kTargets) {
+        gather(targets, first, std::min(kTargets, end - first), sums);
+      }
+      for (size_t g = 0; g < groups_.size(); ++g) add_group(targets, groups_[g], fields_[g], begin, end, sums);
+    }
+    for (int64_t j = begin; j < end; ++j) finish(targets, j, sums);
+  }
+
+  void load_values(const Targets<R>& targets, int64_t begin, int64_t end, Sums& sums) const {
+    sums.value.allocate(channels_ * sums.pitch);
+    for (int c = 0; c < channels_; ++c) {
+      double* const column = sums.value.get() + c * sums.pitch;
+      for (int64_t j = begin; j < end; ++j) {
+        if (targets.weighted) {
+          column[j - begin] = data_.value_of(j, c);
+          continue;
+        }
+        double value = 0;
+        read(problem_.value,
+             problem_.value.offset(problem_.batch, b_) + data_.dropped[j] * problem_.value.row_stride +
+                 c * problem_.value.column_stride,
+             1, 0, &value);
+        column[j - begin] = value - data_.centre[c];
+      }
+      for (int64_t j = end - begin; j < sums.pitch; ++j) column[j] = 0;
+    }
+  }
+
+  // Rows without a shift. The kernels' offsets are from row to key.
+  void add_level_zero(const Targets<R>& targets, int64_t begin, int64_t end, double* sums, int64_t pitch) const {
+    const R* const u = targets.x;
+    const double reach = plan_.scale > 0 ? (plan_.window + 3) / plan_.scale : INFINITY;
+    const auto load = loader();
+    Expansion<R, decltype(load)> expansion(plan_, cells_, data_.query, data_.queries, columns_, false, load);
+    const double per_pair = 4.0 * ((columns_ + 1) / 2), per_term = 0.3 * columns_ * slots_;
+    int64_t window = lower_bound(data_.query, data_.queries, static_cast<double>(u[begin]) - reach);
+    for (int64_t j = begin; j < end;) {
+      int64_t stop = std::min(j + 2 * kGroup, end);
+      window = gallop(data_.query, data_.queries, window, static_cast<double>(u[j]) - reach);
+      const int64_t last = window + 6 * kGroup;
+      bool few = !expanded_ || last >= data_.queries ||
+                 static_cast<double>(data_.query[last]) > static_cast<double>(u[stop - 1]) + reach;
+      const int64_t box = few ? 0 : plan_.box_of(u[j]);
+      if (!few) {
+        stop = gallop(u, end, j, plan_.lower_edge(box + 1));
+        expansion.move_to(box);
+        const double keys = static_cast<double>(stop - j);
+        few = keys * static_cast<double>(expansion.points()) * per_pair <=
+              (keys + static_cast<double>(expansion.translations()) * plan_.terms) * plan_.terms * per_term;
+      }
+      double* const out = sums + (j - begin);
+      if (few) {
+        for (; j < stop; j += kGroup) {
+          add_direct(targets, j, std::min(kGroup, stop - j), window, reach, sums + (j - begin), pitch);
+        }
+      } else {
+        std::vector<double> block(slots_ * columns_ * kEvaluated);
+        const double* const local = expansion.expand(nullptr);
+        for (int64_t first = j; first < stop; first += kEvaluated) {
+          FgtEvaluate<R> task;
+          task.x = u + first;
+          task.n = std::min(kEvaluated, stop - first);
+          task.centre = plan_.centre(box);
+          task.scale = plan_.to_local();
+          task.local = local;
+          task.series = slots_ * columns_;
+          task.terms = plan_.terms;
+          task.pitch = plan_.pitch;
+          task.sums = block.data();
+          task.sums_pitch = kEvaluated;
+          table_.evaluate(task);
+          add(block.data(), kEvaluated, task.n, out + (first - j), pitch);
+        }
+      }
+      j = stop;
+    }
+  }
+
+  void add(const double* block, int64_t block_pitch, int64_t n, double* sums, int64_t pitch) const {
+    for (int column = 0; column < slots_ * columns_; ++column) {
+      const double sign = column < columns_ ? 1 : -1;
+      for (int64_t i = 0; i < n; ++i) sums[column * pitch + i] += sign * block[column * block_pitch + i];
+    }
+  }
+
+  void add_direct(const Targets<R>& targets, int64_t first, int64_t n, int64_t window, double reach, double* sums,
+                  int64_t pitch) const {
+    const R* const u = targets.x + first;
+    const int64_t begin = gallop(data_.query, data_.queries, window, static_cast<double>(u[0]) - reach);
+    const int64_t end = gallop(data_.query, data_.queries, begin, static_cast<double>(u[n - 1]) + reach);
+    if (begin == end) return;
+    double reference[kGroup], stack[4 * kGroup];
+    std::vector<double> heap(slots_ * columns_ > 4 ? slots_ * columns_ * kGroup : 0);
+    for (int64_t k = 0; k < n; ++k) reference[k] = u[k];
+    FgtDirect<R> task;
+    task.target = u;
+    task.reference = reference;
+    task.excluded = nullptr;
+    task.targets = n;
+    task.source = data_.query + begin;
+    task.sources = end - begin;
+    task.charge = charge_.get() + begin;
+    task.pitch = data_.queries;
+    task.columns = columns_;
+    task.scale = plan_.scale;
+    task.offsets = plan_.offsets;
+    task.scores = false;
+    task.sums = heap.empty() ? stack : heap.data();
+    task.sums_pitch = kGroup;
+    table_.direct(task);
+    add(task.sums, kGroup, n, sums, pitch);
+  }
+
+  // The row that leaves a key out, if it is among those without a shift.
+  void subtract_own(const Targets<R>& targets, int64_t begin, int64_t end, double* sums, int64_t pitch) const {
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t i = targets.weighted ? data_.excluding(j) : targets.excluding[j];
+      const double offset = static_cast<double>(data_.query[i]) - static_cast<double>(targets.x[j]);
+      const double d = offset * plan_.scale;
+      if (!(std::fabs(d) < 40)) continue;
+      const double weight = std::exp(-d * d / 2);
+      for (int c = 0; c < columns_; ++c) {
+        const double term = weight * charge_[c * data_.queries + i];
+        sums[c * pitch + j - begin] -= term;
+        if (plan_.offsets) sums[(columns_ + c) * pitch + j - begin] -= term * offset;
+      }
+    }
+  }
+
+  // The place among the targets of the key that a row leaves out.
+  int64_t excluded(const Targets<R>& targets, int64_t row) const {
+    return targets.weighted ? data_.excluded(row) : data_.exclude ? targets.place[data_.original_row(row)] : -1;
+  }
+
+  void gather(const Targets<R>& targets, int64_t first, int64_t n, Sums& sums) const {
+    const R* const u = targets.x + first;
+    const double lowest = u[0], highest = u[n - 1];
+    const int64_t begin =
+        std::lower_bound(gathered_.high.begin(), gathered_.high.end(), lowest) - gathered_.high.begin();
+    const int64_t end = std::upper_bound(gathered_.low.begin(), gathered_.low.end(), highest) - gathered_.low.begin();
+    if (begin >= end) return;
+    std::vector<int64_t> left_out(data_.exclude ? end - begin : 0);
+    for (size_t i = 0; i < left_out.size(); ++i) {
+      left_out[i] = excluded(targets, far_[gathered_.row[begin + i]]) - first;
+    }
+    FgtPull<R> task;
+    task.target = u;
+    task.targets = n;
+    task.value = sums.value.get() + (first - sums.begin);
+    task.value_pitch = sums.pitch;
+    task.source = gathered_.x.data() + begin;
+    task.reference = gathered_.reference.data() + begin;
+    task.excluded = left_out.empty() ? nullptr : left_out.data();
+    task.sources = end - begin;
+    task.grad = gathered_.grad.data() + begin;
+    task.mean = gathered_.mean.data() + begin;
+    task.lse_grad = gathered_.lse_grad.data() + begin;
+    task.pitch = static_cast<int64_t>(gathered_.row.size());
+    task.channels = channels_;
+    task.scale = plan_.scale;
+    task.offsets = plan_.offsets;
+    task.sums = sums.far.get() + (first - sums.begin);
+    task.sums_pitch = sums.pitch;
+    table_.pull(task);
+  }
+
+  void add_group(const Targets<R>& targets, const Group& group, const Field& field, int64_t begin, int64_t end,
+                 Sums& sums) const {
+    if (!targets.weighted) return add_pairs(targets, group, begin, end, sums);
+    const int64_t first = std::max(begin, field.edge->keys_begin()), last = std::min(end, field.edge->keys_end());
+    if (first >= last) return;
+    const int64_t n = last - first;
+    std::vector<double> block(slots_ * columns_ * n, 0.0), one(columns_);
+    field.edge->distribute(first, last, slots_ * columns_, field.sums.data(), field.pitch, block.data(), n);
+    for (size_t i = 0; data_.exclude && i < group.rows.size(); ++i) {
+      const int64_t row = far_[group.rows[i]], j = data_.excluded(row);
+      if (j < first || j >= last) continue;
+      double offset;
+      const double weight = weight_between(group.rows[i], data_.key[j], &offset);
+      charge_of(row, field.base.data(), one.data());
+      for (int c = 0; c < columns_; ++c) {
+        block[c * n + j - first] -= weight * one[c];
+        if (plan_.offsets) block[(columns_ + c) * n + j - first] -= weight * one[c] * offset;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      double* const out = sums.far.get() + (first - begin) + i;
+      for (int slot = 0; slot < slots_; ++slot) {
+        const double* const from = block.data() + slot * columns_ * n + i;
+        double pulled = -from[channels_ * n];
+        for (int c = 0; c < channels_; ++c) {
+          pulled += from[c * n] * (sums.value[c * sums.pitch + (first - begin) + i] - field.base[c]);
+          if (slot == 0) out[c * sums.pitch] += from[c * n];
+        }
+        out[(channels_ + slot) * sums.pitch] += pulled;
+      }
+    }
+  }
+
+  // exp of the score relative to the far row's reference, divided by the row's total; and x - u.
+  double weight_between(int64_t k, double u, double* offset) const {
+    const double x = data_.query[far_[k]], r = found_[k].level_zero ? x : found_[k].key;
+    const double exponent = -(r - u) * ((x - u) + (x - r)) * plan_.scale * plan_.scale / 2;
+    *offset = x - u;
+    return std::exp(std::fmin(exponent, 690.0)) / total_of(far_[k]);
+  }
+
+  // Keys without a weight may lie anywhere, also in the gap, nearer to a row than its reference: pair by pair. A row
+  // may be in a group on each side, and is taken with the first.
+  void add_pairs(const Targets<R>& targets, const Group& group, int64_t begin, int64_t end, Sums& sums) const {
+    for (const int64_t k : group.rows) {
+      if (group.side == 1 && in_left_group_[k]) continue;
+      const int64_t row = far_[k], left_out = excluded(targets, row);
+      for (int64_t j = begin; j < end; ++j) {
+        double offset;
+        const double weight = weight_between(k, targets.x[j], &offset);
+        if (weight == 0 || j == left_out) continue;
+        double pulled = lse_grad_of(row);
+        double* const out = sums.far.get() + (j - begin);
+        for (int c = 0; c < channels_; ++c) {
+          const double g = grad_of(row, c);
+          pulled += g * (sums.value[c * sums.pitch + j - begin] -
+                         mean_of(b_ * problem_.queries + data_.original_row(row), c));
+          out[c * sums.pitch] += weight * g;
+        }
+        out[channels_ * sums.pitch] += weight * pulled;
+        if (plan_.offsets) out[(channels_ + 1) * sums.pitch] += weight * pulled * offset;
+      }
+    }
+  }
+
+  void finish(const Targets<R>& targets, int64_t j, const Sums& sums) const {
+    const int64_t original = targets.weighted ? data_.original_key(j) : static_cast<int64_t>(data_.dropped[j]);
+    const int64_t place = b_ * problem_.keys + original, i = j - sums.begin, pitch = sums.pitch;
+    const double weight = targets.weighted ? data_.weight_of(j) : 0;
+    const bool far = !far_.empty();
+    double pulled[2] = {0, 0};
+    for (int slot = 0; slot < slots_; ++slot) {
+      const double* const from = sums.near.get() + slot * columns_ * pitch + i;
+      pulled[slot] = -from[channels_ * pitch];
+      for (int c = 0; c < channels_; ++c) pulled[slot] += sums.value[c * pitch + i] * from[c * pitch];
+      if (far) pulled[slot] += sums.far[(channels_ + slot) * pitch + i];
+    }
+    for (int c = 0; task_.grad_value && c < channels_; ++c) {
+      const double sum = sums.near[c * pitch + i] + (far ? sums.far[c * pitch + i] : 0);
+      task_.grad_value[place * channels_ + c] = static_cast<R>(weight * sum);
+    }
+    if (task_.grad_key_weight) task_.grad_key_weight[place] = static_cast<R>(data_.weight_factor * pulled[0]);
+    if (task_.grad_key) task_.grad_key[place] = static_cast<R>(weight * data_.w * (data_.w * pulled[1]));
+  }
+
+  const Problem& problem_;
+  const BackwardTask<R>& task_;
+  const int64_t b_;
+  const bool serial_;
+  const FgtKernels<R>& table_;
+  Data<R> data_;
+  Plan plan_;
+  Cells<R> cells_;
+  int channels_ = 1, columns_ = 2, slots_ = 1;
+  bool expanded_ = false;
+  Buffer<double> charge_;     // (columns, queries)
+  std::vector<int64_t> far_;  // rows that are relative to their nearest key
+  std::vector<Nearest> found_;
+  Gathered gathered_;
+  std::vector<Group> groups_;
+  std::vector<char> in_left_group_;
+  std::vector<Field> fields_;
+};
+
+}  // namespace
+}  // namespace fgt
+
+template <typename T>
+bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task) {
+  return fgt::over_batch(problem,
+                         [&](int64_t b, bool serial) { return fgt::KeyPass<T>(problem, task, b, serial).run(); });
+}
+template bool fgt_key_backward<float>(const Problem&, const BackwardTask<float>&);
+template bool fgt_key_backward<double>(const Problem&, const BackwardTask<double>&);
+
+}  // namespace nwfast

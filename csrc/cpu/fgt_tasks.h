@@ -1,0 +1,135 @@
+// The vectorised kernels of the fast Gauss transform (fgt.h): one table for each instruction set, and the plain
+// structures that they take. Coordinates are read as T, all arithmetic is in double. A point of a box has the local
+// coordinate (x - centre) * scale, within [-1, 1].
+
+#pragma once
+
+#include "kernels.h"
+
+namespace nwfast {
+
+// Adds to the power moments of a box, sum_j charge_j t_j^n for n < terms, for each column of charges.
+template <typename T>
+struct FgtMoments {
+  const T* x;
+  int64_t n;
+  double centre, scale;
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  int columns;
+  bool unit;  // the charges of column 0 are all 1 (and not read)
+  int terms;
+  double* moments;  // (columns, terms)
+};
+
+// Adds matrix[i] moments[i] over all i to the local expansion of a box, for each column.
+struct FgtTranslate {
+  int terms, pitch;  // matrices are (terms of the source, pitch of the target)
+  int columns;
+  int64_t sources;
+  const double* const* matrix;   // (sources)
+  const double* const* moments;  // (sources), (columns, terms) each
+  double* local;                 // (columns, pitch)
+};
+
+// Power series at the points of a box: sum_m local_m s_i^m.
+template <typename T>
+struct FgtEvaluate {
+  const T* x;
+  int64_t n;
+  double centre, scale;
+  const double* local;  // (series, pitch)
+  int series, terms, pitch;
+  double* sums;  // (series, sums_pitch), padded
+  int64_t sums_pitch;
+};
+
+// For each target x_i, over the sources u_j, with reference r_i and z = (r_i - u_j)(2 x_i - u_j - r_i), which is
+// (x_i - u_j)^2 - (x_i - r_i)^2: sum_j charge_j exp(-scale^2 z / 2), and, if asked for, the same with factors
+// (r_i - u_j) and z. With r_i = x_i these are plain distances.
+template <typename T>
+struct FgtDirect {
+  const T* target;
+  const double* reference;
+  const int64_t* excluded;  // (targets) place among the sources that is left out, or null
+  int64_t targets;
+  const T* source;
+  int64_t sources;
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  int columns;
+  double scale;
+  bool offsets, scores;
+  double* sums;  // (1 + offsets + scores, columns, sums_pitch), padded
+  int64_t sums_pitch;
+};
+
+// The transpose: for each target u_j, over sources x_i with references r_i and the same z:
+// sum_i charge_i exp(-scale^2 z / 2), and, if asked for, the same with factor (x_i - u_j).
+template <typename T>
+struct FgtGather {
+  const T* target;
+  int64_t targets;
+  const double *source, *reference;
+  int64_t sources;
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  int columns;
+  double scale;
+  bool offsets;
+  double* sums;  // (1 + offsets, columns, sums_pitch), padded; added to
+  int64_t sums_pitch;
+};
+
+// The same for the gradients of keys, with e = exp(-scale^2 z / 2) and u = <grad_i, value_j - mean_i> + lse_grad_i:
+// sum_i e grad_i for each channel, sum_i e u, and, if asked for, sum_i e u (x_i - u_j). Differences are taken first: a
+// row whose output is the value of its nearest key adds exactly nothing.
+template <typename T>
+struct FgtPull {
+  const T* target;
+  int64_t targets;
+  const double* value;  // (channels, value_pitch)
+  int64_t value_pitch;
+  const double *source, *reference;
+  const int64_t* excluded;  // (sources) place of the target that a source leaves out, or null
+  int64_t sources;
+  const double *grad, *mean;  // (channels, pitch)
+  const double* lse_grad;     // (sources)
+  int64_t pitch;
+  int channels;
+  double scale;
+  bool offsets;
+  double* sums;  // (channels + 1 + offsets, sums_pitch), padded; added to
+  int64_t sums_pitch;
+};
+
+// Results of rows of one channel from their sums (FgtDirect): with total S_0 and value S_1,
+//   out = centre + S_1 / S_0, within [low, high],   lse = log(unit S_0) - (w apart)^2 / 2,
+//   state = ((w apart)^2 log2(e) / 2, unit S_0),   tangents as asked for. A row with S_0 = 0 gets NaN, -infinity, 0.
+template <typename T>
+struct FgtFinish {
+  int64_t rows;
+  const double *total, *value;
+  const double *offset_total, *offset_value, *score_total, *score_value;  // null where there is no tangent
+  const double* apart;                                                    // (rows) x - r, or null for all 0
+  double centre, low, high, unit, w;
+  T *out, *lse, *tangent_w, *tangent_q;  // tangents may be null
+  double* state;                         // (rows, 2), may be null
+};
+
+template <typename T>
+struct FgtKernels {
+  void (*moments)(const FgtMoments<T>&);
+  void (*translate)(const FgtTranslate&);
+  void (*evaluate)(const FgtEvaluate<T>&);
+  void (*direct)(const FgtDirect<T>&);
+  void (*gather)(const FgtGather<T>&);
+  void (*pull)(const FgtPull<T>&);
+  void (*finish)(const FgtFinish<T>&);
+};
+
+// The table for the best instruction set that this processor has.
+template <typename T>
+const FgtKernels<T>& fgt_kernels();
+
+}  // namespace nwfast

@@ -1,0 +1,215 @@
+"""The query side of the fast Gauss transform: rows whose box holds enough of them to take the translated series.
+
+Tasks are groups of pieces of query boxes. A row is finished here if the error bound of its box is small against its
+total; otherwise it is flagged, to be summed with care (numba_fgt_careful).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from .numba_fgt_boxes import BLOCK, evaluate, to_marks, translate
+from .numba_math import EXACT, LN2, exp2_double
+
+HALF_LOG2E = 0.5 / LN2
+
+
+class Rows(NamedTuple):
+    """What a row reads and writes beside its sums; arrays of length 0 are absent. Sorted row r is row order[r]."""
+
+    order: np.ndarray  # (M)
+    own: np.ndarray  # (M) the key that sorted row r leaves out, or -1
+    centre: np.ndarray  # (3, C): what was subtracted from the values, their minima and maxima
+    out: np.ndarray  # (M, C)
+    lse: np.ndarray  # (M)
+    state: np.ndarray  # (M, 2)
+    tangent_w: np.ndarray  # (M)
+    tangent_q: np.ndarray  # (M)
+    grad_out: np.ndarray  # (M, C)
+    grad_lse: np.ndarray  # (M)
+    grad_query: np.ndarray  # (M)
+    grad_w: np.ndarray  # (M) the share of each row
+
+
+@njit(**EXACT)
+def finish_rows(rows, place, n, w, exponent, distance, logarithm, sums):
+    """Write the results of a block of rows, those whose place is not -1.
+
+    sums (3, columns, BLOCK): of charges times exp(-(w^2 / 2) z) with z = d^2 - distance^2, and the same times
+    (d - distance) and z; d = x - key. Column 0 is the denominator. logarithm: of its sum, in base 2. Charges have been
+    scaled by 2^-exponent.
+    """
+    channels = rows.centre.shape[1]
+    order, centre, out, lse, state = rows.order, rows.centre, rows.out, rows.lse, rows.state
+    tangent_w, tangent_q = rows.tangent_w, rows.tangent_q
+    moved = len(order) > 0
+    if len(lse) == 0:
+        finish_gradients(rows, place, n, w, distance, sums)
+        return
+    for i in range(n):
+        if place[i] < 0:
+            continue
+        row = order[place[i]] if moved else place[i]
+        total = sums[0, 0, i]
+        shift = HALF_LOG2E * (w * distance[i]) * (w * distance[i]) - exponent
+        lse[row] = LN2 * (logarithm[i] - shift)
+        state[row, 0] = shift
+        state[row, 1] = total
+        mean = 0.0
+        for c in range(channels):
+            mean = sums[0, 1 + c, i] / total
+            out[row, c] = min(max(centre[0, c] + mean, centre[1, c]), centre[2, c])
+        if len(tangent_w) > 0:
+            tangent_w[row] = -w * ((sums[2, 1, i] - mean * sums[2, 0, i]) / total)
+        if len(tangent_q) > 0:
+            tangent_q[row] = -w * (w * ((sums[1, 1, i] - mean * sums[1, 0, i]) / total))
+
+
+@njit(**EXACT)
+def finish_gradients(rows, place, n, w, distance, sums):
+    """The gradients of a block of rows, and their shares of that of w."""
+    channels = rows.centre.shape[1]
+    order, grad_out, grad_lse = rows.order, rows.grad_out, rows.grad_lse
+    grad_query, grad_w = rows.grad_query, rows.grad_w
+    moved = len(order) > 0
+    for i in range(n):
+        if place[i] < 0:
+            continue
+        row = order[place[i]] if moved else place[i]
+        total = sums[0, 0, i]
+        by_d, by_z = 0.0, 0.0
+        for c in range(channels):
+            mean, g = sums[0, 1 + c, i] / total, grad_out[row, c] / total
+            by_d += g * (sums[1, 1 + c, i] - mean * sums[1, 0, i])
+            by_z += g * (sums[2, 1 + c, i] - mean * sums[2, 0, i])
+        if len(grad_lse) > 0:
+            g = grad_lse[row]
+            by_d += g * (sums[1, 0, i] / total + distance[i])
+            by_z += g * (sums[2, 0, i] / total + distance[i] * distance[i])
+        if len(grad_query) > 0:
+            grad_query[row] = -w * (w * by_d)
+        if len(grad_w) > 0:
+            grad_w[row] = -w * by_z
+
+
+@njit(**EXACT)
+def log2_of(x, n, result):
+    """log2 of positive normal numbers, by vector code: x = 2^e m, log2 m = 2 atanh((m - 1) / (m + 1)) / ln 2."""
+    for i in range(n):
+        bits = np.float64(x[i]).view(np.int64)
+        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+        m = np.int64(bits - (exponent << 52)).view(np.float64)
+        whole = np.int64(exponent + 0x4338000000000000).view(np.float64) - 6755399441055744.0
+        z = (m - 1.0) / (m + 1.0)
+        y = z * z
+        p = 1 / 23
+        p = p * y + 1 / 21
+        p = p * y + 1 / 19
+        p = p * y + 1 / 17
+        p = p * y + 1 / 15
+        p = p * y + 1 / 13
+        p = p * y + 1 / 11
+        p = p * y + 1 / 9
+        p = p * y + 1 / 7
+        p = p * y + 1 / 5
+        p = p * y + 1 / 3
+        result[i] = whole + (z * y * p + z) * 2.88539008177792681472
+
+
+@njit(**EXACT)
+def subtract_own(x, start, n, own, key, charge, w, orders, sums):
+    """Take the keys that the rows of a block leave out off their sums, which are relative to distance 0."""
+    for i in range(n):
+        j = own[start + i]
+        if j < 0:
+            continue
+        d = x[start + i] - key[j]
+        term = exp2_double(-HALF_LOG2E * (w * d) * (w * d))
+        for c in range(len(charge)):
+            part = term * charge[c, j]
+            sums[0, c, i] -= part
+            if orders > 0:
+                sums[1, c, i] -= part * d
+            if orders > 1:
+                sums[2, c, i] -= part * (d * d)
+
+
+@njit(**EXACT)
+def from_marks(n, scale, marks, orders, values, sums):
+    """The sums of a block with factors d and d^2, from those with the keys' marks t and t^2: d = (s - t) / scale.
+
+    Derivatives of one series would give them too, but lose digits where the bandwidth is wide.
+    """
+    columns, by_d, by_z = sums.shape[1], 1.0 / scale, 1.0 / (scale * scale)
+    for c in range(columns):
+        for i in range(n):
+            s, value, first = marks[i], values[c, i], values[columns + c, i]
+            sums[0, c, i] = value
+            sums[1, c, i] = (s * value - first) * by_d
+        if orders > 1:
+            for i in range(n):
+                s, value, first = marks[i], values[c, i], values[columns + c, i]
+                sums[2, c, i] = (s * (s * value - 2 * first) + values[2 * columns + c, i]) * by_z
+
+
+def compile_rows(digest: str) -> Callable:
+    """The entry point for the tasks first .. last of `group` pieces each."""
+
+    @njit(cache=True, **EXACT)
+    def near_rows(
+        rows,
+        x,
+        key,
+        charge,
+        boxes,
+        start,
+        stop,
+        centre,
+        scale,
+        group,
+        number,
+        moments,
+        matrices,
+        bound,
+        accept,
+        w,
+        exponent,
+        orders,
+        careful,
+        first,
+        last,
+    ):
+        digest  # noqa: B018
+        terms, columns, pieces = matrices.shape[1], len(charge), len(boxes)
+        count = columns * (orders + 1)
+        sums, values = np.zeros((3, columns, BLOCK)), np.empty((count, BLOCK))
+        marks, doubled, logarithm = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+        place, distance, own_terms = np.empty(BLOCK, np.int64), np.zeros(BLOCK), np.empty(terms)
+        for unit in range(first, last):
+            begin, end = unit * group, min((unit + 1) * group, pieces)
+            series = np.zeros((count, terms, end - begin))
+            translate(boxes[begin:end], number, moments, matrices, orders, series)
+            for piece in range(begin, end):
+                least = bound[piece] / accept
+                for at in range(start[piece], stop[piece], BLOCK):
+                    n = min(BLOCK, stop[piece] - at)
+                    to_marks(x[at : at + n], centre[piece], scale, n, marks, doubled)
+                    for c in range(count):
+                        for m in range(terms):
+                            own_terms[m] = series[c, m, piece - begin]
+                        evaluate(own_terms, marks, n, values[c] if orders > 0 else sums[0, c])
+                    if orders > 0:
+                        from_marks(n, scale, marks, orders, values, sums)
+                    if len(rows.own) > 0:
+                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums)
+                    log2_of(sums[0, 0], n, logarithm)
+                    for i in range(n):
+                        total = sums[0, 0, i]
+                        served = total > 0 and total >= least
+                        place[i] = at + i if served else -1
+                        careful[at + i] = not served
+                    finish_rows(rows, place, n, w, exponent, distance, logarithm, sums)
+
+    return near_rows

@@ -1,0 +1,312 @@
+"""The steps of the fast Gauss transform of one batch element: which kernels run, over which boxes and pieces.
+
+Query side: keys -> moments of boxes -> power series of query boxes -> rows; rows that the series do not serve are
+summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from . import numba_fgt_units as units
+from .numba import run_units
+from .numba_fgt_boxes import GROUP, PIECE, UNIT
+from .numba_fgt_careful import CHUNK, MOST_LEVELS
+from .numba_fgt_data import Data
+from .numba_fgt_plan import Accuracy, Plan, node_charges, nodes, short_number
+from .numba_fgt_rows import Rows
+
+MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
+KEY_CHUNK = 2048
+
+
+class Boxes(NamedTuple):
+    """Occupied boxes: their numbers, and where their points start (one more)."""
+
+    number: np.ndarray
+    start: np.ndarray
+
+
+class Pieces(NamedTuple):
+    """Parts of boxes that one task takes; first: where each box's pieces start."""
+
+    box: np.ndarray
+    number: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    group: int
+
+
+class Near(NamedTuple):
+    """Boxes of keys and of queries, which of them take part in translations, and the bound of each query box."""
+
+    keys: Boxes
+    queries: Boxes
+    chosen: np.ndarray
+    needed: np.ndarray
+    bound: np.ndarray
+
+
+class Crowds(NamedTuple):
+    """Boxes of many keys in the windows of careful rows, sorted by level; by_level (levels + 1) or empty."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    half: np.ndarray
+    by_level: np.ndarray
+
+
+NO_FLOATS, NO_PLACES = np.empty(0), np.empty(0, np.int64)
+NO_CROWDS = Crowds(NO_PLACES, NO_PLACES, NO_FLOATS, NO_FLOATS, NO_PLACES)
+
+
+def cut(x: np.ndarray, plan: Plan) -> Boxes:
+    """The occupied boxes of sorted points."""
+    if plan.one_box:
+        return Boxes(np.zeros(min(len(x), 1), np.int64), np.array([0, len(x)][: 1 + min(len(x), 1)]))
+    most = min(len(x), 4096)
+    while True:
+        number, start = np.empty(most, np.int64), np.empty(most + 1, np.int64)
+        count = units.cut(x, plan.inverse, number, start)
+        if count >= 0:
+            return Boxes(number[:count], start[: count + 1])
+        most = min(len(x), 8 * most)
+
+
+def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Plan) -> Pieces:
+    """Cut boxes into pieces of a size that does not depend on the number of threads."""
+    counts = -(-(stop - start) // PIECE)
+    box = np.repeat(np.arange(len(number)), counts)
+    within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = start[box] + within * PIECE
+    end = np.minimum(begin + PIECE, stop[box])
+    centre = np.full(len(box), plan.origin) if plan.one_box else (number[box] + 0.5) * plan.width
+    points = int((stop - start).sum())
+    group = max(1, min(GROUP, UNIT * len(box) // max(points, 1)))
+    return Pieces(box, number[box], begin, end, centre, group)
+
+
+def moments_of(
+    x: np.ndarray, charge: np.ndarray, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
+) -> np.ndarray:
+    """Chebyshev moments (boxes, columns, terms) of the boxes `which`."""
+    pieces = pieces_of(boxes.number[which], boxes.start[:-1][which], boxes.start[1:][which], plan)
+    result = np.empty((len(pieces.box), len(charge), terms))
+    return reduce_pieces(x, charge, pieces, 2 / plan.width, result, len(which))
+
+
+def reduce_pieces(
+    x: np.ndarray, charge: np.ndarray, pieces: Pieces, scale: float, result: np.ndarray, boxes: int
+) -> np.ndarray:
+    """Moments of pieces, and their sums in order for each box."""
+
+    def run(first: int, last: int) -> None:
+        units.moments(x, charge, pieces.start, pieces.stop, pieces.centre, scale, result, first, last)
+
+    run_units(run, len(pieces.box), serial=False)
+    if len(pieces.box) == boxes:
+        return result
+    return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
+
+
+def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
+    """Which boxes take part in translations."""
+    if not plan.width or not len(data.query):
+        none = Boxes(NO_PLACES, np.zeros(1, np.int64))
+        return Near(none, none, NO_PLACES, NO_PLACES, NO_FLOATS)
+    keys, queries = cut(data.key, plan), cut(data.query, plan)
+    mass = np.add.reduceat(data.charge[0], keys.start[:-1])
+    chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
+    bound = np.empty(len(queries.number))
+    units.choose(
+        queries.number,
+        queries.start,
+        keys.number,
+        keys.start,
+        mass,
+        plan.terms,
+        len(data.charge),
+        plan.error,
+        plan.tail * mass.sum(),
+        chosen,
+        needed,
+        bound,
+    )
+    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], bound)
+
+
+def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: int) -> None:
+    """Finish all rows; orders 1 and 2 for the sums with one and two more factors of distance."""
+    if not len(data.query):
+        return
+    careful = np.ones(len(data.query), np.bool_)
+    near = near_field(data, plan, accuracy)
+    if len(near.chosen):
+        moments = moments_of(
+            data.key, data.charge, near.keys, near.needed, plan, plan.terms + (4 if orders else 0)
+        )
+        start, stop = near.queries.start[:-1][near.chosen], near.queries.start[1:][near.chosen]
+        near_rows(data, plan, accuracy, rows, orders, near, moments, start, stop, careful)
+    which = careful.nonzero()[0]
+    if len(which):
+        exponent = float(data.exponent)
+        sum_with_care(
+            data.key, data.charge, data.query, data.w, exponent, plan.log_span, accuracy, rows, orders, which
+        )
+
+
+def in_list(places: np.ndarray, count: int) -> np.ndarray:
+    """Which of 0 .. count are among the places."""
+    among = np.zeros(count, np.bool_)
+    among[places] = True
+    return among
+
+
+def near_rows(
+    data: Data,
+    plan: Plan,
+    accuracy: Accuracy,
+    rows: Rows,
+    orders: int,
+    near: Near,
+    moments: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    careful: np.ndarray,
+) -> None:
+    """Finish the rows of the chosen boxes as far as the series serve them."""
+    pieces = pieces_of(near.queries.number[near.chosen], start, stop, plan)
+    bound = near.bound[near.chosen][pieces.box]
+    number = near.keys.number[near.needed]
+    careful[:] = np.repeat(~in_list(near.chosen, len(near.queries.number)), np.diff(near.queries.start))
+
+    def run(first: int, last: int) -> None:
+        units.near_rows(
+            rows,
+            data.query,
+            data.key,
+            data.charge,
+            pieces.number,
+            pieces.start,
+            pieces.stop,
+            pieces.centre,
+            2 / plan.width,
+            pieces.group,
+            number,
+            moments,
+            plan.matrices,
+            bound,
+            accuracy.accept,
+            data.w,
+            float(data.exponent),
+            orders,
+            careful,
+            first,
+            last,
+        )
+
+    run_units(run, -(-len(pieces.box) // pieces.group))
+
+
+def sum_with_care(
+    key: np.ndarray,
+    charge: np.ndarray,
+    query: np.ndarray,
+    w: float,
+    exponent: float,
+    log_span: float,
+    accuracy: Accuracy,
+    rows: Rows,
+    orders: int,
+    which: np.ndarray,
+) -> None:
+    """Finish the rows `which`."""
+    windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
+    node = nodes(accuracy.far_terms)
+
+    def finish(
+        which: np.ndarray, windows: np.ndarray, levels: np.ndarray, crowds: Crowds, charges: np.ndarray
+    ) -> None:
+        def run(first: int, last: int) -> None:
+            units.careful_rows(
+                rows,
+                which,
+                query,
+                key,
+                charge,
+                w,
+                exponent,
+                log_span,
+                orders,
+                windows,
+                levels,
+                *crowds,
+                node,
+                charges,
+                first,
+                last,
+            )
+
+        run_units(run, -(-len(which) // CHUNK))
+
+    finish(which, windows, levels, NO_CROWDS, np.empty((0, 0, 0)))
+    left = (levels >= 0).nonzero()[0]
+    if not len(left):
+        return
+    left = left[np.argsort(levels[left], kind="stable")]
+    crowds = crowded_boxes(key, w, windows[left], levels[left])
+    charges = crowd_charges(key, charge, crowds, accuracy.far_terms)
+    finish(which[left], windows[left], levels[left], crowds, charges)
+
+
+def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.ndarray) -> Crowds:
+    """The crowded boxes in the windows of rows, which are in order of their levels."""
+    scale = abs(w)
+    most = 1024
+    start, stop, number = (np.empty(most, np.int64) for _ in range(3))
+    by_level = np.zeros(MOST_LEVELS + 1, np.int64)
+    widths = np.zeros(MOST_LEVELS)
+    count = 0
+    magnitude = max(abs(float(key[0])), abs(float(key[-1])))
+    for level in range(MOST_LEVELS):
+        by_level[level] = count
+        begin, end = np.searchsorted(levels, [level, level + 1])
+        if begin == end:
+            continue
+        width = short_number(2.0 / scale) * 2.0**-level if scale else 0.0
+        if not width or not magnitude / width < MOST_NUMBER:
+            continue
+        widths[level] = width
+        while True:
+            found = units.crowds(
+                key, windows[begin:end], levels[begin:end], 1 / width, level, start, stop, number, count
+            )
+            if found >= 0:
+                break
+            start, stop, number = (
+                np.concatenate((part, np.empty_like(part))) for part in (start, stop, number)
+            )
+        count = found
+    by_level[MOST_LEVELS] = count
+    width_of = np.repeat(widths, np.diff(by_level))
+    return Crowds(start[:count], stop[:count], (number[:count] + 0.5) * width_of, width_of / 2, by_level)
+
+
+def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: int) -> np.ndarray:
+    """Charges at the nodes of crowded boxes, (boxes, columns, terms)."""
+    charges = np.empty((len(crowds.start), len(charge), terms))
+    for level in range(MOST_LEVELS):
+        begin, end = crowds.by_level[level], crowds.by_level[level + 1]
+        if begin == end:
+            continue
+        counts = -(-(crowds.stop[begin:end] - crowds.start[begin:end]) // PIECE)
+        box = np.repeat(np.arange(end - begin), counts)
+        within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = crowds.start[begin + box] + within * PIECE
+        last = np.minimum(first + PIECE, crowds.stop[begin + box])
+        pieces = Pieces(box, box, first, last, crowds.centre[begin + box], 1)
+        result = np.empty((len(box), len(charge), terms))
+        charges[begin:end] = reduce_pieces(key, charge, pieces, 1 / crowds.half[begin], result, end - begin)
+    return np.ascontiguousarray(charges @ node_charges(terms).T)
