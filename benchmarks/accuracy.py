@@ -3,16 +3,19 @@
 Exact means the formulas of the output and of its gradient to the query, evaluated in NumPy's long double:
 
     out_i = sum_j p_ij v_j,    d L / d q_i = -w^2 sum_j p_ij <g_i, v_j - out_i> (q_i - k_j)
+
+And how far the results of all peers lie from them as queries move away from the data.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import workloads
+from peers import Peer
 from torch import Tensor
-from workloads import two_lines
-
-import nwfast
+from workloads import Data, two_lines
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Finding:
 
     case: str
     quantity: str
-    backend: str
+    peer: str
     dtype: str
     error: float
     textbook_error: float
@@ -80,35 +83,36 @@ def _rows(tensor: Tensor) -> np.ndarray:
     return array[:, None] if array.ndim == 1 else array
 
 
-def findings(n: int, backends: tuple[str, ...]) -> list[Finding]:
-    """All data sets in float32 and float64.
+def findings(n: int, peers: Iterable[Peer]) -> list[Finding]:
+    """All data sets in float32 and float64, for our own backends and methods.
 
     Allowed are, in float32, twice the textbook's own error and four units in the last place of the largest term; in
-    float64, 1e-12 of the largest term, or twice the textbook's own error where the textbook does not reach that.
+    float64, 1e-12 of the largest term, or twice the textbook's own error where the textbook does not reach that. The
+    linear-time method may be off by 2e-6 in float32, and gradients by 1e-11 in float64.
     """
+    peers = tuple(peers)
     found = []
     for dtype in (torch.float32, torch.float64):
+        single = dtype == torch.float32
         for case, inputs in cases(n, dtype).items():
             cotangent = torch.linspace(-1, 2, inputs[2].numel(), dtype=dtype).reshape(inputs[2].shape)
             truth = exact(*inputs, cotangent)
             value, w = (float(tensor.abs().max()) for tensor in inputs[2:])
             scales = value, 2 * w * value * inputs[2][0].numel()
-            errors = {"textbook": _errors(two_lines, inputs, cotangent, truth)}
-            for backend in backends:
-
-                def function(*tensors: Tensor, backend: str = backend) -> Tensor:
-                    return nwfast.nadaraya_watson(*tensors, backend=backend)
-
-                errors[backend] = _errors(function, inputs, cotangent, truth)
-            for i, (quantity, scale) in enumerate(zip(("output", "gradient"), scales, strict=True)):
-                own = errors["textbook"][i]
-                single = dtype == torch.float32
-                limit = 2 * own + 4 * 2.0**-23 * scale if single else max(2 * own, 1e-12 * scale)
-                name = str(dtype).removeprefix("torch.")
-                found += [
-                    Finding(case, quantity, backend, name, errors[backend][i], own, limit)
-                    for backend in backends
-                ]
+            textbook = _errors(two_lines, inputs, cotangent, truth)
+            for peer in peers:
+                if peer.one_feature and inputs[0].ndim > 1:
+                    continue
+                errors = _errors(peer.function, inputs, cotangent, truth)
+                for i, (quantity, scale) in enumerate(zip(("output", "gradient"), scales, strict=True)):
+                    own = textbook[i]
+                    limit = 2 * own + 4 * 2.0**-23 * scale if single else max(2 * own, 1e-12 * scale)
+                    if peer.one_feature:
+                        limit = max(
+                            limit, (2e-6 if single else 1e-12 if quantity == "output" else 1e-11) * scale
+                        )
+                    name = str(dtype).removeprefix("torch.")
+                    found.append(Finding(case, quantity, peer.name, name, errors[i], own, limit))
     return found
 
 
@@ -121,3 +125,23 @@ def _errors(function, inputs, cotangent, truth) -> tuple[float, ...]:
         float(np.abs(actual.detach().numpy().astype(np.longdouble) - wanted).max())
         for actual, wanted in zip(found, truth, strict=True)
     )
+
+
+DISTANCES = tuple(float(f"{distance:.2g}") for distance in np.geomspace(0.1, 1000, 33))
+
+
+def against_distance(n: int, peer: Peer) -> list[float]:
+    """The error at DISTANCES beyond the last key, in bandwidths, relative to the largest value.
+
+    float32, n keys uniform on (0, 5), w = 10. Errors are NaN or infinite where a peer returns that.
+    """
+    given = workloads.data(n, ordered=True)
+    w = 10.0
+    query = given.key.max() + torch.tensor(DISTANCES) / w
+    inside = given.query[: n // 2]  # so that the call is as it would be: most queries among the data
+    asked = Data(torch.cat([inside, query]), given.key, given.value, torch.tensor(w), torch.ones(1))
+    (found,) = peer.forward(asked)()
+    part = Data(query, given.key, given.value, torch.tensor(w), torch.ones(len(query)))
+    wanted, _ = exact(*part.inputs, part.cotangent)
+    errors = np.abs(np.asarray(found, dtype=np.longdouble).reshape(-1)[len(inside) :] - wanted)
+    return [float(error) for error in errors / given.value.abs().max().item()]

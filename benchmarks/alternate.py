@@ -36,11 +36,9 @@ def spread(numbers: list[float]) -> Spread:
 
 
 def estimate(call: Callable[[], object]) -> float:
-    """Seconds of one call, roughly; what it does at its first calls is done after this."""
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """Seconds of one call, roughly; one that was made before, when its result was checked."""
+    seconds = _sample(call, 1, False)
+    return seconds if seconds > 0.5 else _sample(call, 1, False)
 
 
 def alternate(
@@ -54,6 +52,8 @@ def alternate(
 
     Every other round goes through the calls backwards. `on_round` is told the rounds done and the rounds there are.
     """
+    if not calls:
+        return {}
     estimates = {name: estimate(call) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(SAMPLE / own)) for name, own in estimates.items()}
     warm = {name: own < WARM for name, own in estimates.items()}

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_ADDED_MB = 100.0
-MOST_IMPORT_MS = 50.0
 
 _IMPORT = """
 import json, time
@@ -48,6 +46,34 @@ error = (out[some].double() - exact).abs().max() / exact.abs().max()
 print(json.dumps({{"added_MB": added, "seconds": seconds, "error": error.item()}}))
 """
 
+# What a peer works with at its second call: the first compiles, loads and starts. Freed blocks go back to the system at
+# once (MALLOC_MMAP_THRESHOLD_), so that none is there already when the peak is read.
+_WORKING = """
+import gc, json, sys
+sys.path[:0] = {paths!r}
+import workloads
+from peers import PEERS
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024 / 1e6
+
+given = workloads.data({n})
+peer = PEERS[{peer!r}]
+build = (lambda: peer.gradients(given, {wanted!r})) if {wanted!r} else (lambda: peer.forward(given))
+call = build()
+first = call()
+rows, exact = workloads.some_rows(given)
+error = workloads.check([workloads.np.asarray(first[0])[rows]], (exact,), {peer!r}, peer.tolerance)
+del first
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+found = call()
+print(json.dumps({{"added_MB": max(0.0, status("VmHWM") - before), "error": error}}))
+"""
+
 
 def import_times() -> dict[str, float]:
     """Seconds that `import torch`, and `import nwfast` after it, take."""
@@ -62,10 +88,19 @@ def peak_memory(n: int) -> dict[str, float]:
     return _run(_MEMORY.format(n=n))
 
 
-def _run(code: str) -> dict[str, float]:
+def working_memory(peer: str, n: int, wanted: str = "") -> dict[str, float]:
+    """MB that a call of a peer adds at N = M = n: the forward pass, or forward and backward to `wanted`."""
+    code = _WORKING.format(paths=[str(ROOT / "benchmarks"), str(ROOT)], peer=peer, n=n, wanted=wanted)
+    return _run(code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+
+
+def _run(code: str, **variables: str) -> dict[str, float]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **variables},
     )
     if process.returncode != 0:
         raise RuntimeError(f"the fresh process failed:\n{process.stderr}")

@@ -4,8 +4,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,23 +17,39 @@ import nwfast
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fingerprint() -> dict:
-    """Device, processor, cores, threads, instruction set, operating system and versions."""
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fingerprint(packages: Iterable[str] = ()) -> dict:
+    """Device, processor, cores, threads, instruction set, memory, operating system and versions, also of `packages`."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
+        "memory_GB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numba": _version("numba"),
             "nwfast": nwfast.__version__,
+            "numpy": _version("numpy"),
+            **{name: _version(name) for name in sorted(set(packages) - {"torch", "numba"})},
         },
         "extension_is_current": extension_is_current(),
     }
+
+
+def name(place: dict) -> str:
+    """A file name of the device or the processor, its cores and its instruction set."""
+    device = f"{place['processor']} {place['cores']} cores {place['instruction_set']}"
+    return re.sub(
+        r"[^a-z0-9]+", "-", (device if place["device"] == "cpu" else place["device"]).lower()
+    ).strip("-")
 
 
 def processor() -> str:

@@ -1,131 +1,101 @@
-"""Put the table of a result file of compare.py into the README, between its two markers.
+"""A result file as pages: docs/benchmarks.md, its figures, the numbers of docs/performance.md and the README's section.
 
+python benchmarks/report.py                                  this machine's file, or the newest
 python benchmarks/report.py benchmarks/results/NAME.json
-python benchmarks/report.py benchmarks/results/NAME.json --print    only show it
+python benchmarks/report.py FILE --to FOLDER                 elsewhere, whatever the file: to look at it
 """
 
 import argparse
 import json
+import shutil
 import sys
-import textwrap
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-# Two OpenMP threads on two cores wait a whole time slice at each barrier once a third thread runs: the textbook at
-# n = 50 then takes 16 ms in place of 30 us. So a little is too much.
-MOST_USED_ELSEWHERE = 0.15
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package of this checkout
+
+import figures
+import profile_page
+import tables
+from tables import busy
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 
-def section(content: dict) -> str:
-    """The README's section, with all numbers taken from `content`."""
-    place, commit = content["machine"], content["commit"]
-    versions = place["versions"]
-    device = "" if place["device"] == "cpu" else f"{place['device']}, "
-    missed = [bar["what"] for bar in content["bars"] if not bar["passed"]]
-    setting = (
-        f"Medians of alternating runs in one process, float32, N = M = {content['points']} unless said, unsorted "
-        "uniform data, w = 1 (no pair can be skipped), each result checked against float64 first. "
-        f"{device}{place['processor']}, {place['cores']} cores, {place['instruction_set']}, torch {versions['torch']}, "
-        f"numba {versions['numba']}, Python {versions['python']}; commit {commit['commit'][:10]}"
-        f"{' with changes' if commit['dirty'] else ''}, {content['date']}. Textbook: the two lines; torch.compile: the "
-        "same two lines, compiled."
-    )
-    lines = [
-        "## Speed",
-        "",
-        *textwrap.wrap(setting, 120),
-        "",
-        "| time | native | numba | torch.compile | textbook | native, Gpair/s |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *_times(content["medians"]),
-        "",
-        "| | measured | quartiles | bar |",
-        "| --- | --- | --- | --- |",
-        *map(_bar, content["bars"]),
-        "",
-        *textwrap.wrap(f"Missed: {'; '.join(missed)}." if missed else "All bars are met.", 120),
-        "`python benchmarks/compare.py` measures this, `python benchmarks/report.py` writes it here.",
+def put(text: str, replacement: str, name: str) -> str:
+    """`text` with what stands between the markers of that name replaced.
+
+    >>> put("a\\n<!-- speed -->\\nold\\n<!-- /speed -->\\nb", "fresh", "speed")
+    'a\\n<!-- speed -->\\nfresh\\n<!-- /speed -->\\nb'
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected one {start} and, after it, one {end}")
+    before, _, rest = text.partition(start)
+    after = rest.partition(end)[2]
+    return f"{before}{start}\n{replacement}\n{end}{after}"
+
+
+def about_peers() -> dict[str, dict]:
+    """What each peer is and how it is used."""
+    from peers import PEERS
+
+    fields = ("about", "package", "precision", "tolerance")
+    return {name: {field: getattr(peer, field) for field in fields} for name, peer in PEERS.items()}
+
+
+def write(content: dict, root: Path) -> list[Path]:
+    """Write all pages of a checkout; returns their paths."""
+    docs = root / "docs"
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    paths = figures.draw(content, docs / "figures")
+    page = docs / "benchmarks.md"
+    page.write_text(tables.page(content, about_peers()))
+    performance = docs / "performance.md"
+    text = performance.read_text()
+    for name, part in profile_page.parts(content).items():
+        text = put(text, part, name)
+    performance.write_text(text)
+    readme = root / "README.md"
+    readme.write_text(put(readme.read_text(), tables.readme(content), "benchmarks"))
+    return [*paths, page, performance, readme]
+
+
+def default_file() -> Path:
+    """This machine's file, or the newest."""
+    import machine
+
+    own = HERE / "results" / f"{machine.name(machine.fingerprint())}.json"
+    if own.exists():
+        return own
+    dated = [(json.loads(path.read_text()), path) for path in (HERE / "results").glob("*.json")]
+    full = [
+        (content["date"], path) for content, path in dated if content.get("groups") and not content["quick"]
     ]
-    return "\n".join(lines)
-
-
-def _times(medians: list[dict]) -> list[str]:
-    """One line a work, in the order measured; what was timed in two groups is shown from the first."""
-    works: dict[str, dict[str, dict]] = {}
-    for own in medians:
-        works.setdefault(own["work"], {}).setdefault(own["competitor"], own)
-    lines = []
-    for work, found in works.items():
-        cells = [
-            format_time(found[who]["seconds"]["median"]) if who in found else ""
-            for who in ("native", "numba", "torch.compile", "textbook")
-        ]
-        rate = f"{found['native']['pairs_per_second'] / 1e9:.3g}" if "native" in found else ""
-        lines.append(f"| {work} | {' | '.join(cells)} | {rate} |")
-    return lines
-
-
-def _bar(bar: dict) -> str:
-    quartiles = ""
-    if bar["first_quartile"] != bar["third_quartile"]:
-        quartiles = f"{bar['first_quartile']:.3g} to {bar['third_quartile']:.3g}"
-    sense = "at least" if bar["at_least"] else "at most"
-    missed = "" if bar["passed"] else ", **missed**"
-    return (
-        f"| {bar['what']} | {bar['measured']:.3g} {bar['unit']} | {quartiles} | "
-        f"{sense} {bar['limit']:g}{missed} |"
-    )
-
-
-def format_time(seconds: float) -> str:
-    """Three digits and a unit.
-
-    >>> format_time(0.00623)
-    '6.23 ms'
-    """
-    for factor, unit in (1, "s"), (1e3, "ms"):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def busy_questions(cores: dict[str, float | None]) -> list[str]:
-    """The questions during which other processes used more of the machine than a comparison bears.
-
-    >>> busy_questions({"forward": 0.02, "gradients": 0.9, "memory": None})
-    ['gradients']
-    """
-    return [name for name, used in cores.items() if used is not None and used > MOST_USED_ELSEWHERE]
-
-
-def put(text: str, replacement: str) -> str:
-    """`text` with what stands between the markers replaced.
-
-    >>> put("a\\n<!-- benchmarks -->\\nold\\n<!-- /benchmarks -->\\nb", "fresh")
-    'a\\n<!-- benchmarks -->\\nfresh\\n<!-- /benchmarks -->\\nb'
-    """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected one {START} and one {END}")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{replacement}\n{END}{after}"
+    if not full:
+        raise SystemExit("there is no result file: run make bench first")
+    return max(full)[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Put the table of a result file into the README.")
-    parser.add_argument("result", type=Path, help="a file of benchmarks/results/")
-    parser.add_argument("--print", action="store_true", dest="show", help="only show it")
+    parser = argparse.ArgumentParser(description="Write the pages of a result file.")
+    parser.add_argument("result", type=Path, nargs="?", help="a file of benchmarks/results/")
+    parser.add_argument(
+        "--to", type=Path, help="write into copies of the pages in this folder, whatever the file"
+    )
     options = parser.parse_args()
-    content = json.loads(options.result.read_text())
-    if options.show:
-        print(section(content))
-        return 0
-    if content["quick"] or content["wrong"]:
-        parser.error("not for the README: a quick run, or one with wrong results")
-    if busy := busy_questions(content["cores_used_elsewhere"]):
-        parser.error(f"not for the README: other processes took processor time during {', '.join(busy)}")
-    README.write_text(put(README.read_text(), section(content)))
+    content = json.loads((options.result or default_file()).read_text())
+    root = options.to or ROOT
+    if options.to:
+        (root / "docs").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "README.md", root / "README.md")
+        shutil.copy(ROOT / "docs" / "performance.md", root / "docs" / "performance.md")
+    elif content["quick"] or content["wrong"]:
+        parser.error("not for the pages: a quick run, or one with wrong results")
+    elif names := busy(content["cores_used_elsewhere"]):
+        parser.error(f"not for the pages: other processes took processor time during {'; '.join(names)}")
+    for path in write(content, root):
+        print(path)
     return 0
 
 

@@ -5,11 +5,12 @@ import statistics
 import fresh
 
 
-def test_import(benchmark):
-    fresh.import_times()  # files read from disk, bytecode written
+def test_import(benchmark, session, scale):
+    if benchmark.enabled:
+        fresh.import_times()  # files read from disk, bytecode written
     found = []
-    rounds = 1 if benchmark.disabled else 9
-    benchmark.pedantic(lambda: found.append(fresh.import_times()), rounds=rounds)
+    benchmark.pedantic(lambda: found.append(fresh.import_times()), rounds=scale.imports)
+    session.records["imports"] += found
     milliseconds = {name: 1000 * statistics.median(times[name] for times in found) for name in found[0]}
     benchmark.extra_info["import_ms"] = milliseconds
     assert 0 < milliseconds["nwfast"] < milliseconds["torch"]

@@ -1,84 +1,28 @@
-"""What is timed: each computation with its competitors, and the float64 result that each has to give first.
-
-The baseline is the textbook: the two lines
+"""What is computed: the data, the two textbook lines, and the float64 results that everything has to give first.
 
     Q = query.repeat_interleave(n).reshape(-1, n)
     out = torch.softmax(-((Q - key) * w)**2 / 2, dim=1) @ value
 
-as they stand, and under torch.compile. Queries and keys are uniform on (0, 5) in every feature, unsorted, and w = 1:
-each pair counts then, so that no kernel gains by skipping tiles and pairs per second mean what they say.
+Queries and keys are uniform on (0, 5) in every feature. Unless said otherwise they are unsorted and w = 1: each pair
+counts then, so that no kernel gains by skipping tiles and pairs per second mean what they say.
 """
 
 import functools
-import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-import nwfast
-
-ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 5.0
 TOLERANCE = 2e-4  # relative to the largest entry: far above float32 rounding, far below any mistake
-COMPETITORS = ("native", "numba", "torch.compile", "textbook")
 
-Call = Callable[[], tuple[Tensor, ...]]
+Call = Callable[[], tuple]  # what is timed: returns tensors, arrays or numbers, finished
 
 
 class WrongResultError(AssertionError):
-    """A competitor does not compute what it is timed for."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One computation: how each competitor does it, what it must return, and how many pairs (i, j) it visits."""
-
-    name: str
-    pairs: int
-    build: dict[str, Callable[[], Call]]
-    exact: Callable[[], tuple[Tensor, ...]]
-
-    def prepare(self, competitor: str) -> Call:
-        """The call to time, its result already found right."""
-        call = self.build[competitor]()
-        check(call(), self.exact(), f"{self.name}, {competitor}")
-        return call
-
-
-def check(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], what: str) -> None:
-    """Raise WrongResultError unless every tensor agrees with its float64 counterpart."""
-    for position, (actual, expected) in enumerate(zip(found, exact, strict=True)):
-        if actual.numel() != expected.numel():
-            raise WrongResultError(
-                f"{what}: result {position} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-            )
-        error = (actual.detach().double().reshape(expected.shape) - expected).abs().max()
-        limit = TOLERANCE * expected.abs().max()
-        if not error <= limit:  # also where it is NaN
-            raise WrongResultError(f"{what}: result {position} is off by {error:.3g}, more than {limit:.3g}")
-
-
-@functools.cache
-def why_not(competitor: str) -> str:
-    """Empty if the competitor can run here, else the reason."""
-    if competitor in nwfast.backends.NAMES:
-        answer = nwfast.backends.available()[competitor]
-        return "" if answer is True else str(answer)
-    if competitor == "torch.compile":
-        return runpy.run_path(str(ROOT / "setup.py"))["missing_toolchain"]()
-    return ""
-
-
-def two_lines(query: Tensor, key: Tensor, value: Tensor, w: Tensor) -> Tensor:
-    """The textbook's lines for one feature, (M,) and (N,), and as little changed as can be for (M, D) and (N, D)."""
-    if query.ndim == 1:
-        n = key.shape[0]
-        Q = query.repeat_interleave(n).reshape(-1, n)
-        return torch.softmax(-(((Q - key) * w) ** 2) / 2, dim=1) @ value
-    return torch.softmax(-(((query[:, None] - key) * w) ** 2).sum(-1) / 2, dim=1) @ value
+    """A peer does not compute what it is timed for."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +39,47 @@ class Data:
     def inputs(self) -> tuple[Tensor, ...]:
         return self.query, self.key, self.value, self.w
 
+    @property
+    def pairs(self) -> int:
+        return self.query.shape[0] * self.key.shape[0]
 
-@functools.cache
-def data(n: int, features: int = 1, channels: int = 1) -> Data:
+    @property
+    def features(self) -> int:
+        return 1 if self.query.ndim == 1 else self.query.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.value.ndim == 1 else self.value.shape[1]
+
+
+@functools.lru_cache(maxsize=4)
+def data(n: int, features: int = 1, channels: int = 1, w: float = 1.0, ordered: bool = False) -> Data:
     """N = M = n points; one feature and one channel as vectors, more as matrices."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.rand(n, features, generator=generator) * WIDTH for _ in range(2))
+    if ordered:
+        query, key = query.sort(0).values, key.sort(0).values
     signal = 2 * torch.sin(key.sum(1)) + key.sum(1) ** 0.8
     value = signal[:, None] + 0.5 * torch.randn(n, channels, generator=generator)
-    w = torch.ones(())
     if features == channels == 1:
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        query, key, value = query[:, 0].contiguous(), key[:, 0].contiguous(), value[:, 0].contiguous()
     cotangent = torch.randn(value.shape, generator=generator)
-    return Data(query, key, value, w, cotangent)
+    return Data(query, key, value, torch.tensor(w), cotangent)
 
 
-@functools.cache
-def exact(n: int, features: int, channels: int, gradients: bool) -> tuple[Tensor, ...]:
+def two_lines(query: Tensor, key: Tensor, value: Tensor, w: Tensor) -> Tensor:
+    """The textbook's lines for one feature, (M,) and (N,), and as little changed as can be for (M, D) and (N, D)."""
+    if query.ndim == 1:
+        n = key.shape[0]
+        Q = query.repeat_interleave(n).reshape(-1, n)
+        return torch.softmax(-(((Q - key) * w) ** 2) / 2, dim=1) @ value
+    return torch.softmax(-(((query[:, None] - key) * w) ** 2).sum(-1) / 2, dim=1) @ value
+
+
+def oracle(given: Data, gradients: bool = False) -> tuple[Tensor, ...]:
     """The two lines in float64: out and, asked for, the gradients of query, key, value, w. A few rows at a time."""
-    given = data(n, features, channels)
     query, key, value, w = (tensor.double().requires_grad_(gradients) for tensor in given.inputs)
-    rows = max(1, 2**21 // (n * features))
+    rows = max(1, 2**21 // (key.shape[0] * given.features))
     outs = []
     for part, cotangent in zip(query.split(rows), given.cotangent.double().split(rows), strict=True):
         out = two_lines(part, key, value, w)
@@ -126,64 +90,34 @@ def exact(n: int, features: int, channels: int, gradients: bool) -> tuple[Tensor
     return (*found, query.grad, key.grad, value.grad, w.grad) if gradients else found
 
 
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(two_lines, fullgraph=True, dynamic=False)
+def some_rows(given: Data, most: int = 32) -> tuple[Tensor, Tensor]:
+    """Rows spread over the result, and what the oracle gives there: for sizes at which all rows take too long."""
+    rows = torch.linspace(0, given.query.shape[0] - 1, min(most, given.query.shape[0])).long()
+    part = Data(given.query[rows], given.key, given.value, given.w, given.cotangent[rows])
+    return rows, oracle(part)[0]
 
 
-def _function(competitor: str) -> Callable[..., Tensor]:
-    if competitor == "textbook":
-        return two_lines
-    if competitor == "torch.compile":
-        return _compiled()
-    return functools.partial(nwfast.nadaraya_watson, backend=competitor)
+def error_of(found: object, exact: Tensor, what: str) -> float:
+    """Largest difference to the float64 result, relative to its largest entry."""
+    actual = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    if actual.numel() != exact.numel():
+        raise WrongResultError(f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
+    return float((actual.double().reshape(exact.shape) - exact).abs().max() / exact.abs().max())
 
 
-def forward(n: int, features: int = 1, channels: int = 1) -> Work:
-    """The forward pass alone, nothing requires a gradient."""
-    given = data(n, features, channels)
-
-    def build(competitor: str) -> Call:
-        function = _function(competitor)
-        return lambda: (function(*given.inputs),)
-
-    shape = "one feature, one channel" if features == channels == 1 else f"D = {features}, C = {channels}"
-    return Work(
-        f"forward, N = M = {n}, {shape}",
-        n * n,
-        {name: functools.partial(build, name) for name in COMPETITORS},
-        lambda: exact(n, features, channels, False),
-    )
+def check(found: Sequence, exact: Sequence[Tensor], what: str, tolerance: float = TOLERANCE) -> float:
+    """The largest error; raises WrongResultError unless every result agrees with its float64 counterpart."""
+    errors = []
+    for position, (actual, expected) in enumerate(zip(found, exact, strict=True)):
+        errors.append(error_of(actual, expected, f"{what}, result {position}"))
+        if not errors[-1] <= tolerance:  # also where it is NaN
+            raise WrongResultError(
+                f"{what}: result {position} is off by {errors[-1]:.3g} of its largest entry, more than {tolerance:.3g}"
+            )
+    return max(errors)
 
 
-def gradients(n: int, wanted: str) -> Work:
-    """Forward and backward: to w (`wanted` = "w") or to query, key, value and w ("qkvw")."""
-    given = data(n)
-
-    def build(competitor: str) -> Call:
-        function = _function(competitor)
-        leaves = [
-            tensor.clone().requires_grad_(letter in wanted)
-            for tensor, letter in zip(given.inputs, "qkvw", strict=True)
-        ]
-        required = [leaf for leaf in leaves if leaf.requires_grad]
-
-        def call() -> tuple[Tensor, ...]:
-            out = function(*leaves)
-            return out.detach(), *torch.autograd.grad(out, required, given.cotangent)
-
-        return call
-
-    def result() -> tuple[Tensor, ...]:
-        out, *grads = exact(n, 1, 1, True)
-        return out, *(grad for grad, letter in zip(grads, "qkvw", strict=True) if letter in wanted)
-
-    return Work(
-        f"forward + backward to {', '.join(wanted)}, N = M = {n}",
-        n * n,
-        {name: functools.partial(build, name) for name in COMPETITORS},
-        result,
-    )
+# The chapter's own size, with the keys and values that leave each example out.
 
 
 def per_query_lines(query: Tensor, keys: Tensor, values: Tensor, w: Tensor) -> Tensor:
@@ -205,53 +139,36 @@ class TextbookModule(nn.Module):
         return per_query_lines(queries, keys, values, self.w)
 
 
-@functools.cache
-def _chapter(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, targets, and the keys and values that leave each example out, (n, n - 1)."""
+def examples(n: int) -> tuple[Tensor, Tensor]:
+    """The chapter's data: sorted inputs on (0, 5), targets 2 sin x + x^0.8 + noise."""
     generator = torch.Generator().manual_seed(0)
     x = torch.sort(torch.rand(n, generator=generator) * WIDTH).values
-    y = 2 * torch.sin(x) + x**0.8 + 0.5 * torch.randn(n, generator=generator)
-    others = ~torch.eye(n, dtype=torch.bool)
-    keys, values = (tensor.repeat(n, 1)[others].reshape(n, -1) for tensor in (x, y))
-    return x, y, keys, values
+    return x, 2 * torch.sin(x) + x**0.8 + 0.5 * torch.randn(n, generator=generator)
 
 
-SMALL = ("forward", "forward + backward", "training step")
+def others(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each (n,) as (n, n - 1): row i leaves entry i out."""
+    n = tensors[0].shape[0]
+    keep = ~torch.eye(n, dtype=torch.bool)
+    return tuple(tensor.repeat(n, 1)[keep].reshape(n, -1) for tensor in tensors)
 
 
-def small(kind: str, n: int = 50) -> Work:
-    """The chapter's own size, where the op's overhead matters more than its arithmetic.
-
-    forward: the op against the lines, under no_grad. forward + backward: the same, to w, from a given gradient.
-    training step: module against module, with zero_grad, halved squared loss, backward, SGD.
-    """
-
-    def build(competitor: str) -> Call:
-        if kind == "training step":
-            textbook = competitor == "textbook"
-            net = TextbookModule(1.0) if textbook else nwfast.NWKernelRegression(w=1.0, backend=competitor)
-            return _training_step(net, *_chapter(n))
-        if competitor == "textbook":
-            return _small_call(kind, per_query_lines, *_chapter(n))
-        return _small_call(kind, functools.partial(nwfast.nadaraya_watson, backend=competitor), *_chapter(n))
-
-    def result() -> tuple[Tensor, ...]:
-        chapter = [tensor.double() for tensor in _chapter(n)]
-        if kind == "training step":
-            return _training_step(TextbookModule(1.0).double(), *chapter)()
-        return _small_call(kind, per_query_lines, *chapter)()
-
-    return Work(
-        f"{kind}, n = {n}, keys ({n}, {n - 1})",
-        n * (n - 1),
-        {name: functools.partial(build, name) for name in ("native", "numba", "textbook")},
-        result,
-    )
+@functools.cache
+def chapter(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, targets, and the keys and values that leave each example out, (n, n - 1)."""
+    x, y = examples(n)
+    return x, y, *others(x, y)
 
 
-def _small_call(
-    kind: str, function: Callable[..., Tensor], x: Tensor, y: Tensor, keys: Tensor, values: Tensor
+def small_call(
+    kind: str,
+    function: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> Call:
+    """forward: under no_grad. forward + backward: to w, from a given gradient."""
     w = torch.ones(1, dtype=x.dtype, requires_grad=kind != "forward")
     cotangent = torch.linspace(-1, 2, len(x), dtype=x.dtype)
 
@@ -266,7 +183,8 @@ def _small_call(
     return forward_only if kind == "forward" else forward_and_backward
 
 
-def _training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
+def training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
+    """zero_grad, halved squared loss, backward, SGD."""
     # So small a rate that w, and with it the work, stays the same however often the step is repeated.
     trainer = torch.optim.SGD(net.parameters(), lr=1e-9)
     loss = nn.MSELoss(reduction="none")
@@ -279,3 +197,44 @@ def _training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: T
         return errors.detach(), net.w.grad
 
     return call
+
+
+# Bandwidth selection.
+
+
+def leave_one_out_loss(x: Tensor, y: Tensor, w: float) -> float:
+    """Mean squared leave-one-out error in float64, a few rows at a time."""
+    x, y = x.double(), y.double()
+    rows = max(1, 2**21 // len(x))
+    total = 0.0
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        scores = -(((x[part, None] - x) * w) ** 2) / 2
+        own = torch.arange(len(x))[part]
+        scores[torch.arange(len(own)), own] = -torch.inf
+        total += float(((torch.softmax(scores, 1) @ y - y[part]) ** 2).sum())
+    return total / len(x)
+
+
+@functools.cache
+def best(n: int) -> tuple[float, float]:
+    """The w with the least leave-one-out loss on `examples`, and that loss: golden section in float64."""
+    x, y = examples(n)
+
+    def loss(log_w: float) -> float:
+        return leave_one_out_loss(x, y, float(np.exp(log_w)))
+
+    golden = (np.sqrt(5) - 1) / 2
+    low, high = np.log(1.0), np.log(50.0)
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = loss(left), loss(right)
+    while high - low > 2e-4:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = loss(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = loss(right)
+    return float(np.exp(low)), min(at_left, at_right)

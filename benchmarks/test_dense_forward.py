@@ -1,0 +1,25 @@
+"""How fast is the dense forward pass: one feature and one channel, three features, 64 channels?"""
+
+import functools
+from collections.abc import Iterator
+
+from cases import Group, forward
+from peers import PEERS
+from scale import Scale
+from workloads import data
+
+QUESTION = "dense forward"
+# The textbook is left out, with its (M, N, D).
+SEVERAL = [name for name in PEERS if name != "textbook"]
+
+
+def groups(scale: Scale) -> Iterator[Group]:
+    one_feature = [name for name in PEERS if name != "statsmodels"]  # which takes 7 s
+    yield forward(QUESTION, functools.partial(data, scale.points), scale, 40, one_feature, compiled=True)
+    for channels, seconds in (1, 25), (64, 25):
+        make = functools.partial(data, scale.points, 3, channels)
+        yield forward(QUESTION, make, scale, seconds, SEVERAL)
+
+
+def test_forward(run, entry):
+    run(entry)

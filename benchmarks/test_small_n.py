@@ -1,0 +1,17 @@
+"""What does the op cost beside its arithmetic, at the chapter's n = 50?"""
+
+from collections.abc import Iterator
+
+from cases import SMALL, Group, small
+from scale import Scale
+
+QUESTION = "small n"
+
+
+def groups(scale: Scale) -> Iterator[Group]:
+    for kind in SMALL:
+        yield small(QUESTION, kind, scale, 8)
+
+
+def test_small(run, entry):
+    run(entry)
