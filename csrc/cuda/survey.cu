@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kSurveyThreads)
   found[kKeyLow] = found[kValueLow] = found[kWeightLow] = INFINITY;
   found[kKeyHigh] = found[kValueHigh] = -INFINITY;
   found[kQuerySize] = found[kWeightHigh] = found[kBad] = found[kDescends] = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t j = threadIdx.x; j < problem.keys; j += kSurveyThreads) {
     const float k = problem.key.read<float>(key + j * problem.key.row_stride);
     const float next = problem.key.read<float>(key + (j + 1 < problem.keys ? j + 1 : j) * problem.key.row_stride);
