@@ -74,7 +74,7 @@ def measure(n: int, w: float, repeats: int, bar: tqdm) -> dict:
         bar.update()
     peak = peak_bytes()
     bar.set_description("checking")
-    some = torch.linspace(0, n - 1, CHECKED).long()
+    some = torch.linspace(0, n - 1, CHECKED, dtype=torch.float64).long()
     error = (out[some].double() - direct(query[some], key, value, w)).abs().max() / value.abs().max()
     bar.update(2)
     inputs = sum(tensor.numel() * tensor.element_size() for tensor in (query, key, value))
