@@ -232,7 +232,7 @@ def _register_autograd(operator: Any, backward: Callable, setup_context: Callabl
 
     @functools.cache
     def kernel() -> Callable:
-        registration = torch._library.autograd  # private API, pinned by a test
+        registration = torch._library.autograd  # private API, which compiled calls in the tests use
         return registration.make_autograd_impl(operator, registration.Info(backward, setup_context))
 
     def run(keyset, *args, **kwargs):
