@@ -101,6 +101,7 @@ class Data {
   int64_t original_key(int64_t j) const { return keys_moved ? static_cast<int64_t>(key_order[j]) : j; }
   // The place of the key that row i leaves out, or -1.
   int64_t excluded(int64_t i) const { return !exclude ? -1 : keys_moved || rows_moved ? excluded_[i] : i; }
+  const int64_t* excluded_places() const { return excluded_.get(); }  // of all rows, where keys or rows have moved
   // The row that leaves key j out.
   int64_t excluding(int64_t j) const { return keys_moved || rows_moved ? excluding_[j] : j; }
   double weight_of(int64_t j) const { return weight ? static_cast<double>(weight[j]) * weight_factor : 1; }

@@ -100,30 +100,61 @@ class KeyPass {
     std::vector<std::vector<int64_t>> far(chunks);
     std::vector<char> finite(chunks, 1);
     parallel_blocks(chunks, serial_, [&](int64_t chunk) {
-      std::vector<double> charge(columns_);
-      for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
-        const int64_t row = b_ * problem_.queries + data_.original_row(i);
-        const double total = task_.state[2 * row + 1] * data_.weight_factor;
-        if (!(total > 0)) {
-          finite[chunk] &= total == 0;
-          for (int c = 0; c < columns_; ++c) charge_[c * n + i] = 0;
-          continue;
-        }
-        const double plain = total * std::exp2(-task_.state[2 * row]);
-        const bool level_zero = plain >= kSmallTotal;
-        charge_of(i, nullptr, charge.data());
-        bool regular = true;
-        for (int c = 0; c < columns_; ++c) {
-          regular &= std::isfinite(charge[c]);
-          charge_[c * n + i] = level_zero ? charge[c] / plain : 0;
-        }
-        finite[chunk] &= regular;
-        if (!level_zero) far[chunk].push_back(i);
+      const int64_t end = std::min(n, (chunk + 1) * kChunk);
+      for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
+        finite[chunk] &= read_block(begin, std::min(kBlock, end - begin), far[chunk]);
       }
     });
     far_.clear();
     for (const auto& part : far) far_.insert(far_.end(), part.begin(), part.end());
     return std::find(finite.begin(), finite.end(), 0) == finite.end();
+  }
+
+  bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
+    double share[kBlock], mean[kBlock];
+    int counts[kBlock];  // a row without any key has no gradient, and no output
+    double *const charges = charge_.get() + begin, *const sum = charges + channels_ * data_.queries;
+    bool finite = true;
+    for (int64_t k = 0; k < n; ++k) {
+      const double* const state = task_.state + 2 * (b_ * problem_.queries + data_.original_row(begin + k));
+      const double total = state[1] * data_.weight_factor;
+      const double plain = state[0] == 0 ? total : total * std::exp2(-state[0]);
+      const bool level_zero = plain >= kSmallTotal;
+      finite &= total >= 0;
+      counts[k] = total > 0;
+      share[k] = level_zero ? 1 / plain : 0;
+      sum[k] = 0;
+      if (!level_zero && total > 0) far.push_back(begin + k);
+    }
+    if (task_.grad_lse.data) {
+      read_rows_of(task_.grad_lse, 0, begin, n, sum);
+      for (int64_t k = 0; k < n; ++k) sum[k] = -sum[k];
+    }
+    for (int c = 0; c < channels_; ++c) {
+      double* const grad = charges + c * data_.queries;
+      read_rows_of(task_.grad_out, c * task_.grad_out.column_stride, begin, n, grad);
+      for (int64_t k = 0; k < n; ++k) {
+        mean[k] = mean_of(b_ * problem_.queries + data_.original_row(begin + k), c);
+      }
+      for (int64_t k = 0; k < n; ++k) sum[k] += grad[k] * mean[k];
+    }
+    int odd = 0;
+    for (int c = 0; c < columns_; ++c) {
+      double* const charge = charges + c * data_.queries;
+      for (int64_t k = 0; k < n; ++k) odd |= counts[k] & !(std::fabs(charge[k]) < INFINITY);
+      for (int64_t k = 0; k < n; ++k) charge[k] = share[k] > 0 ? charge[k] * share[k] : 0;
+    }
+    return finite && !odd;
+  }
+
+  // The gradients of rows, in the order of the data.
+  void read_rows_of(const View& view, int64_t offset, int64_t begin, int64_t n, double* out) const {
+    offset += view.offset(problem_.batch, b_);
+    if (data_.rows_moved) {
+      nwfast::gather(view, offset, data_.row_order.get() + begin, n, view.row_stride, out);
+    } else {
+      read(view, offset + begin * view.row_stride, n, view.row_stride, out);
+    }
   }
 
   // (g_i, <g_i, out_i - base> - lse_grad_i), not divided by the total; outputs and base are centred.
@@ -321,7 +352,9 @@ class KeyPass {
       }
       for (size_t g = 0; g < groups_.size(); ++g) add_group(targets, groups_[g], fields_[g], begin, end, sums);
     }
-    for (int64_t j = begin; j < end; ++j) finish(targets, j, sums);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      finish(targets, first, std::min(kBlock, end - first), sums);
+    }
   }
 
   void load_values(const Targets<R>& targets, int64_t begin, int64_t end, Sums& sums) const {
@@ -547,24 +580,36 @@ class KeyPass {
     }
   }
 
-  void finish(const Targets<R>& targets, int64_t j, const Sums& sums) const {
-    const int64_t original = targets.weighted ? data_.original_key(j) : static_cast<int64_t>(data_.dropped[j]);
-    const int64_t place = b_ * problem_.keys + original, i = j - sums.begin, pitch = sums.pitch;
-    const double weight = targets.weighted ? data_.weight_of(j) : 0;
+  void finish(const Targets<R>& targets, int64_t first, int64_t n, const Sums& sums) const {
+    const int64_t start = first - sums.begin, pitch = sums.pitch, base = b_ * problem_.keys;
     const bool far = !far_.empty();
-    double pulled[2] = {0, 0};
-    for (int slot = 0; slot < slots_; ++slot) {
-      const double* const from = sums.near.get() + slot * columns_ * pitch + i;
-      pulled[slot] = -from[channels_ * pitch];
-      for (int c = 0; c < channels_; ++c) pulled[slot] += sums.value[c * pitch + i] * from[c * pitch];
-      if (far) pulled[slot] += sums.far[(channels_ + slot) * pitch + i];
+    double weight[kBlock], result[kBlock];
+    int64_t place[kBlock];
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t j = first + k;
+      weight[k] = targets.weighted ? data_.weight_of(j) : 0;
+      place[k] = base + (targets.weighted ? data_.original_key(j) : static_cast<int64_t>(data_.dropped[j]));
     }
     for (int c = 0; task_.grad_value && c < channels_; ++c) {
-      const double sum = sums.near[c * pitch + i] + (far ? sums.far[c * pitch + i] : 0);
-      task_.grad_value[place * channels_ + c] = static_cast<R>(weight * sum);
+      const double* const near = sums.near.get() + c * pitch + start;
+      for (int64_t k = 0; k < n; ++k) result[k] = near[k];
+      for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[c * pitch + start + k];
+      for (int64_t k = 0; k < n; ++k) result[k] *= weight[k];
+      for (int64_t k = 0; k < n; ++k) task_.grad_value[place[k] * channels_ + c] = static_cast<R>(result[k]);
     }
-    if (task_.grad_key_weight) task_.grad_key_weight[place] = static_cast<R>(data_.weight_factor * pulled[0]);
-    if (task_.grad_key) task_.grad_key[place] = static_cast<R>(weight * data_.w * (data_.w * pulled[1]));
+    for (int slot = 0; slot < slots_; ++slot) {
+      R* const out = slot ? task_.grad_key : task_.grad_key_weight;
+      if (!out) continue;
+      const double* const near = sums.near.get() + slot * columns_ * pitch + start;
+      for (int64_t k = 0; k < n; ++k) result[k] = -near[channels_ * pitch + k];
+      for (int c = 0; c < channels_; ++c) {
+        const double* const value = sums.value.get() + c * pitch + start;
+        for (int64_t k = 0; k < n; ++k) result[k] += value[k] * near[c * pitch + k];
+      }
+      for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[(channels_ + slot) * pitch + start + k];
+      for (int64_t k = 0; k < n; ++k) result[k] *= slot ? weight[k] * data_.w * data_.w : data_.weight_factor;
+      for (int64_t k = 0; k < n; ++k) out[place[k]] = static_cast<R>(result[k]);
+    }
   }
 
   const Problem& problem_;

@@ -13,8 +13,11 @@
 namespace nwfast {
 namespace fgt {
 
-constexpr int64_t kGroup = 8;        // rows that are summed together directly
-constexpr int64_t kEvaluated = 512;  // rows that are expanded together
+constexpr int64_t kGroup = 8;           // rows that are summed together directly
+constexpr int64_t kNearKeys = 108;      // keys in the common window of a vector of rows that are summed one by one
+constexpr double kNearWeightSpan = 40;  // so that the sum of float weights stays far above the least float
+constexpr double kNearLeast = 1e-15;    // scale, whose square and the squares of whose bandwidths are floats
+constexpr int64_t kEvaluated = 512;     // rows that are expanded together
 
 // The sums of a row: of exp(.) a_j and exp(.) a_j (v_j - centre), and of these times (r - k_j) and times
 // (x - k_j)^2 - (x - r)^2 where asked for.
@@ -119,6 +122,8 @@ class RowPass {
         finish_(finish),
         columns_(data.channels + 1),
         slots_(plan.orders),
+        near_counts_(data.channels == 1 && data.weight_span < kNearWeightSpan && plan.scale > kNearLeast &&
+                     plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30),
         table_(fgt_kernels<R>()) {}
 
   void run(bool serial) {
@@ -153,10 +158,16 @@ class RowPass {
       return;
     }
     Expansion<R, decltype(load)> expansion(plan_, cells_, data_.key, data_.keys, columns_, !data_.weight, load);
-    std::vector<double> sums(slots_ * columns_ * kEvaluated);
+    std::vector<double> sums(slots_ * columns_ * kEvaluated), apart(kEvaluated);
     const double per_pair = 4.0 * ((columns_ + 1) / 2), per_term = 0.3 * columns_ * slots_;
     int64_t window = lower_bound(data_.key, data_.keys, static_cast<double>(x[begin]) - reach);
     for (int64_t i = begin; i < end;) {
+      if (near_counts_) {
+        const int64_t rows = near(i, std::min(end, i + kEvaluated), sums, apart, scratch);
+        if (rows > 0) finish_(i, rows, sums.data(), kEvaluated, apart.data());
+        i += rows;
+        if (rows > 0) continue;
+      }
       const int64_t few = std::min(i + 2 * kGroup, end);
       window = gallop(data_.key, data_.keys, window, static_cast<double>(x[i]) - reach);
       const int64_t last = window + 6 * kGroup;
@@ -191,6 +202,36 @@ class RowPass {
       }
       i = stop;
     }
+  }
+
+  // Sums rows one by one as long as few keys count for them; returns how many it summed.
+  int64_t near(int64_t begin, int64_t end, std::vector<double>& sums, std::vector<double>& apart,
+               Scratch& scratch) const {
+    place_at(begin, scratch);
+    FgtNear<R> task;
+    task.x = data_.query + begin;
+    task.rows = end - begin;
+    task.first_row = begin;
+    task.key = data_.key;
+    task.keys = data_.keys;
+    task.place = scratch.place;
+    task.value = data_.value;
+    task.value_stride = data_.row_stride;
+    task.centre = static_cast<R>(data_.centre[0]);
+    task.weight = data_.weight;
+    task.weight_factor = static_cast<R>(data_.weight_factor);
+    task.exclude = data_.exclude;
+    task.excluded = data_.exclude && (data_.keys_moved || data_.rows_moved) ? data_.excluded_places() + begin : nullptr;
+    task.scale = plan_.scale;
+    task.log_span = plan_.log_span + data_.weight_span;
+    task.level_zero = kLevelZero;
+    task.most = kNearKeys;
+    task.offsets = plan_.offsets;
+    task.scores = plan_.scores;
+    task.sums = sums.data();
+    task.apart = apart.data();
+    task.sums_pitch = kEvaluated;
+    return table_.near(task);
   }
 
   void evaluate(int64_t begin, int64_t end, double centre, const double* local, double error, std::vector<double>& sums,
@@ -254,9 +295,16 @@ class RowPass {
     return weight * data_.weight_of(j);
   }
 
-  void direct(int64_t begin, int64_t end, Scratch& scratch, std::vector<int64_t>& far) const {
-    if (!scratch.placed) scratch.place = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[begin]));
+  // Moves the scratch's place to the row, about; rows must not descend.
+  void place_at(int64_t row, Scratch& scratch) const {
+    const double x = data_.query[row];
+    scratch.place =
+        scratch.placed ? gallop(data_.key, data_.keys, scratch.place, x) : lower_bound(data_.key, data_.keys, x);
     scratch.placed = true;
+  }
+
+  void direct(int64_t begin, int64_t end, Scratch& scratch, std::vector<int64_t>& far) const {
+    place_at(begin, scratch);
     Nearest found[kGroup];
     double reference[kGroup], apart[kGroup];
     for (int64_t first = begin; first < end; first += kGroup) {
@@ -474,6 +522,7 @@ class RowPass {
   const bool expanded_;
   const Finish& finish_;
   const int columns_, slots_;
+  const bool near_counts_;  // whether rows with few keys have a kernel
   const FgtKernels<R>& table_;
 };
 

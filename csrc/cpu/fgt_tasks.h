@@ -1,6 +1,6 @@
 // The vectorised kernels of the fast Gauss transform (fgt.h): one table for each instruction set, and the plain
-// structures that they take. Coordinates are read as T, all arithmetic is in double. A point of a box has the local
-// coordinate (x - centre) * scale, within [-1, 1].
+// structures that they take. Coordinates are read as T, arithmetic is in double unless said. A point of a box has the
+// local coordinate (x - centre) * scale, within [-1, 1].
 
 #pragma once
 
@@ -64,6 +64,28 @@ struct FgtDirect {
   int64_t sums_pitch;
 };
 
+// The same sums for ascending rows with few keys in their windows, in T, of one channel. The rows of a vector are taken
+// together, until a window holds more than `most` keys or T is not precise enough.
+template <typename T>
+struct FgtNear {
+  const T* x;
+  int64_t rows, first_row;  // the number of x[0] among all rows
+  const T* key;             // ascending
+  int64_t keys, place;      // key[i] < x[0] for i < place
+  const T* value;
+  int64_t value_stride;
+  T centre;
+  const T* weight;  // null where all are 1
+  T weight_factor;
+  bool exclude;
+  const int64_t* excluded;  // (rows) places of the excluded keys; null where row i leaves out key i
+  double scale, log_span, level_zero;
+  int64_t most;
+  bool offsets, scores;
+  double *sums, *apart;  // as in FgtDirect, padded; x - r
+  int64_t sums_pitch;
+};
+
 // The transpose: for each target u_j, over sources x_i with references r_i and the same z:
 // sum_i charge_i exp(-scale^2 z / 2), and, if asked for, the same with factor (x_i - u_j).
 template <typename T>
@@ -123,6 +145,7 @@ struct FgtKernels {
   void (*translate)(const FgtTranslate&);
   void (*evaluate)(const FgtEvaluate<T>&);
   void (*direct)(const FgtDirect<T>&);
+  int64_t (*near)(const FgtNear<T>&);  // returns how many rows it summed
   void (*gather)(const FgtGather<T>&);
   void (*pull)(const FgtPull<T>&);
   void (*finish)(const FgtFinish<T>&);

@@ -115,6 +115,27 @@ void read_as(const void* data, int64_t offset, int64_t n, int64_t stride, T* out
   }
 }
 
+template <typename S, typename T>
+void gather_as(const void* data, int64_t offset, const uint32_t* places, int64_t n, int64_t stride, T* out) {
+  const S* from = static_cast<const S*>(data) + offset;
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from[places[i] * stride]);
+}
+
+// Read n elements of a strided view, the i-th at places[i] * stride, into an array.
+template <typename T>
+void gather(const View& view, int64_t offset, const uint32_t* places, int64_t n, int64_t stride, T* out) {
+  switch (view.dtype) {
+    case Dtype::kFloat:
+      return gather_as<float>(view.data, offset, places, n, stride, out);
+    case Dtype::kDouble:
+      return gather_as<double>(view.data, offset, places, n, stride, out);
+    case Dtype::kHalf:
+      return gather_as<torch::headeronly::Half>(view.data, offset, places, n, stride, out);
+    case Dtype::kBFloat16:
+      return gather_as<torch::headeronly::BFloat16>(view.data, offset, places, n, stride, out);
+  }
+}
+
 // Read n elements of a strided view into an array.
 template <typename T>
 void read(const View& view, int64_t offset, int64_t n, int64_t stride, T* out) {
