@@ -53,7 +53,9 @@ Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(ndim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  expect_writes(tensor.mutable_data_ptr(), static_cast<size_t>(stride) * static_cast<size_t>(tensor.element_size()));
+  return tensor;
 }
 
 // How the shapes of the tensors relate to the problem.
