@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, require
 
 # -fwrapv, which Python's own flags bring, would hide signed overflow.
-FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-O0 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 @pytest.fixture(scope="module")

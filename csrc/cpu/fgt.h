@@ -3,7 +3,7 @@
 //
 // In units of the bandwidth, x = |w| q and u = |w| k, all sums are S(x) = sum_j c_j exp(-(x - u_j)^2 / 2), one for each
 // column of charges c: a_j (the total) and a_j (v_j - centre) for each channel. Everything is in double, whatever the
-// input; coordinates stay in user units, and differences are taken before they are scaled.
+// input (but see fgt_near.h); coordinates stay in user units, and differences are taken before they are scaled.
 //
 // Boxes (make_plan). The axis is cut into boxes of equal width around the multiples of `box`, a number of six bits, so
 // that edges and centres are exact. In a box of half width h bandwidths, exp(-(x - u)^2 / 2) is a polynomial of T terms
@@ -22,7 +22,8 @@
 // box few queries, pairs are summed one by one, lanes holding queries. The window of a query that is delta from its
 // nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and sums are relative to k* (the reference r) where delta > 2:
 //   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
-// Which way is taken follows from counts alone.
+// Which way is taken follows from counts alone. With one channel and few keys (RowPass::near, fgt_near.h), rows go by
+// vectors in the precision of the input: no box, no search, no conversion.
 //
 // Which expansions to trust. Expansion adds up the plan's error times the mass of each box, plus what all keys beyond
 // the reach could add: a bound of the absolute error of S. A row whose total is not well above it (a gap, a lone key

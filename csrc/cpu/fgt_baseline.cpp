@@ -7,7 +7,6 @@
 namespace nwfast {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define NWFAST_X86 1
 namespace avx512 {
 extern const FgtKernels<float> kFloatFgtKernels;
 extern const FgtKernels<double> kDoubleFgtKernels;
@@ -20,20 +19,12 @@ extern const FgtKernels<double> kDoubleFgtKernels;
 
 template <>
 const FgtKernels<float>& fgt_kernels<float>() {
-#ifdef NWFAST_X86
-  if (processor_level() == Level::kAvx512) return avx512::kFloatFgtKernels;
-  if (processor_level() == Level::kAvx2) return avx2::kFloatFgtKernels;
-#endif
-  return baseline::kFloatFgtKernels;
+  return NWFAST_TABLE(kFloatFgtKernels);
 }
 
 template <>
 const FgtKernels<double>& fgt_kernels<double>() {
-#ifdef NWFAST_X86
-  if (processor_level() == Level::kAvx512) return avx512::kDoubleFgtKernels;
-  if (processor_level() == Level::kAvx2) return avx2::kDoubleFgtKernels;
-#endif
-  return baseline::kDoubleFgtKernels;
+  return NWFAST_TABLE(kDoubleFgtKernels);
 }
 
 }  // namespace nwfast

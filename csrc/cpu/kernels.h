@@ -147,4 +147,16 @@ const char* instruction_set();
 enum class Level { kBaseline, kAvx2, kAvx512 };
 Level processor_level();
 
+// The one of three tables of kernels that this processor can run.
+template <typename Table>
+const Table& table_for(const Table& avx512, const Table& avx2, const Table& baseline) {
+  const Level level = processor_level();
+  return level == Level::kAvx512 ? avx512 : level == Level::kAvx2 ? avx2 : baseline;
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NWFAST_TABLE(name) table_for(avx512::name, avx2::name, baseline::name)
+#else
+#define NWFAST_TABLE(name) baseline::name
+#endif
+
 }  // namespace nwfast

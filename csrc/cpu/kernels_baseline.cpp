@@ -49,20 +49,12 @@ const char* instruction_set() {
 
 template <>
 const Kernels<float>& kernels<float>() {
-#ifdef NWFAST_X86
-  if (processor_level() == Level::kAvx512) return avx512::kFloatKernels;
-  if (processor_level() == Level::kAvx2) return avx2::kFloatKernels;
-#endif
-  return baseline::kFloatKernels;
+  return NWFAST_TABLE(kFloatKernels);
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-#ifdef NWFAST_X86
-  if (processor_level() == Level::kAvx512) return avx512::kDoubleKernels;
-  if (processor_level() == Level::kAvx2) return avx2::kDoubleKernels;
-#endif
-  return baseline::kDoubleKernels;
+  return NWFAST_TABLE(kDoubleKernels);
 }
 
 }  // namespace nwfast

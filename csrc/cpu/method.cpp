@@ -22,6 +22,14 @@ constexpr double kDenseRow = 50;  // of a query, whatever its window
 template <typename T>
 constexpr double kDirectRow = sizeof(T) == 4 ? 70 : 80;  // of a query that takes its keys one by one, in linear time
 constexpr double kDirectPair = 1.6;
+// Of one channel, by vectors of rows, where a vector's window holds at most kNearKeys.
+template <typename T>
+constexpr double kNearRow = sizeof(T) == 4 ? 6 : 12;
+template <typename T>
+constexpr double kNearPair = sizeof(T) == 4 ? 0.45 : 1.8;
+template <typename T>
+constexpr double kNearRows = sizeof(T) == 4 ? 8 : 4;
+constexpr double kNearKeys = 90;
 constexpr double kSeriesRow = 14;      // of a query that is expanded
 constexpr double kTranslation = 1200;  // of bringing all boxes around into one, for all queries in it
 constexpr double kCompressedKey = 4.5;
@@ -87,12 +95,16 @@ bool linear_is_faster(const Problem& problem) {
   const double negligible = (wide ? 57 : 27) + std::log2(n);
   const double radius = scale > 0 ? std::sqrt(negligible) / scale : INFINITY;
   const double window = n * sample.within(radius);
+  const double spacing = std::fmax(1, n / m);  // keys between two queries, about
   // Dense: blocks of 64 queries share a window.
   const bool windowed = problem.queries >= 128;
-  const double visited = windowed ? std::fmin(n, window + 64 * std::fmax(1, n / m)) : n;
+  const double visited = windowed ? std::fmin(n, window + 64 * spacing) : n;
   const double dense = kDenseRow + visited * (wide ? kDensePair<double> : kDensePair<float>);
+  const double near = window + (wide ? kNearRows<double> : kNearRows<float>)*spacing;
   const double direct =
-      (wide ? kDirectRow<double> : kDirectRow<float>)+kDirectPair * (window + 4 + 4 * std::fmax(1, n / m));
+      near <= kNearKeys
+          ? (wide ? kNearRow<double> + kNearPair<double> * near : kNearRow<float> + kNearPair<float> * near)
+          : (wide ? kDirectRow<double> : kDirectRow<float>)+kDirectPair * (window + 4 + 4 * spacing);
   const double queries_of_a_box = m * std::fmin(1, window / n / 6);
   const double series = kSeriesRow + kTranslation / std::fmax(1, queries_of_a_box);
   const double linear = kCompressedKey * n / m + std::fmin(direct, series) + kLinearCall / m;
