@@ -6,7 +6,8 @@ for which that is not good enough, since keys nearby are few: they are summed re
 each keeps its full relative accuracy, however far from the data it is. What the dense kernels alone can do (numbers
 that are not finite, weights of more than 260 orders of magnitude) is handed to them.
 
-All arithmetic is in float64. Tasks have fixed sizes, so no bit depends on the number of threads.
+All arithmetic is in float64, whatever the dtype of the data. Tasks have fixed sizes, so no bit depends on the number
+of threads.
 """
 
 import numpy as np
@@ -80,16 +81,17 @@ def forward(
     by_w = torch.empty((*shape, m, c) if tangent_w else (0,), dtype=dtype)
     by_q = torch.empty((*shape, m, c) if tangent_q else (0,), dtype=dtype)
     orders = 2 if tangent_w else 1 if tangent_q else 0
-    results: tuple[Tensor, ...]
     for place, parts in batch:
         data = _prepare(parts, exclude_self)
-        if data is None:
-            results = dense.forward(*_canonical(parts), exclude_self, tangent_w, tangent_q)
-        else:
-            results = _forward(data, batch, tangent_w, tangent_q, orders)
-        for whole, part in zip((out, lse, state, by_w, by_q), results, strict=True):
+        wholes = out, lse, state, by_w, by_q
+        results = [whole[place] if whole.numel() else whole for whole in wholes]
+        if data is not None:
+            _forward(data, batch, [part.numpy().reshape(-1) for part in results], orders)
+            continue
+        parts = dense.forward(*_canonical(parts), exclude_self, tangent_w, tangent_q)
+        for result, part in zip(results, parts, strict=True):
             if part.numel():
-                whole[place] = part.reshape(whole[place].shape)
+                result.copy_(part.reshape(result.shape))
     return out, lse, state, by_w, by_q
 
 
@@ -98,22 +100,22 @@ def _canonical(parts: list) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | No
     return query[:, None], key[:, None], value, w[None], key_weight
 
 
-def _forward(data: Data, batch: _Batch, tangent_w: bool, tangent_q: bool, orders: int) -> tuple[Tensor, ...]:
-    m, c = batch.m, batch.c
-    out, lse, state = np.empty((m, c)), np.empty(m), np.zeros((m, 2))
-    by_w, by_q = np.zeros(m if tangent_w else 0), np.zeros(m if tangent_q else 0)
-    if len(data.key) == 0:
-        out[:], lse[:] = np.nan, -np.inf
-    else:
+def _forward(data: Data, batch: _Batch, results: list[np.ndarray], orders: int) -> None:
+    """Fill out (M C), lse (M), state (M 2), tangents (M)."""
+    if len(data.key):
+        out, lse, state, by_w, by_q = results
         rows = Rows(
             data.row_order, data.own, data.centre, out, lse, state, by_w, by_q, _NO_ROWS, _NONE, _NONE, _NONE
         )
         plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query)
         query_side(data, plan, batch.accuracy, rows, orders)
-        out[data.infinite_rows], lse[data.infinite_rows] = np.nan, -np.inf
-        for part in out, lse, state[:, 1], by_w, by_q:
-            part[data.nan_rows if len(part) else _NO_ORDER] = np.nan
-    return tuple(torch.from_numpy(part) for part in (out, lse, state, by_w, by_q))
+    for missing, fill in (
+        (data.infinite_rows if len(data.key) else slice(None), (np.nan, -np.inf, 0.0, 0.0, 0.0)),
+        (data.nan_rows, (np.nan, np.nan, (0.0, np.nan), np.nan, np.nan)),
+    ):
+        for part, number in zip(results, fill, strict=True):
+            if len(part):
+                part.reshape(batch.m, -1)[missing] = number
 
 
 def backward(
@@ -201,10 +203,10 @@ def _backward(
     if len(data.key) and len(data.query):
         plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query)
         if needs & (NEEDS_QUERY | NEEDS_W):
-            rows = Rows(
-                data.row_order, data.own, data.centre, _NO_ROWS, _NONE, _NO_ROWS, _NONE, _NONE, grad_out, grad_lse,
-                by_query, by_w
-            )  # fmt: skip
+            # Of the dtypes of the forward pass, or the kernels would be compiled anew.
+            none = torch.empty(0, dtype=batch.dtype).numpy()
+            results = none, none, _NONE, none, none
+            rows = Rows(data.row_order, data.own, data.centre, *results, grad_out, grad_lse, by_query, by_w)
             query_side(data, plan, batch.accuracy, rows, 2 if needs & NEEDS_W else 1)
         if keys_needed:
             saved_rows = grad_out, grad_lse, saved[2].double().numpy(), saved[3].numpy()

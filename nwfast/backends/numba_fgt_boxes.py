@@ -1,10 +1,11 @@
 """Boxes of the fast Gauss transform: where sorted points are cut, moments of boxes, translation, power series.
 
-All in float64, in vector loops over a block of points or over a group of boxes. `mark` in the names of coordinates
-means the local one, (x - centre) * 2 / width, which lies in [-1, 1].
+All arithmetic is in float64, in vector loops over a block of points or over a group of boxes. `mark` in the names of
+coordinates means the local one, (x - centre) * 2 / width, which lies in [-1, 1].
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -15,6 +16,16 @@ BLOCK = 256  # points at once, so that what is held of them stays in the first c
 PIECE = 4096  # points of one box that one task takes at most
 GROUP = 32  # boxes that are translated at once
 UNIT = 8192  # points of one task, about
+
+
+class Charges(NamedTuple):
+    """Columns of charges (1 + C, N): the weights, and the weights times the centred values; or any that are ready."""
+
+    value: np.ndarray  # (N, C)
+    weight: np.ndarray  # (N), or of length 0 where all are 1
+    middle: np.ndarray  # (C): what is subtracted from the values
+    scale: float  # of the weights
+    ready: np.ndarray  # (columns, N), or of length 0
 
 
 @njit(**EXACT)
@@ -171,14 +182,34 @@ def to_marks(x, centre, scale, n, marks, doubled):
         doubled[i] = t + t
 
 
+@njit(**EXACT)
+def load_charges(charges, at, n, loaded):
+    """Charges (columns, BLOCK) of a block of points."""
+    value, weight = charges.value, charges.weight
+    if len(charges.ready) > 0:
+        for c in range(len(loaded)):
+            for i in range(n):
+                loaded[c, i] = charges.ready[c, at + i]
+        return
+    if len(weight) > 0:
+        for i in range(n):
+            loaded[0, i] = weight[at + i] * charges.scale
+    else:
+        loaded[0, :n] = 1.0
+    for c in range(value.shape[1]):
+        middle = charges.middle[c]
+        for i in range(n):
+            loaded[1 + c, i] = (value[at + i, c] - middle) * loaded[0, i]
+
+
 def compile_moments(digest: str) -> Callable:
     """The entry point for Chebyshev moments, sum_j charge_j T_n(mark_j), of pieces of boxes."""
 
     @njit(cache=True, **EXACT)
-    def moments(x, charge, start, stop, centre, scale, result, first, last):
+    def moments(x, charges, start, stop, centre, scale, result, first, last):
         digest  # noqa: B018
         columns, terms = result.shape[1], result.shape[2]
-        marks, doubled = np.empty(BLOCK), np.empty(BLOCK)
+        marks, doubled, charge = np.empty(BLOCK), np.empty(BLOCK), np.empty((columns, BLOCK))
         p, q = np.empty(BLOCK), np.empty(BLOCK)
         for piece in range(first, last):
             for c in range(columns):
@@ -187,6 +218,7 @@ def compile_moments(digest: str) -> Callable:
             for at in range(start[piece], stop[piece], BLOCK):
                 n = min(BLOCK, stop[piece] - at)
                 to_marks(x[at : at + n], centre[piece], scale, n, marks, doubled)
+                load_charges(charges, at, n, charge)
                 for column in range(0, columns, 2):
                     for i in range(n):
                         p[i], q[i] = 1.0, marks[i]
@@ -197,17 +229,15 @@ def compile_moments(digest: str) -> Callable:
                                 doubled,
                                 p,
                                 q,
-                                charge[column, at : at + n],
-                                charge[column + 1, at : at + n],
+                                charge[column],
+                                charge[column + 1],
                                 n,
                                 result[piece, column],
                                 result[piece, column + 1],
                                 k,
                             )
                         else:
-                            moments_of_one(
-                                doubled, p, q, charge[column, at : at + n], n, result[piece, column], k
-                            )
+                            moments_of_one(doubled, p, q, charge[column], n, result[piece, column], k)
 
     return moments
 

@@ -259,12 +259,16 @@ def box_after(stop, first, last, start):
 
 @njit(**EXACT)
 def empty_row(rows, r):
-    """Write the results of a row without keys, where they are not 0."""
-    row = rows.order[r] if len(rows.order) > 0 else r
+    """Write the results of a row without keys; its gradients are 0 already."""
+    row, channels = rows.order[r] if len(rows.order) > 0 else r, rows.centre.shape[1]
     if len(rows.lse) > 0:
         rows.lse[row] = -np.inf
-        for c in range(rows.out.shape[1]):
-            rows.out[row, c] = np.nan
+        rows.state[2 * row] = rows.state[2 * row + 1] = 0.0
+        rows.out[row * channels : (row + 1) * channels] = np.nan
+    if len(rows.tangent_w) > 0:
+        rows.tangent_w[row] = 0.0
+    if len(rows.tangent_q) > 0:
+        rows.tangent_q[row] = 0.0
 
 
 def compile_careful(digest: str) -> Callable:
@@ -416,7 +420,7 @@ def compile_careful(digest: str) -> Callable:
                                 i,
                             )
                 log2_of(sums[0, 0], n, logarithm)
-                finish_rows(rows, rows_of, n, w, exponent, distances, logarithm, sums)
+                finish_rows(rows, rows_of, n, False, w, exponent, distances, logarithm, sums)
 
     return careful_rows
 

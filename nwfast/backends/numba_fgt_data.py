@@ -1,21 +1,28 @@
-"""One batch element of the fast Gauss transform: sorted float64 coordinates, charges, and the way back to its order."""
+"""One batch element of the fast Gauss transform: sorted coordinates, charges, and the way back to its order.
 
+Coordinates keep their dtype, since float64 copies of them would cost more time than the series: kernels take float64
+differences from float64 centres. Rows that are summed with care take differences of coordinates, in float64
+(`as_double`).
+"""
+
+import functools
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from .numba_fgt_boxes import Charges
 
 LARGEST = 1e100  # of coordinates, values and w: products of three stay finite
 MOST_SPAN = 600.0  # of the logarithms of weights: ratios stay normal numbers
 
 
 class Data:
-    """Sorted keys, queries and charges (1 + C, N): the weights, and the weights times the centred values.
+    """Sorted keys and queries, and the charges of keys.
 
     Attributes
     ----------
-    key, charge : np.ndarray
+    key, charges : np.ndarray, Charges
         Of the keys that have a weight.
     query : np.ndarray
         The finite queries.
@@ -32,7 +39,7 @@ class Data:
     """
 
     key: np.ndarray
-    charge: np.ndarray
+    charges: Charges
     key_order: np.ndarray
     query: np.ndarray
     row_order: np.ndarray
@@ -48,80 +55,85 @@ class Data:
 
     def _read_keys(self, key: Tensor, value: Tensor, key_weight: Tensor | None) -> bool:
         """False where the dense kernels have to serve: numbers that are not finite, or too large."""
-        low, high = (float(bound) for bound in torch.aminmax(key))
+        x, values = _array(key), _array(value)
+        ordered, low, high = _order_and_bounds(x)
         if not (abs(self.w) < LARGEST and low > -LARGEST and high < LARGEST):
             return False
-        lows, highs = torch.aminmax(value, dim=0)
-        bounds = torch.stack((lows, highs)).double()
-        if not bool((bounds.abs() < LARGEST).all()):
+        self.channels = values.shape[1]
+        # By channel: along the rows of a matrix with one column numpy is slow.
+        columns = [values[:, channel] for channel in range(self.channels)]
+        bounds = np.array([[column.min() for column in columns], [column.max() for column in columns]], float)
+        if not (np.abs(bounds) < LARGEST).all():
             return False
-        positive = None
+        weight, kept = x[:0], None
         if key_weight is not None:
-            least, most = (float(bound) for bound in torch.aminmax(key_weight))
+            weight = _array(key_weight)
+            least, most = float(weight.min()), float(weight.max())
             if not (least >= 0 and most < LARGEST):
                 return False
             if least == 0:
-                positive = key_weight > 0
-                least = float(key_weight[positive].min()) if most > 0 else 1.0
+                kept = weight > 0
+                least = float(weight[kept].min()) if most > 0 else 1.0
             if most > 0:
                 if math.log(most) - math.log(least) > MOST_SPAN:
                     return False
                 self.exponent = math.frexp(most)[1]
-        # A median, since the mean of an outlier and the rest would cost the rest their digits. torch (2.13) leaves the
-        # median of an expanded tensor unwritten: of a copy.
-        some = value[:: max(1, len(value) // 255)].clone(memory_format=torch.contiguous_format)
-        middle = some.median(0).values.double()
-        self.centre = torch.cat((middle[None], bounds)).numpy()
+        # A median, since the mean of an outlier and the rest would cost the rest their digits.
+        some = np.sort(values[:: max(1, len(values) // 255)], axis=0)
+        middle = some[(len(some) - 1) // 2].astype(np.float64)
+        self.centre = np.concatenate((middle[None], bounds))
         self.key_order = np.empty(0, np.int64)
-        kept = None if positive is None else positive.nonzero()[:, 0].numpy()
-        if len(key) > 1 and not bool((key[1:] >= key[:-1]).all()):
-            order = places_in_order(key.contiguous().numpy())
-            self.key_order = order if positive is None else order[positive.numpy()[order]]
+        if not ordered:
+            order = places_in_order(x)
+            self.key_order = order if kept is None else order[kept[order]]
         elif kept is not None:
-            self.key_order = kept
-        moved = len(self.key_order) > 0 or kept is not None
-        self.key = self.sorted_keys(key) if moved else _double(key)
-        n, channels = len(self.key), value.shape[1]
-        self.charge = np.ones((1 + channels, n))
-        charge = torch.from_numpy(self.charge)
-        place = torch.from_numpy(self.key_order)
-        if key_weight is not None:
-            weight = key_weight[place] if moved else key_weight
-            charge[0].copy_(weight)
-            charge[0].mul_(2.0**-self.exponent)
-        for channel in range(channels):
-            column = value[:, channel]
-            charge[1 + channel].copy_(column[place] if moved else column)
-            charge[1 + channel].sub_(middle[channel])
-            if key_weight is not None:
-                charge[1 + channel].mul_(charge[0])
+            self.key_order = kept.nonzero()[0]
+        if len(self.key_order) or kept is not None:
+            x, values = x[self.key_order], values[self.key_order]
+            weight = weight[self.key_order] if len(weight) else weight
+        self.key = x
+        self.charges = Charges(values, weight, middle, 2.0**-self.exponent, np.empty((0, 0)))
         return True
 
-    def sorted_keys(self, key: Tensor) -> np.ndarray:
-        """In float64 and in order."""
-        return _double(key[torch.from_numpy(self.key_order)])
+    @functools.cached_property
+    def charge(self) -> np.ndarray:
+        """All charges, (1 + C, N) in float64."""
+        charge = np.empty((1 + self.channels, len(self.key)))
+        value, weight, middle, scale, _ = self.charges
+        charge[0] = 1.0
+        np.subtract(value.T, middle[:, None], out=charge[1:])
+        if len(weight):
+            np.multiply(weight, scale, out=charge[0])
+            charge[1:] *= charge[0]
+        return charge
+
+    def mass(self, start: np.ndarray) -> np.ndarray:
+        """The weight of the keys from each of these places (the last: N) up to the next."""
+        if not len(self.charges.weight):
+            return np.diff(start).astype(np.float64)
+        sums = np.add.reduceat(self.charges.weight, start[:-1], dtype=np.float64)
+        return sums * self.charges.scale
 
     def read_queries(self, query: Tensor, exclude_self: bool) -> bool:
         """Sort the queries; False where the dense kernels have to serve."""
         self.row_order = np.empty(0, np.int64)
         self.nan_rows = self.infinite_rows = np.empty(0, np.int64)
         self.own = np.empty(0, np.int64)
-        if len(query):
-            low, high = (float(bound) for bound in torch.aminmax(query))
-            if not (-math.inf < low and high < math.inf):
-                good = query.isfinite()
-                self.row_order = good.nonzero()[:, 0].numpy()
-                self.nan_rows = query.isnan().nonzero()[:, 0].numpy()
-                self.infinite_rows = query.isinf().nonzero()[:, 0].numpy()
-                query = query[good]
-                low, high = (float(bound) for bound in torch.aminmax(query)) if len(query) else (0.0, 0.0)
-            if not (low > -LARGEST and high < LARGEST):
-                return False
-        if len(query) > 1 and not bool((query[1:] >= query[:-1]).all()):
-            order = places_in_order(query.contiguous().numpy())
-            query = query[torch.from_numpy(order)]
+        x = _array(query)
+        ordered, low, high = _order_and_bounds(x)
+        if not (-math.inf < low and high < math.inf):
+            good = np.isfinite(x)
+            self.row_order = good.nonzero()[0]
+            self.nan_rows, self.infinite_rows = np.isnan(x).nonzero()[0], np.isinf(x).nonzero()[0]
+            x = x[good]
+            ordered, low, high = _order_and_bounds(x)
+        if not (low > -LARGEST and high < LARGEST):
+            return False
+        if not ordered:
+            order = places_in_order(x)
+            x = x[order]
             self.row_order = self.row_order[order] if len(self.row_order) else order
-        self.query = _double(query)
+        self.query = x
         if exclude_self:
             rows = self.row_order if len(self.row_order) or not len(query) else np.arange(len(query))
             if len(self.key_order) or len(self.key) != self.count:
@@ -133,10 +145,30 @@ class Data:
         return True
 
 
-def _double(x: Tensor) -> np.ndarray:
-    return x.double().contiguous().numpy()
+def ready(charge: np.ndarray, dtype: np.dtype) -> Charges:
+    """Charges (columns, N) that are not made from values of this dtype."""
+    none = np.empty(0, dtype)
+    return Charges(none[None], none, np.empty(0), 1.0, charge)
+
+
+def as_double(x: np.ndarray) -> np.ndarray:
+    """In float64: a copy, unless it is so already."""
+    return x.astype(np.float64, copy=False)
 
 
 def places_in_order(x: np.ndarray) -> np.ndarray:
     """The places of numbers in ascending order."""
     return np.argsort(x)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.contiguous().numpy()
+
+
+def _order_and_bounds(x: np.ndarray) -> tuple[bool, float, float]:
+    """Whether numbers ascend, their minimum and maximum; NaN where there is one, zeros where there are none."""
+    if not len(x):
+        return True, 0.0, 0.0
+    if (x[:-1] <= x[1:]).all():
+        return True, float(x[0]), float(x[-1])
+    return False, float(x.min()), float(x.max())

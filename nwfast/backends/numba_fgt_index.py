@@ -14,7 +14,7 @@ from torch import Tensor
 from . import numba as dense
 from .numba import run_units
 from .numba_fgt_boxes import translate
-from .numba_fgt_data import Data, places_in_order
+from .numba_fgt_data import Data, as_double, places_in_order
 from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan
 from .numba_fgt_rows import Rows
 from .numba_fgt_steps import cut, moments_of, sum_with_care
@@ -131,13 +131,13 @@ def compress(key: Tensor, value: Tensor, key_weight: Tensor | None, w: Tensor | 
     table, start = _table(number)
     about[USABLE], about[EXPONENT], about[WIDTH], about[ORIGIN] = 1.0, data.exponent, plan.width, plan.origin
     about[ONE_BOX], about[LOG_SPAN], about[TABLE_START] = float(plan.one_box), plan.log_span, start
-    arrays = data.key, data.charge, data.centre, table, series, least
+    arrays = as_double(data.key), data.charge, data.centre, table, series, least
     return [about, *(torch.from_numpy(array) for array in arrays)]
 
 
 def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarray, np.ndarray]:
     """The plan, the numbers of boxes that get a series, the series, and the least totals that they serve."""
-    nothing = np.empty(0, np.int64), np.empty((0, len(data.charge), 4)), np.empty(0)
+    nothing = np.empty(0, np.int64), np.empty((0, 1 + data.channels, 4)), np.empty(0)
     if not len(data.key):
         return Plan(0.0, 0.0, False, 4, np.empty((1, 4, 4)), np.zeros(1), 0.0, 0.0), *nothing
     plan = make_plan(accuracy, abs(data.w), data.key, data.key[:0], wide=True)
@@ -155,13 +155,14 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
     number = number[keys.start[high] - keys.start[low] > FEW]
     if not len(number):
         return plan, *nothing
-    mass = np.add.reduceat(data.charge[0], keys.start[:-1])
+    mass = data.mass(keys.start)
     bound = np.full(len(number), plan.tail * mass.sum())
     for o in range(-reach, reach + 1):
         place = np.minimum(np.searchsorted(keys.number, number - o), len(keys.number) - 1)
         bound += np.where(keys.number[place] == number - o, mass[place], 0.0) * plan.error[o + reach]
-    moments = moments_of(data.key, data.charge, keys, np.arange(len(keys.number)), plan, plan.terms)
-    series = np.empty((len(number), len(data.charge), plan.terms))
+    every, columns = np.arange(len(keys.number)), 1 + data.channels
+    moments = moments_of(data.key, data.charges, columns, keys, every, plan, plan.terms)
+    series = np.empty((len(number), columns, plan.terms))
 
     def run(first: int, last: int) -> None:
         box_series(number, keys.number, moments, plan.matrices, series, first, last)
@@ -199,7 +200,11 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
         return dense.forward(*inputs, weight[0] if weight else None, False, False, False)[:2]
     keys, charge, centre, table, series, least = (tensor.numpy() for tensor in compressed[1:])
     x = query.double().contiguous().numpy()
-    out, lse, careful = np.empty((len(x), len(charge) - 1)), np.empty(len(x)), np.empty(len(x), np.bool_)
+    out, lse, careful = (
+        torch.empty((len(x), len(charge) - 1), dtype=dtype).numpy(),
+        torch.empty(len(x), dtype=dtype).numpy(),
+        np.empty(len(x), np.bool_),
+    )
     width, origin, one_box = about[WIDTH] or 1.0, about[ORIGIN], bool(about[ONE_BOX])
 
     def run(first: int, last: int) -> None:
@@ -214,7 +219,7 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
         out[which], lse[which] = np.nan, -np.inf
     elif len(which):
         _sum_with_care(about, keys, charge, centre, x, which, out, lse)
-    return torch.from_numpy(out).to(dtype), torch.from_numpy(lse).to(dtype)
+    return torch.from_numpy(out), torch.from_numpy(lse)
 
 
 def _sum_with_care(
@@ -224,8 +229,10 @@ def _sum_with_care(
     """Finish the queries `which`."""
     which = which[places_in_order(x[which])]
     none, no_rows, no_places = np.empty(0), np.empty((0, 0)), np.empty(0, np.int64)
-    state = np.empty((len(x), 2))
-    rows = Rows(which, no_places, centre, out, lse, state, none, none, no_rows, none, none, none)
+    state = np.empty(2 * len(x))
+    rows = Rows(
+        which, no_places, centre, out.reshape(-1), lse, state, lse[:0], lse[:0], no_rows, none, none, none
+    )
     accuracy = SINGLE if about[SINGLE_PRECISION] else DOUBLE
     sum_with_care(
         key,

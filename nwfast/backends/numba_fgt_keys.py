@@ -73,7 +73,7 @@ def compile_near_keys(digest: str) -> Callable:
                         for j in range(at, at + n):
                             r = owner[j]
                             if r >= 0:
-                                d = x[r] - key[j]
+                                d = np.float64(x[r]) - key[j]
                                 term = exp2_double(-HALF_LOG2E * (w * d) * (w * d))
                                 for c in range(columns):
                                     values[c, j] -= term * charge[c, r]

@@ -92,7 +92,7 @@ def make_plan(
         error = np.array([8e-16 if accuracy is DOUBLE else 1e-10])
         return Plan(2 * half, low + (high - low) / 2, True, terms, matrix[None], error, 0.0, log_span)
     window = math.sqrt(2 * log_span)
-    gaps = np.diff(key[np.linspace(0, n - 1, min(n, 257)).astype(np.int64)])
+    gaps = np.diff(key[np.linspace(0, n - 1, min(n, 257)).astype(np.int64)].astype(np.float64))
     share = n / max(1, len(gaps))
     best = math.inf
     for candidate in TERMS:

@@ -22,9 +22,9 @@ class Rows(NamedTuple):
     order: np.ndarray  # (M)
     own: np.ndarray  # (M) the key that sorted row r leaves out, or -1
     centre: np.ndarray  # (3, C): what was subtracted from the values, their minima and maxima
-    out: np.ndarray  # (M, C)
+    out: np.ndarray  # (M * C)
     lse: np.ndarray  # (M)
-    state: np.ndarray  # (M, 2)
+    state: np.ndarray  # (M * 2)
     tangent_w: np.ndarray  # (M)
     tangent_q: np.ndarray  # (M)
     grad_out: np.ndarray  # (M, C)
@@ -34,50 +34,72 @@ class Rows(NamedTuple):
 
 
 @njit(**EXACT)
-def finish_rows(rows, place, n, w, exponent, distance, logarithm, sums):
-    """Write the results of a block of rows, those whose place is not -1.
+def put(values, place, n, whole, to, step, at):
+    """Write a block of results to places of (M, step), column `at`."""
+    if whole and step == 1:
+        part = to[place[0] : place[0] + n]
+        for i in range(n):
+            part[i] = values[i]
+    else:
+        for i in range(n):
+            if place[i] >= 0:
+                to[place[i] * step + at] = values[i]
+
+
+@njit(**EXACT)
+def finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums):
+    """Write the results of a block of rows, those whose place is not -1; whole: their places are consecutive.
 
     sums (3, columns, BLOCK): of charges times exp(-(w^2 / 2) z) with z = d^2 - distance^2, and the same times
     (d - distance) and z; d = x - key. Column 0 is the denominator. logarithm: of its sum, in base 2. Charges have been
-    scaled by 2^-exponent.
+    scaled by 2^-exponent. All of these are overwritten.
     """
-    channels = rows.centre.shape[1]
-    order, centre, out, lse, state = rows.order, rows.centre, rows.out, rows.lse, rows.state
-    tangent_w, tangent_q = rows.tangent_w, rows.tangent_q
-    moved = len(order) > 0
-    if len(lse) == 0:
+    channels, order, centre = rows.centre.shape[1], rows.order, rows.centre
+    if len(order) > 0:
+        whole = False
+        for i in range(n):
+            if place[i] >= 0:
+                place[i] = order[place[i]]
+    if len(rows.lse) == 0:
         finish_gradients(rows, place, n, w, distance, sums)
         return
+    total = sums[0, 0]
+    for c in range(channels):
+        mean = sums[0, 1 + c]
+        for i in range(n):
+            mean[i] /= total[i]
+        if len(rows.tangent_w) > 0:
+            tangent = sums[2, 1]
+            for i in range(n):
+                tangent[i] = -w * ((tangent[i] - mean[i] * sums[2, 0, i]) / total[i])
+            put(tangent, place, n, whole, rows.tangent_w, 1, 0)
+        if len(rows.tangent_q) > 0:
+            tangent = sums[1, 1]
+            for i in range(n):
+                tangent[i] = -w * (w * ((tangent[i] - mean[i] * sums[1, 0, i]) / total[i]))
+            put(tangent, place, n, whole, rows.tangent_q, 1, 0)
+        middle, least, most = centre[0, c], centre[1, c], centre[2, c]
+        for i in range(n):
+            mean[i] = min(max(middle + mean[i], least), most)
+        put(mean, place, n, whole, rows.out, channels, c)
     for i in range(n):
-        if place[i] < 0:
-            continue
-        row = order[place[i]] if moved else place[i]
-        total = sums[0, 0, i]
-        shift = HALF_LOG2E * (w * distance[i]) * (w * distance[i]) - exponent
-        lse[row] = LN2 * (logarithm[i] - shift)
-        state[row, 0] = shift
-        state[row, 1] = total
-        mean = 0.0
-        for c in range(channels):
-            mean = sums[0, 1 + c, i] / total
-            out[row, c] = min(max(centre[0, c] + mean, centre[1, c]), centre[2, c])
-        if len(tangent_w) > 0:
-            tangent_w[row] = -w * ((sums[2, 1, i] - mean * sums[2, 0, i]) / total)
-        if len(tangent_q) > 0:
-            tangent_q[row] = -w * (w * ((sums[1, 1, i] - mean * sums[1, 0, i]) / total))
+        distance[i] = HALF_LOG2E * (w * distance[i]) * (w * distance[i]) - exponent
+    for i in range(n):
+        logarithm[i] = LN2 * (logarithm[i] - distance[i])
+    put(logarithm, place, n, whole, rows.lse, 1, 0)
+    put(distance, place, n, whole, rows.state, 2, 0)
+    put(total, place, n, whole, rows.state, 2, 1)
 
 
 @njit(**EXACT)
 def finish_gradients(rows, place, n, w, distance, sums):
     """The gradients of a block of rows, and their shares of that of w."""
-    channels = rows.centre.shape[1]
-    order, grad_out, grad_lse = rows.order, rows.grad_out, rows.grad_lse
+    channels, grad_out, grad_lse = rows.centre.shape[1], rows.grad_out, rows.grad_lse
     grad_query, grad_w = rows.grad_query, rows.grad_w
-    moved = len(order) > 0
     for i in range(n):
-        if place[i] < 0:
+        row = place[i]
+        if row < 0:
             continue
-        row = order[place[i]] if moved else place[i]
         total = sums[0, 0, i]
         by_d, by_z = 0.0, 0.0
         for c in range(channels):
@@ -125,7 +147,7 @@ def subtract_own(x, start, n, own, key, charge, w, orders, sums):
         j = own[start + i]
         if j < 0:
             continue
-        d = x[start + i] - key[j]
+        d = np.float64(x[start + i]) - key[j]
         term = exp2_double(-HALF_LOG2E * (w * d) * (w * d))
         for c in range(len(charge)):
             part = term * charge[c, j]
@@ -182,7 +204,7 @@ def compile_rows(digest: str) -> Callable:
         last,
     ):
         digest  # noqa: B018
-        terms, columns, pieces = matrices.shape[1], len(charge), len(boxes)
+        terms, columns, pieces = matrices.shape[1], moments.shape[1], len(boxes)
         count = columns * (orders + 1)
         sums, values = np.zeros((3, columns, BLOCK)), np.empty((count, BLOCK))
         marks, doubled, logarithm = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
@@ -205,11 +227,15 @@ def compile_rows(digest: str) -> Callable:
                     if len(rows.own) > 0:
                         subtract_own(x, at, n, rows.own, key, charge, w, orders, sums)
                     log2_of(sums[0, 0], n, logarithm)
+                    left = 0
                     for i in range(n):
                         total = sums[0, 0, i]
-                        served = total > 0 and total >= least
+                        served = (total > 0) & (total >= least)
                         place[i] = at + i if served else -1
-                        careful[at + i] = not served
-                    finish_rows(rows, place, n, w, exponent, distance, logarithm, sums)
+                        left += not served
+                    for i in range(n):
+                        careful[at + i] = place[i] < 0
+                        distance[i] = 0.0
+                    finish_rows(rows, place, n, left == 0, w, exponent, distance, logarithm, sums)
 
     return near_rows

@@ -10,9 +10,9 @@ import numpy as np
 
 from . import numba_fgt_units as units
 from .numba import run_units
-from .numba_fgt_boxes import GROUP, PIECE, UNIT
+from .numba_fgt_boxes import GROUP, PIECE, UNIT, Charges
 from .numba_fgt_careful import CHUNK, MOST_LEVELS
-from .numba_fgt_data import Data
+from .numba_fgt_data import Data, as_double, ready
 from .numba_fgt_plan import Accuracy, Plan, node_charges, nodes, short_number
 from .numba_fgt_rows import Rows
 
@@ -58,7 +58,7 @@ class Crowds(NamedTuple):
     by_level: np.ndarray
 
 
-NO_FLOATS, NO_PLACES = np.empty(0), np.empty(0, np.int64)
+NO_FLOATS, NO_ROWS, NO_PLACES = np.empty(0), np.empty((0, 0)), np.empty(0, np.int64)
 NO_CROWDS = Crowds(NO_PLACES, NO_PLACES, NO_FLOATS, NO_FLOATS, NO_PLACES)
 
 
@@ -89,21 +89,21 @@ def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Pla
 
 
 def moments_of(
-    x: np.ndarray, charge: np.ndarray, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
+    x: np.ndarray, charges: Charges, columns: int, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
 ) -> np.ndarray:
     """Chebyshev moments (boxes, columns, terms) of the boxes `which`."""
     pieces = pieces_of(boxes.number[which], boxes.start[:-1][which], boxes.start[1:][which], plan)
-    result = np.empty((len(pieces.box), len(charge), terms))
-    return reduce_pieces(x, charge, pieces, 2 / plan.width, result, len(which))
+    result = np.empty((len(pieces.box), columns, terms))
+    return reduce_pieces(x, charges, pieces, 2 / plan.width, result, len(which))
 
 
 def reduce_pieces(
-    x: np.ndarray, charge: np.ndarray, pieces: Pieces, scale: float, result: np.ndarray, boxes: int
+    x: np.ndarray, charges: Charges, pieces: Pieces, scale: float, result: np.ndarray, boxes: int
 ) -> np.ndarray:
     """Moments of pieces, and their sums in order for each box."""
 
     def run(first: int, last: int) -> None:
-        units.moments(x, charge, pieces.start, pieces.stop, pieces.centre, scale, result, first, last)
+        units.moments(x, charges, pieces.start, pieces.stop, pieces.centre, scale, result, first, last)
 
     run_units(run, len(pieces.box), serial=False)
     if len(pieces.box) == boxes:
@@ -117,7 +117,7 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
         none = Boxes(NO_PLACES, np.zeros(1, np.int64))
         return Near(none, none, NO_PLACES, NO_PLACES, NO_FLOATS)
     keys, queries = cut(data.key, plan), cut(data.query, plan)
-    mass = np.add.reduceat(data.charge[0], keys.start[:-1])
+    mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
     bound = np.empty(len(queries.number))
     units.choose(
@@ -127,7 +127,7 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
         keys.start,
         mass,
         plan.terms,
-        len(data.charge),
+        1 + data.channels,
         plan.error,
         plan.tail * mass.sum(),
         chosen,
@@ -144,17 +144,15 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
     careful = np.ones(len(data.query), np.bool_)
     near = near_field(data, plan, accuracy)
     if len(near.chosen):
-        moments = moments_of(
-            data.key, data.charge, near.keys, near.needed, plan, plan.terms + (4 if orders else 0)
-        )
+        terms = plan.terms + (4 if orders else 0)
+        moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
         start, stop = near.queries.start[:-1][near.chosen], near.queries.start[1:][near.chosen]
         near_rows(data, plan, accuracy, rows, orders, near, moments, start, stop, careful)
     which = careful.nonzero()[0]
     if len(which):
         exponent = float(data.exponent)
-        sum_with_care(
-            data.key, data.charge, data.query, data.w, exponent, plan.log_span, accuracy, rows, orders, which
-        )
+        key, query = as_double(data.key), as_double(data.query)
+        sum_with_care(key, data.charge, query, data.w, exponent, plan.log_span, accuracy, rows, orders, which)
 
 
 def in_list(places: np.ndarray, count: int) -> np.ndarray:
@@ -180,14 +178,13 @@ def near_rows(
     pieces = pieces_of(near.queries.number[near.chosen], start, stop, plan)
     bound = near.bound[near.chosen][pieces.box]
     number = near.keys.number[near.needed]
-    careful[:] = np.repeat(~in_list(near.chosen, len(near.queries.number)), np.diff(near.queries.start))
 
     def run(first: int, last: int) -> None:
         units.near_rows(
             rows,
             data.query,
             data.key,
-            data.charge,
+            data.charge if len(data.own) else NO_ROWS,
             pieces.number,
             pieces.start,
             pieces.stop,
@@ -308,5 +305,7 @@ def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: in
         last = np.minimum(first + PIECE, crowds.stop[begin + box])
         pieces = Pieces(box, box, first, last, crowds.centre[begin + box], 1)
         result = np.empty((len(box), len(charge), terms))
-        charges[begin:end] = reduce_pieces(key, charge, pieces, 1 / crowds.half[begin], result, end - begin)
+        charges[begin:end] = reduce_pieces(
+            key, ready(charge, key.dtype), pieces, 1 / crowds.half[begin], result, end - begin
+        )
     return np.ascontiguousarray(charges @ node_charges(terms).T)

@@ -12,7 +12,7 @@ import torch
 from . import numba_fgt_units as units
 from .numba import run_units
 from .numba_fgt_careful import CHUNK
-from .numba_fgt_data import Data, places_in_order
+from .numba_fgt_data import Data, as_double, places_in_order, ready
 from .numba_fgt_plan import Accuracy, Plan, node_charges, nodes
 from .numba_fgt_steps import (
     KEY_CHUNK,
@@ -60,7 +60,7 @@ class _Keys:
         self.order, self.key, self.own, self.owner = data.key_order, data.key, data.own, NO_PLACES
         if len(data.key) < data.count:
             self.order = places_in_order(key.contiguous().numpy())
-            self.key = key.double().contiguous().numpy()[self.order]
+            self.key = key.contiguous().numpy()[self.order]
         if exclude_self:
             rows = data.row_order if len(data.row_order) else np.arange(len(data.query))
             place = np.arange(data.count)
@@ -138,7 +138,8 @@ def _near_field(
     served &= np.repeat(near.bound / accuracy.accept, counts) <= rows.total
     charge = np.where(served, rows.charge, 0.0)
     boxes = Boxes(near.queries.number, near.queries.start)
-    moments = moments_of(data.query, charge, boxes, near.chosen, plan, plan.terms)
+    charges = ready(charge, data.query.dtype)
+    moments = moments_of(data.query, charges, len(charge), boxes, near.chosen, plan, plan.terms)
     targets = cut(keys.key, plan)
     pieces = pieces_of(targets.number, targets.start[:-1], targets.start[1:], plan)
 
@@ -182,15 +183,16 @@ def _careful_field(
     windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
     nearest, factor = np.empty(len(which)), np.empty(len(which))
     shift = rows.shift[which]
+    query, key, weighted = as_double(data.query), as_double(keys.key), as_double(data.key)
 
     def find(first: int, last: int) -> None:
         units.key_windows(
             which,
-            data.query,
+            query,
             data.own,
-            data.key,
+            weighted,
             data.charge[0],
-            keys.key,
+            key,
             data.w,
             float(data.exponent),
             plan.log_span,
@@ -208,13 +210,13 @@ def _careful_field(
     lowest, highest = _monotone(windows)
     crowded = (levels >= 0).nonzero()[0]
     crowded = crowded[np.argsort(levels[crowded], kind="stable")]
-    crowds = crowded_boxes(keys.key, data.w, windows[crowded], levels[crowded]) if len(crowded) else NO_CROWDS
+    crowds = crowded_boxes(key, data.w, windows[crowded], levels[crowded]) if len(crowded) else NO_CROWDS
     size = max(16, min(KEY_CHUNK, -(-len(keys.key) // 16)))
 
     def give(first: int, last: int) -> None:
         units.careful_keys(
-            keys.key,
-            data.query,
+            key,
+            query,
             keys.own,
             which,
             nearest,
@@ -260,9 +262,9 @@ def _careful_field(
             first: int, last: int, begin=begin, end=end, level_rows=level_rows, node=node, table=table
         ) -> None:
             units.box_keys(
-                keys.key,
+                key,
                 keys.owner,
-                data.query,
+                query,
                 *level_rows,
                 crowds.start[begin:end],
                 crowds.stop[begin:end],
