@@ -3,6 +3,7 @@
 Both methods take and save the same things, so that the backward pass may choose anew.
 """
 
+import functools
 import math
 from types import ModuleType
 
@@ -11,57 +12,82 @@ import torch
 from torch import Tensor
 
 from . import load
+from .numba_fgt_plan import ONE_BOX
 from .numba_math import ROOT
 
 _KEY_SAMPLE, _QUERY_SAMPLE = 256, 64
-_LEAST_LINEAR_PAIRS = 65536
-# Nanoseconds of a query: dense, a part for each and one for each pair; linear, a part for each call, each point, each
-# pair that is taken by itself, and each translation of all boxes around into one.
-_DENSE_ROW, _DENSE_PAIR = 150.0, {torch.float32: 0.45, torch.float64: 1.1}
-_LINEAR_CALL, _LINEAR_POINT, _LINEAR_PAIR, _TRANSLATION = 400_000.0, 30.0, 2.0, 4000.0
+_LEAST_LINEAR_PAIRS = 130_000  # below, the choice itself would cost more than it saves
+# Nanoseconds of a query, fitted to forward passes over sorted data on (0, 5), one channel, 300 to 300,000 points, w
+# from 0.1 to 1e5, on two cores with AVX2; `benchmarks/method_cost.py --backend numba` shows how good they are.
+# Dense: each query, each pair in the window, each key outside (its tile is skipped), and each pair of a query that no
+# key is near, whose sum is taken again with care. The backward pass has much the same proportions but for this last.
+_DENSE_ROW, _DENSE_PAIR = 150.0, {torch.float32: 0.4, torch.float64: 0.95}
+_DENSE_SKIPPED, _FAR_PAIR_FORWARD, _FAR_PAIR_BACKWARD = 0.03, 2.7, 20.0
+# Linear: each call (less where all data are one box), each point, each query that takes its keys by themselves and
+# each pair of these, each translation of all boxes around into one.
+_LINEAR_CALL, _ONE_BOX_CALL = 1_300_000.0, 900_000.0
+_LINEAR_POINT, _DIRECT_ROW, _DIRECT_PAIR = 10.0, 200.0, 1.0
+_TRANSLATION = {torch.float32: 5000.0, torch.float64: 8000.0}
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, w: Tensor, *rest):
     """As `nwfast.backends` says, by the method expected to be faster."""
-    return _module(query, key, value, w).forward(query, key, value, w, *rest)
+    return _module(query, key, value, w, _FAR_PAIR_FORWARD).forward(query, key, value, w, *rest)
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, w: Tensor, *rest
 ):
     """As `nwfast.backends` says, by the method expected to be faster."""
-    return _module(query, key, value, w).backward(grad_out, grad_lse, query, key, value, w, *rest)
+    module = _module(query, key, value, w, _FAR_PAIR_BACKWARD)
+    return module.backward(grad_out, grad_lse, query, key, value, w, *rest)
 
 
-def _module(query: Tensor, key: Tensor, value: Tensor, w: Tensor) -> ModuleType:
-    return load("numba_fgt" if linear_is_faster(query, key, value, w) else "numba")
+def _module(query: Tensor, key: Tensor, value: Tensor, w: Tensor, far_pair: float) -> ModuleType:
+    return load("numba_fgt" if linear_is_faster(query, key, value, w, far_pair) else "numba")
 
 
-def linear_is_faster(query: Tensor, key: Tensor, value: Tensor, w: Tensor) -> bool:
+def linear_is_faster(
+    query: Tensor, key: Tensor, value: Tensor, w: Tensor, far_pair: float = _FAR_PAIR_FORWARD
+) -> bool:
     """Whether the linear method is expected to be faster for these canonical inputs."""
     m, n = query.shape[-2], key.shape[-2]
     if query.shape[-1] != 1 or m * n < _LEAST_LINEAR_PAIRS:
         return False
-    keys, queries = _sample(key, _KEY_SAMPLE), _sample(query, _QUERY_SAMPLE)
     inverse_bandwidth = abs(w.flatten()[0].item())
-    if not (math.isfinite(inverse_bandwidth) and np.isfinite(keys).all() and np.isfinite(queries).all()):
-        return False
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     negligible = (57 if dtype == torch.float64 else 27) + math.log2(n)
     radius = math.sqrt(negligible) / (ROOT * inverse_bandwidth) if inverse_bandwidth > 0 else math.inf
+    keys = _sample(key, _KEY_SAMPLE)
+    all_pairs = m * (_DENSE_ROW + n * value.shape[-1] * _DENSE_PAIR[dtype])
+    spread = keys[-1] - keys[0]
+    call = _ONE_BOX_CALL if spread * inverse_bandwidth <= 2 * ONE_BOX else _LINEAR_CALL
+    if all_pairs < call and 2 * radius * n > 20 * spread:
+        return False  # small and no query likely far: a closer look would cost more than it saves
+    queries = _sample(query, _QUERY_SAMPLE)
+    if not (math.isfinite(inverse_bandwidth) and np.isfinite(keys).all() and np.isfinite(queries).all()):
+        return False
     window = n * _share_within(keys, queries, radius)
     visited = min(n, window + 512) if value.shape[-1] == 1 else n
+    far = math.exp(-0.6 * window)  # the share of queries, about
     dense = _DENSE_ROW + visited * value.shape[-1] * _DENSE_PAIR[dtype]
-    directly = _LINEAR_PAIR * (window + 8 * max(1, n / m))
-    by_series = _TRANSLATION / max(1, m * min(1, window / n / 6))
-    return (1 + n / m) * _LINEAR_POINT + min(directly, by_series) + _LINEAR_CALL / m < dense
+    dense += (n - visited) * _DENSE_SKIPPED + far * n * far_pair
+    directly = _DIRECT_ROW + _DIRECT_PAIR * (window + 8 * max(1, n / m))
+    by_series = _TRANSLATION[dtype] / max(1, m * min(1, window / n / 6))
+    return (1 + n / m) * _LINEAR_POINT + min(directly, by_series) + call / m < dense
 
 
 def _sample(points: Tensor, most: int) -> np.ndarray:
     """Evenly spaced members of the first batch element, ascending, in float64."""
     column = points.reshape(-1, *points.shape[-2:])[0, :, 0] if points.ndim > 2 else points[:, 0]
-    places = torch.linspace(0, len(column) - 1, min(most, len(column)), dtype=torch.float64).long()
-    return np.sort(column[places].double().numpy())
+    if column.dtype == torch.bfloat16:  # numpy has none
+        column = column.float()
+    return np.sort(column.numpy()[_places(len(column), most)].astype(np.float64))
+
+
+@functools.lru_cache(64)
+def _places(count: int, most: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
 
 
 def _share_within(keys: np.ndarray, queries: np.ndarray, radius: float) -> float:
