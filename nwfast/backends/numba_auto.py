@@ -17,8 +17,9 @@ from .numba_math import ROOT
 
 _KEY_SAMPLE, _QUERY_SAMPLE = 256, 64
 _LEAST_LINEAR_PAIRS = 130_000  # below, the choice itself would cost more than it saves
-# Nanoseconds of a query, fitted to forward passes over sorted data on (0, 5), one channel, 300 to 300,000 points, w
-# from 0.1 to 1e5, on two cores with AVX2; `benchmarks/method_cost.py --backend numba` shows how good they are.
+# Nanoseconds of a query, fitted by hand to sorted data on (0, 5) with one channel on two cores with AVX2: forward
+# passes in float32 of 300 to 300,000 points, w from 0.1 to 1e5, in float64 of 400 to 10,000 points, w up to 1e4; with
+# gradients the latter in both. `benchmarks/method_cost.py --backend numba` shows how good they are.
 # Dense: each query, each pair in the window, each key outside (its tile is skipped), and each pair of a query that no
 # key is near, whose sum is taken again with care. The backward pass has much the same proportions but for this last.
 _DENSE_ROW, _DENSE_PAIR = 150.0, {torch.float32: 0.4, torch.float64: 0.95}
