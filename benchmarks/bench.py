@@ -46,7 +46,8 @@ class Progress:
 
     def _round(self, what: str, done: int, rounds: int) -> None:
         self.rounds.set_description_str(what[:60], refresh=False)
-        self.rounds.total = rounds
+        if done == 0:
+            self.rounds.reset(rounds)
         self.rounds.n = done
         self.rounds.refresh()
 

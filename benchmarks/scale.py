@@ -39,7 +39,7 @@ FULL = Scale(
     accuracy=1000,
     imports=9,
     share=1.0,
-    longest=12.0,
+    longest=6.0,
 )
 QUICK = replace(
     FULL,

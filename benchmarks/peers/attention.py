@@ -57,7 +57,7 @@ def _flex(given: Data) -> Call:
     query, key, value = _matrices(given.query, given.key, given.value)
     w = given.w
     features, channels = query.shape[1], value.shape[1]
-    zeros = torch.zeros(1, 1, len(query), WIDE)
+    rows, keys = (torch.zeros(1, 1, len(x), WIDE) for x in (query, key))
     values = pad(value, (0, -channels % WIDE))[None, None].contiguous()
     columns = [(query[:, d].contiguous(), key[:, d].contiguous()) for d in range(features)]
 
@@ -69,7 +69,7 @@ def _flex(given: Data) -> Call:
 
     def call() -> tuple[Tensor]:
         with torch.no_grad():
-            out = _flex_attention()(zeros, zeros, values, score_mod=score, scale=1.0)
+            out = _flex_attention()(rows, keys, values, score_mod=score, scale=1.0)
         return (out[0, 0, :, :channels],)
 
     return call
