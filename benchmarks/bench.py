@@ -46,8 +46,9 @@ class Progress:
 
     def _round(self, what: str, done: int, rounds: int) -> None:
         self.rounds.set_description_str(what[:60], refresh=False)
-        if done == 0:
-            self.rounds.reset(rounds)
+        if done < self.rounds.n or done == 0:
+            self.rounds.reset()
+        self.rounds.total = rounds
         self.rounds.n = done
         self.rounds.refresh()
 
