@@ -32,7 +32,7 @@ info: setup  ## versions, what can run here and what cannot, and why
 	$(BIN)/python -m nwfast info
 
 test: lint  ## lint, the whole suite, the doctests and one run of every benchmark, untimed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
 
 lint: setup  ## ruff, mypy, clang-format

@@ -15,6 +15,12 @@ import nwfast
 collect_ignore = ["emulation/plugin.py", "emulation/small_case.py"]  # run in processes of their own
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILING = (
+    "test_sanitizers.py",
+    "test_cuda_emulated.py",
+    "test_packaging.py",
+    "test_cuda_compile.py",
+)
 
 if importlib.util.find_spec(
     "hypothesis"
@@ -58,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend", default="native,numba", help="backends that the tests of all backends run on"
     )
     parser.addoption("--device", default="cpu", help="device on which tests make their tensors by default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that compile for minutes come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in COMPILING)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
