@@ -18,7 +18,7 @@ constexpr int64_t kKeySample = 256, kQuerySample = 64;
 constexpr double kLeastLinearPairs = 65536;
 template <typename T>
 constexpr double kDensePair = sizeof(T) == 4 ? 0.21 : 0.73;
-constexpr double kDenseRow = 50;  // of a query, whatever its window
+constexpr double kDenseRow = 40;  // of a query, whatever its window
 template <typename T>
 constexpr double kDirectRow = sizeof(T) == 4 ? 70 : 80;  // of a query that takes its keys one by one, in linear time
 constexpr double kDirectPair = 1.6;
@@ -30,10 +30,13 @@ constexpr double kNearPair = sizeof(T) == 4 ? 0.45 : 1.8;
 template <typename T>
 constexpr double kNearRows = sizeof(T) == 4 ? 8 : 4;
 constexpr double kNearKeys = 90;
-constexpr double kSeriesRow = 14;      // of a query that is expanded
-constexpr double kTranslation = 1200;  // of bringing all boxes around into one, for all queries in it
+constexpr double kSeriesRow = 14;  // of a query that is expanded
+template <typename T>
+constexpr double kTranslation =
+    sizeof(T) == 4 ? 1200 : 2700;  // of bringing all boxes around into one, for all queries in it
 constexpr double kCompressedKey = 4.5;
-constexpr double kLinearCall = 8000;
+template <typename T>
+constexpr double kLinearCall = sizeof(T) == 4 ? 40'000 : 150'000;  // the matrices between boxes, for the most part
 
 // Shares of the keys within a distance of the queries.
 class Sample {
@@ -106,8 +109,10 @@ bool linear_is_faster(const Problem& problem) {
           ? (wide ? kNearRow<double> + kNearPair<double> * near : kNearRow<float> + kNearPair<float> * near)
           : (wide ? kDirectRow<double> : kDirectRow<float>)+kDirectPair * (window + 4 + 4 * spacing);
   const double queries_of_a_box = m * std::fmin(1, window / n / 6);
-  const double series = kSeriesRow + kTranslation / std::fmax(1, queries_of_a_box);
-  const double linear = kCompressedKey * n / m + std::fmin(direct, series) + kLinearCall / m;
+  const double series =
+      kSeriesRow + (wide ? kTranslation<double> : kTranslation<float>) / std::fmax(1, queries_of_a_box);
+  const double linear =
+      kCompressedKey * n / m + std::fmin(direct, series) + (wide ? kLinearCall<double> : kLinearCall<float>) / m;
   return linear < dense;
 }
 
