@@ -283,3 +283,13 @@ def test_error_in_float32_near_and_far():
         expected = exact(query.float(), key, value, w).out[:, 0]
         error = np.abs(fgt(query.float(), key, value, w).numpy() - expected).max() / float(value.abs().max())
         assert error <= 2.0**-23, f"w = {w}: {error}"
+
+
+def test_key_weights_below_the_normal_numbers():
+    """Their scale is no float32, few keys a window or many."""
+    key = torch.linspace(0, 5, 1500)
+    weight = torch.full((1500,), 2.0**-135)
+    for w in (3.0, 1000.0):
+        torch.testing.assert_close(
+            fgt(key, key, torch.sin(key), w, key_weight=weight), fgt(key, key, torch.sin(key), w)
+        )

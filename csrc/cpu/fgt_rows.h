@@ -123,7 +123,7 @@ class RowPass {
         columns_(data.channels + 1),
         slots_(plan.orders),
         near_counts_(data.channels == 1 && data.weight_span < kNearWeightSpan && plan.scale > kNearLeast &&
-                     plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30),
+                     data.weight_factor < 1e38 && plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30),
         table_(fgt_kernels<R>()) {}
 
   void run(bool serial) {
