@@ -285,10 +285,11 @@ def test_error_in_float32_near_and_far():
         assert error <= 2.0**-23, f"w = {w}: {error}"
 
 
-def test_key_weights_below_the_normal_numbers():
-    """Their scale is no float32, few keys a window or many."""
-    key = torch.linspace(0, 5, 1500)
-    weight = torch.full((1500,), 2.0**-135)
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -135), (torch.float64, -1060)])
+def test_key_weights_below_the_normal_numbers(dtype, exponent):
+    """The factor that brings them to 1 is beyond the dtype; few keys a window or many."""
+    key = torch.linspace(0, 5, 1500, dtype=dtype)
+    weight = torch.full((1500,), 2.0**exponent, dtype=dtype)
     for w in (3.0, 1000.0):
         torch.testing.assert_close(
             fgt(key, key, torch.sin(key), w, key_weight=weight), fgt(key, key, torch.sin(key), w)

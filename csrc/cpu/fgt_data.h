@@ -216,7 +216,8 @@ class Data {
       low = range.high;
       for (int64_t j = 0; j < keys; ++j) low = weight[j] > 0 ? std::fmin(low, weight[j]) : low;
     }
-    if (!(range.high > 0)) return true;  // no key is left
+    if (!(range.high > 0)) return true;     // no key is left
+    if (range.high < 1e-300) return false;  // the factor would overflow
     int exponent;
     std::frexp(range.high, &exponent);
     weight_factor = std::ldexp(1.0, -exponent);
