@@ -30,9 +30,11 @@ def native_plan(key, w):
     scale, box, terms, reach, tail = (numbers[place] for place in (1, 2, 3, 4, 7))
     terms, reach = int(terms), int(reach)
     pitch = -(-terms // 8) * 8
+    lower = matrices.reshape(reach + 1, terms, pitch)[:, :, :terms]  # from boxes that lie lower
+    parity = (-1) ** np.add.outer(np.arange(terms), np.arange(terms))
     return (
         box * scale / 2,
-        matrices.reshape(2 * reach + 1, terms, pitch)[:, :, :terms],
+        np.concatenate((lower[:0:-1] * parity, lower)),
         numbers[-(reach + 1) :],
         tail,
     )

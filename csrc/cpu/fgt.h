@@ -66,7 +66,6 @@ constexpr int64_t kChunk = 8192;      // points of one task
 constexpr int64_t kBlock = 1024;      // points whose charges are held at once
 constexpr int64_t kCrowd = 8;         // points from which on a box has moments
 constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
-constexpr int kMaxTerms = 24;
 constexpr double kLevelZero = 2;  // distance to the nearest key, in bandwidths, up to which no shift is needed
 constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
 
@@ -102,13 +101,16 @@ struct Plan {
   double log_span = 0;  // window^2 / 2
   int orders = 1;
   bool offsets = false, scores = false;
-  std::vector<double> matrices;  // (orders, 2 reach + 1, terms, pitch)
+  std::vector<double> matrices;  // (orders, reach + 1, terms, pitch), from boxes that lie lower
   std::vector<double> error;     // (reach + 1) by the distance of boxes, relative to the mass of a box
+  std::vector<double> least_kernel, largest_kernel;  // (reach + 1) of points of boxes so far apart
   double tail_error = 0;         // what all keys beyond the reach add, relative to their mass
 
-  const double* matrix(int order, int64_t offset) const {
-    return matrices.data() + (order * (2 * reach + 1) + offset + reach) * terms * pitch;
+  const double* matrix(int order, int64_t distance) const {
+    return matrices.data() + (order * (reach + 1) + distance) * terms * pitch;
   }
+  // How the kernel with a factor of d^order behaves under a change of the sign of d.
+  double sign(int order) const { return order == 1 && offsets ? -1 : 1; }
   // The box whose edges enclose x: [(b - 1/2) box, (b + 1/2) box).
   int64_t box_of(double x) const {
     const double place = std::floor(x * (1 / box) + 0.5);
@@ -137,6 +139,7 @@ struct Extent {
 
 template <typename R>
 void make_plan(const Extent& extent, Plan& plan);
+void fill_bounds(Plan& plan);
 void fill_matrices(Plan& plan);
 
 // Steps from place to the first index at or after it with x[index] >= bound; n if there is none.
@@ -148,17 +151,14 @@ int64_t gallop(const R* x, int64_t n, int64_t place, double bound) {
     low += step;
     step *= 2;
   }
-  // x[low] < bound, and x[high] is not
-  int64_t high = std::min(n, low + step);
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (x[middle] < bound) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+  // x[low] < bound, and x[low + step] is not. Halved without branches, which nothing could predict.
+  step = std::min(n - low, step);
+  while (step > 1) {
+    const int64_t half = step / 2;
+    low += x[low + half] < bound ? half : 0;
+    step -= half;
   }
-  return high;
+  return low + 1;
 }
 
 // The first index with x[index] >= bound.

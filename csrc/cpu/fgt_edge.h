@@ -159,7 +159,7 @@ class Edge {
 
   const R* key_;
   int side_, terms_;
-  double origin_, node_[kMaxTerms];
+  double origin_, node_[kMostTerms];
   int64_t keys_begin_ = 0, keys_end_ = 0;
   std::vector<EdgeBox> boxes_;
   std::vector<double> position_;

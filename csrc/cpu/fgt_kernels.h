@@ -27,15 +27,72 @@ NWFAST_INLINE DVec load_double(const float* x) {
   return v;
 #endif
 }
-template <typename T>
-NWFAST_INLINE DVec load_some(const T* x, int64_t count) {
-  alignas(kVectorBytes) double lanes[kD] = {};
-  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = static_cast<double>(x[lane]);
-  return load(lanes);
+// The first `count` numbers, fewer than a vector holds, and zeros.
+NWFAST_INLINE DVec load_some(const double* x, int64_t count) {
+#if NWFAST_LEVEL == 512
+  return (DVec)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), x);
+#elif NWFAST_LEVEL == 256
+  return (DVec)_mm256_maskload_pd(x, (__m256i)(lane_numbers<double>() < count));
+#else
+  DVec v = {};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = x[lane];
+  return v;
+#endif
+}
+NWFAST_INLINE DVec load_some(const float* x, int64_t count) {
+#if NWFAST_LEVEL == 512
+  return (DVec)_mm512_maskz_cvtps_pd(0xff, _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), x));
+#elif NWFAST_LEVEL == 256
+  const __m128i counts = _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count)), _mm_setr_epi32(0, 1, 2, 3));
+  return (DVec)_mm256_cvtps_pd(_mm_maskload_ps(x, counts));
+#else
+  DVec v = {};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = static_cast<double>(x[lane]);
+  return v;
+#endif
 }
 template <typename T>
 NWFAST_INLINE DVec load_up_to(const T* x, int64_t count) {
   return count >= kD ? load_double(x) : load_some(x, count);
+}
+
+// Whether any lane is set.
+NWFAST_INLINE bool any_lane(IntVec<double> mask) {
+#if NWFAST_LEVEL == 512
+  return _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif NWFAST_LEVEL == 256
+  return _mm256_movemask_pd((__m256d)mask) != 0;
+#else
+  int64_t any = 0;
+  for (int lane = 0; lane < kD; ++lane) any |= mask[lane];
+  return any != 0;
+#endif
+}
+
+// out[2 i] = a[i], out[2 i + 1] = b[i].
+NWFAST_INLINE void store_interleaved(double* out, DVec a, DVec b) {
+#if NWFAST_LEVEL == 256
+  const __m256d low = _mm256_unpacklo_pd(a, b), high = _mm256_unpackhi_pd(a, b);
+  store<double>(out, (DVec)_mm256_permute2f128_pd(low, high, 0x20));
+  store<double>(out + kD, (DVec)_mm256_permute2f128_pd(low, high, 0x31));
+#else
+  for (int lane = 0; lane < kD; ++lane) {
+    out[2 * lane] = a[lane];
+    out[2 * lane + 1] = b[lane];
+  }
+#endif
+}
+
+// out[i] += the sum of the lanes of v[i], in a fixed order.
+NWFAST_INLINE void add_horizontal_sums(const DVec (&v)[4], double* out) {
+#if NWFAST_LEVEL == 256
+  const __m256d first = _mm256_hadd_pd(v[0], v[1]), second = _mm256_hadd_pd(v[2], v[3]);
+  const DVec low = (DVec)_mm256_permute2f128_pd(first, second, 0x20);
+  const DVec high = (DVec)_mm256_permute2f128_pd(first, second, 0x31);
+  store<double>(out, load(out) + (low + high));
+#else
+  for (int i = 0; i < 4; ++i) out[i] += horizontal_sum<double>(v[i]);
+#endif
 }
 
 template <int kColumns>
@@ -46,6 +103,7 @@ NWFAST_INLINE void moments_of_block(const DVec* t, DVec* power, const DVec (*cha
     for (int64_t i = 0; i < vectors; ++i) {
       const DVec point = t[i];
       DVec p = power[i], c[kColumns];
+#pragma GCC unroll 2
       for (int column = 0; column < kColumns; ++column) c[column] = charge[column][i];
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
@@ -55,9 +113,8 @@ NWFAST_INLINE void moments_of_block(const DVec* t, DVec* power, const DVec (*cha
       }
       power[i] = p;
     }
-    for (int column = 0; column < kColumns; ++column) {
-      for (int n = 0; n < 4; ++n) out[column][first + n] += horizontal_sum<double>(sums[column][n]);
-    }
+#pragma GCC unroll 2
+    for (int column = 0; column < kColumns; ++column) add_horizontal_sums(sums[column], out[column] + first);
   }
 }
 
@@ -98,18 +155,56 @@ void fgt_moments(const FgtMoments<T>& task) {
   }
 }
 
+// (below_n + s above_n, below_n - s above_n) for each n < terms, s = sign (-1)^n: what the even and the odd terms of a
+// target take from a pair of sources.
+NWFAST_INLINE void fold(const double* below, const double* above, int64_t terms, double sign, double* out) {
+#if NWFAST_LEVEL >= 256
+  typedef double Quad __attribute__((vector_size(32)));
+  const Quad signs = {sign, -sign, sign, -sign};
+  for (int64_t n = 0; n < terms; n += 4) {
+    const Quad p = _mm256_loadu_pd(below + n), q = _mm256_loadu_pd(above + n) * signs, even = p + q, odd = p - q;
+    const __m256d low = _mm256_unpacklo_pd(even, odd), high = _mm256_unpackhi_pd(even, odd);
+    _mm256_storeu_pd(out + 2 * n, _mm256_permute2f128_pd(low, high, 0x20));
+    _mm256_storeu_pd(out + 2 * n + 4, _mm256_permute2f128_pd(low, high, 0x31));
+  }
+#else
+  for (int64_t n = 0; n < terms; ++n, sign = -sign) {
+    out[2 * n] = below[n] + sign * above[n];
+    out[2 * n + 1] = below[n] - sign * above[n];
+  }
+#endif
+}
+// A pair of numbers in all lanes.
+NWFAST_INLINE DVec splat_pair(const double* pair) {
+#if NWFAST_LEVEL == 512
+  return (DVec)_mm512_maskz_broadcast_f64x2(0xff, _mm_loadu_pd(pair));
+#elif NWFAST_LEVEL == 256
+  return (DVec)_mm256_broadcast_pd(reinterpret_cast<const __m128d*>(pair));
+#else
+  return load(pair);
+#endif
+}
+
 template <int kVectors, int kColumns>
 void translate(const FgtTranslate& task, int column) {
+  // All loops over sums are unrolled: an array that is indexed by a variable stays in memory.
   DVec sums[kColumns][kVectors];
+#pragma GCC unroll 2
   for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) sums[c][v] = load(task.local + (column + c) * task.pitch + v * kD);
   }
-  for (int64_t i = 0; i < task.sources; ++i) {
-    const double* matrix = task.matrix[i];
-    const double* const moments = task.moments[i] + column * task.terms;
-    for (int n = 0; n < task.terms; ++n, matrix += task.pitch) {
+  alignas(kVectorBytes) double moments[kColumns][2 * kMostTerms];
+  for (int64_t i = 0; i < task.pairs; ++i) {
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t place = static_cast<int64_t>(column + c) * task.terms;
+      fold(task.below[i] + place, task.above[i] + place, task.terms, task.sign, moments[c]);
+    }
+    const double *matrix = task.matrix[i], *pair = moments[0];
+    for (int n = 0; n < task.terms; ++n, matrix += task.pitch, pair += 2) {
       DVec moment[kColumns];
-      for (int c = 0; c < kColumns; ++c) moment[c] = splat(moments[c * task.terms + n]);
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c) moment[c] = splat_pair(pair + c * 2 * kMostTerms);
 #pragma GCC unroll 12
       for (int v = 0; v < kVectors; ++v) {
         const DVec row = load(matrix + v * kD);
@@ -118,7 +213,9 @@ void translate(const FgtTranslate& task, int column) {
       }
     }
   }
+#pragma GCC unroll 2
   for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) store<double>(task.local + (column + c) * task.pitch + v * kD, sums[c][v]);
   }
 }
@@ -153,9 +250,13 @@ inline void fgt_translate(const FgtTranslate& task) {
   }
 }
 
+// Horner's scheme at kVectors vectors of points for kSeries series, of which the sums are stored.
 template <int kSeries, int kVectors>
-NWFAST_INLINE void horner(const double* local, int pitch, int terms, const DVec* s, DVec (*sums)[kVectors]) {
+NWFAST_INLINE void horner(const double* local, int pitch, int terms, const DVec* s, double* out, int64_t out_pitch) {
+  DVec sums[kSeries][kVectors];
+#pragma GCC unroll 2
   for (int c = 0; c < kSeries; ++c) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[c][v] = splat(local[c * pitch + terms - 1]);
   }
   for (int m = terms - 2; m >= 0; --m) {
@@ -166,6 +267,11 @@ NWFAST_INLINE void horner(const double* local, int pitch, int terms, const DVec*
       for (int v = 0; v < kVectors; ++v) sums[c][v] = sums[c][v] * s[v] + term;
     }
   }
+#pragma GCC unroll 2
+  for (int c = 0; c < kSeries; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store<double>(out + c * out_pitch + v * kD, sums[c][v]);
+  }
 }
 
 template <typename T>
@@ -174,21 +280,18 @@ void fgt_evaluate(const FgtEvaluate<T>& task) {
   const DVec centre = splat(task.centre), scale = splat(task.scale);
   for (int64_t begin = 0; begin < task.n; begin += kVectors * kD) {
     const int64_t left = task.n - begin;
-    const int vectors = static_cast<int>(left < kVectors * kD ? (left + kD - 1) / kD : kVectors);
-    DVec s[kVectors] = {}, sums[2][kVectors];
-    for (int v = 0; v < vectors; ++v) s[v] = (load_up_to(task.x + begin + v * kD, left - v * kD) - centre) * scale;
+    DVec s[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      s[v] = left > v * kD ? (load_up_to(task.x + begin + v * kD, left - v * kD) - centre) * scale : DVec{};
+    }
     for (int series = 0; series < task.series; series += 2) {
-      const int count = task.series - series < 2 ? 1 : 2;
       const double* const local = task.local + series * task.pitch;
-      if (count == 2) {
-        horner<2, kVectors>(local, task.pitch, task.terms, s, sums);
+      double* const out = task.sums + series * task.sums_pitch + begin;
+      if (task.series - series >= 2) {
+        horner<2, kVectors>(local, task.pitch, task.terms, s, out, task.sums_pitch);
       } else {
-        horner<1, kVectors>(local, task.pitch, task.terms, s, sums);
-      }
-      for (int c = 0; c < count; ++c) {
-        for (int v = 0; v < vectors; ++v) {
-          store<double>(task.sums + (series + c) * task.sums_pitch + begin + v * kD, sums[c][v]);
-        }
+        horner<1, kVectors>(local, task.pitch, task.terms, s, out, task.sums_pitch);
       }
     }
   }
@@ -445,7 +548,7 @@ void fgt_finish(const FgtFinish<T>& task) {
     const DVec sum = load_up_to(task.total + i, left), value = load_up_to(task.value + i, left);
     const IntVec<double> any = sum > DVec{};
     const DVec total = select<double>(any, sum, splat(1.0)), inverse = splat(1.0) / total;
-    const DVec mean = value / total;
+    const DVec mean = value * inverse;
     DVec out = mean + task.centre;
     out = select<double>(out < low, low, out);
     out = select<double>(out > high, high, out);
@@ -454,7 +557,7 @@ void fgt_finish(const FgtFinish<T>& task) {
     DVec lse;
     const IntVec<double> odd = (true_total < 1e-300) | (true_total > 1e300);
     lse = logarithm<kTerms>(true_total);
-    for (int lane = 0; lane < kD; ++lane) {
+    for (int lane = 0; any_lane(odd) && lane < kD; ++lane) {
       if (odd[lane]) lse[lane] = __builtin_log(true_total[lane]);  // of 0: -infinity
     }
     DVec shift = {};
@@ -465,10 +568,13 @@ void fgt_finish(const FgtFinish<T>& task) {
       shift = select<double>(any, shift * -kMinusHalfLog2E, DVec{});
     }
     store_as(task.lse + i, lse, left);
-    double* const state = task.state ? task.state + 2 * i : nullptr;
-    for (int lane = 0; state && lane < kD && lane < left; ++lane) {
-      state[2 * lane] = shift[lane];
-      state[2 * lane + 1] = true_total[lane];
+    if (task.state && left >= kD) {
+      store_interleaved(task.state + 2 * i, shift, true_total);
+    } else {
+      for (int lane = 0; task.state && lane < left; ++lane) {
+        task.state[2 * (i + lane)] = shift[lane];
+        task.state[2 * (i + lane) + 1] = true_total[lane];
+      }
     }
     if (task.tangent_w) {
       const DVec s0 = load_up_to(task.score_total + i, left), s1 = load_up_to(task.score_value + i, left);

@@ -62,14 +62,21 @@ void make_plan(const Extent& extent, Plan& plan) {
   plan.half = plan.box * plan.scale / 2;
   const double boxes_apart = extent.anywhere ? INFINITY : std::ceil(extent.spread / plan.box) + 1;
   plan.reach = static_cast<int64_t>(std::min(std::ceil(plan.window / (2 * plan.half)), boxes_apart));
-  const double near_error = expansion_error(plan.terms, plan.half);
-  plan.error.assign(plan.reach + 1, 0);
-  for (int64_t o = 0; o <= plan.reach; ++o) {
-    const double distance = o > 0 ? static_cast<double>(o - 1) * 2 * plan.half : 0;
-    plan.error[o] = near_error * std::exp(-distance * distance / 4);
-  }
+  fill_bounds(plan);
   const double beyond = static_cast<double>(plan.reach) * 2 * plan.half;
   plan.tail_error = plan.reach < boxes_apart ? std::exp(-beyond * beyond / 2) : 0;
+}
+
+void fill_bounds(Plan& plan) {
+  const double near_error = expansion_error(plan.terms, plan.half);
+  for (auto* bound : {&plan.error, &plan.least_kernel, &plan.largest_kernel}) bound->resize(plan.reach + 1);
+  for (int64_t o = 0; o <= plan.reach; ++o) {
+    const double nearest = o > 0 ? static_cast<double>(o - 1) * 2 * plan.half : 0;
+    const double farthest = static_cast<double>(o + 1) * 2 * plan.half;
+    plan.error[o] = near_error * std::exp(-nearest * nearest / 4);
+    plan.largest_kernel[o] = std::exp(-nearest * nearest / 2);
+    plan.least_kernel[o] = std::exp(-farthest * farthest / 2);
+  }
 }
 
 template void make_plan<float>(const Extent&, Plan&);
@@ -81,7 +88,7 @@ template void make_plan<double>(const Extent&, Plan&);
 // as the function; powers then lose nothing, since the coefficients fall off so fast.
 void fill_matrices(Plan& plan) {
   const int terms = plan.terms, pitch = plan.pitch;
-  double node[kMaxTerms], cosine[kMaxTerms][kMaxTerms], power[kMaxTerms][kMaxTerms] = {};
+  double node[kMostTerms], cosine[kMostTerms][kMostTerms], power[kMostTerms][kMostTerms] = {};
   for (int i = 0; i < terms; ++i) {
     node[i] = std::cos(kPi * (i + 0.5) / terms);
     for (int k = 0; k < terms; ++k) cosine[k][i] = (k ? 2.0 : 1.0) / terms * std::cos(kPi * k * (i + 0.5) / terms);
@@ -91,9 +98,9 @@ void fill_matrices(Plan& plan) {
   for (int k = 2; k < terms; ++k) {
     for (int n = 0; n <= k; ++n) power[k][n] = (n ? 2 * power[k - 1][n - 1] : 0) - power[k - 2][n];
   }
-  plan.matrices.assign(static_cast<size_t>(plan.orders * (2 * plan.reach + 1) * terms * pitch), 0.0);
+  plan.matrices.assign(static_cast<size_t>(plan.orders * (plan.reach + 1) * terms * pitch), 0.0);
   const int64_t block = static_cast<int64_t>(terms) * pitch;
-  double grid[3][kMaxTerms][kMaxTerms], half[kMaxTerms][kMaxTerms], both[kMaxTerms][kMaxTerms];
+  double grid[3][kMostTerms][kMostTerms], half[kMostTerms][kMostTerms], both[kMostTerms][kMostTerms];
   for (int64_t o = 0; o <= plan.reach; ++o) {
     for (int i = 0; i < terms; ++i) {
       for (int j = 0; j < terms; ++j) {
@@ -128,16 +135,13 @@ void fill_matrices(Plan& plan) {
           half[m][l] = sum;
         }
       }
-      double* const up = plan.matrices.data() + (order * (2 * plan.reach + 1) + plan.reach + o) * block;
-      double* const down = plan.matrices.data() + (order * (2 * plan.reach + 1) + plan.reach - o) * block;
+      double* const matrix = plan.matrices.data() + (order * (plan.reach + 1) + o) * block;
       const double unit = std::pow(plan.box / 2, degree);
       for (int n = 0; n < terms; ++n) {
         for (int m = 0; m < terms; ++m) {
           double sum = 0;
           for (int l = n; l < terms; l += 2) sum += power[l][n] * half[m][l];
-          sum *= unit;
-          up[n * pitch + m] = sum;
-          if (o > 0) down[n * pitch + m] = (m + n + degree) % 2 ? -sum : sum;
+          matrix[n * pitch + m] = sum * unit;
         }
       }
     }

@@ -118,7 +118,7 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
   plan.window = numbers[kWindow];
   plan.log_span = numbers[kLogSpan];
   plan.tail_error = numbers[kTailError];
-  plan.error.assign(numbers + kNumbers + 3 * channels, numbers + kNumbers + 3 * channels + plan.reach + 1);
+  fgt::fill_bounds(plan);
   plan.matrices.assign(prepared.matrices, prepared.matrices + prepared.matrices_size);
   element.expanded = numbers[kExpanded] != 0;
   std::vector<fgt::Cell> cells(prepared.cell_count);

@@ -14,10 +14,14 @@ namespace nwfast {
 namespace fgt {
 
 constexpr int64_t kGroup = 8;           // rows that are summed together directly
-constexpr int64_t kNearKeys = 108;      // keys in the common window of a vector of rows that are summed one by one
+constexpr int64_t kNearKeys = 64;      // keys in the common window of a vector of rows that are summed one by one
+constexpr int64_t kNearSpread = 48;     // keys between the rows of a vector from which on rows are summed singly
+constexpr int64_t kAloneKeys = 128;     // the same of a single row, where queries are sparse
+constexpr int64_t kFewKeys = 64;        // just beyond that window
 constexpr double kNearWeightSpan = 40;  // so that the sum of float weights stays far above the least float
 constexpr double kNearLeast = 1e-15;    // scale, whose square and the squares of whose bandwidths are floats
-constexpr int64_t kEvaluated = 512;     // rows that are expanded together
+constexpr int64_t kEvaluated = 512;     // rows whose results are written together
+constexpr int64_t kPaddedRows = kEvaluated + 32;  // kernels write up to 32 rows at a time
 
 // The sums of a row: of exp(.) a_j and exp(.) a_j (v_j - centre), and of these times (r - k_j) and times
 // (x - k_j)^2 - (x - r)^2 where asked for.
@@ -143,6 +147,18 @@ class RowPass {
     bool placed = false;
   };
 
+  // Sums of expanded rows [begin, end), which get their results together.
+  struct Expanded {
+    std::vector<double> sums;  // (slots, columns, kPaddedRows)
+    int64_t begin = 0, end = 0;
+
+    explicit Expanded(int columns) : sums(columns * kPaddedRows) {}
+    void finish(const Finish& to) {
+      if (begin < end) to(begin, end - begin, sums.data(), kPaddedRows, nullptr);
+      begin = end;
+    }
+  };
+
   auto loader() const {
     return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { data_.load(begin, n, charge, pitch); };
   }
@@ -158,18 +174,20 @@ class RowPass {
       return;
     }
     Expansion<R, decltype(load)> expansion(plan_, cells_, data_.key, data_.keys, columns_, !data_.weight, load);
-    std::vector<double> sums(slots_ * columns_ * kEvaluated), apart(kEvaluated);
+    Expanded expanded(slots_ * columns_);
+    std::vector<double> sums(near_counts_ ? slots_ * columns_ * kPaddedRows : 0);
+    std::vector<double> apart(near_counts_ ? kPaddedRows : 0);
     const double per_pair = 4.0 * ((columns_ + 1) / 2), per_term = 0.3 * columns_ * slots_;
     int64_t window = lower_bound(data_.key, data_.keys, static_cast<double>(x[begin]) - reach);
     for (int64_t i = begin; i < end;) {
-      if (near_counts_) {
+      window = gallop(data_.key, data_.keys, window, static_cast<double>(x[i]) - reach);
+      if (near_counts_ && few_keys(i, std::min(i + kGroup, end), window, reach)) {
         const int64_t rows = near(i, std::min(end, i + kEvaluated), sums, apart, scratch);
-        if (rows > 0) finish_(i, rows, sums.data(), kEvaluated, apart.data());
+        if (rows > 0) finish_(i, rows, sums.data(), kPaddedRows, apart.data());
         i += rows;
         if (rows > 0) continue;
       }
       const int64_t few = std::min(i + 2 * kGroup, end);
-      window = gallop(data_.key, data_.keys, window, static_cast<double>(x[i]) - reach);
       const int64_t last = window + 6 * kGroup;
       if (last >= data_.keys || static_cast<double>(data_.key[last]) > static_cast<double>(x[few - 1]) + reach) {
         if (data_.keys > 6 * kGroup) {
@@ -196,12 +214,23 @@ class RowPass {
       } else {
         double error = plan_.tail_error * static_cast<double>(data_.keys);
         const double* const local = expansion.expand(&error);
-        for (int64_t row = i; row < stop; row += kEvaluated) {
-          evaluate(row, std::min(stop, row + kEvaluated), plan_.centre(box), local, error, sums, scratch, far);
+        if (expanded.end != i || stop - expanded.begin > kEvaluated) expanded.finish(finish_);
+        for (int64_t row = i; row < stop; row = expanded.end) {
+          evaluate(row, std::min(stop, row + kEvaluated), plan_.centre(box), local, error, expanded, scratch, far);
         }
       }
       i = stop;
     }
+    expanded.finish(finish_);
+  }
+
+  // Whether near() is likely to serve row i: not too many keys in its window, which begins at `window`.
+  bool few_keys(int64_t i, int64_t stop, int64_t window, double reach) const {
+    const double x = data_.query[i], last = data_.query[stop - 1];
+    const auto beyond = [&](int64_t place, double bound) { return place >= data_.keys || data_.key[place] > bound; };
+    const bool sparse = !beyond(window + kNearSpread, last - reach);
+    const int64_t most = sparse ? kAloneKeys : kNearKeys;
+    return beyond(window + most + most / 4, x + reach);
   }
 
   // Sums rows one by one as long as few keys count for them; returns how many it summed.
@@ -224,18 +253,28 @@ class RowPass {
     task.excluded = data_.exclude && (data_.keys_moved || data_.rows_moved) ? data_.excluded_places() + begin : nullptr;
     task.scale = plan_.scale;
     task.log_span = plan_.log_span + data_.weight_span;
+    task.near_span = std::min(task.log_span, std::log(kFewKeys / (Accuracy<R>::kAccept / 4)) + data_.weight_span);
     task.level_zero = kLevelZero;
     task.most = kNearKeys;
+    task.most_alone = kAloneKeys;
+    task.spread = kNearSpread;
+    task.few = kFewKeys;
     task.offsets = plan_.offsets;
     task.scores = plan_.scores;
     task.sums = sums.data();
     task.apart = apart.data();
-    task.sums_pitch = kEvaluated;
+    task.sums_pitch = kPaddedRows;
     return table_.near(task);
   }
 
-  void evaluate(int64_t begin, int64_t end, double centre, const double* local, double error, std::vector<double>& sums,
+  // Adds rows [begin, end) of a box, at most kEvaluated, to those that wait for their results. Rows that are not accurate
+  // enough are summed again.
+  void evaluate(int64_t begin, int64_t end, double centre, const double* local, double error, Expanded& expanded,
                 Scratch& scratch, std::vector<int64_t>& far) const {
+    if (expanded.end != begin || end - expanded.begin > kEvaluated) expanded.finish(finish_);
+    if (expanded.begin == expanded.end) expanded.begin = begin;
+    expanded.end = end;
+    double* const sums = expanded.sums.data() + (begin - expanded.begin);
     FgtEvaluate<R> task;
     task.x = data_.query + begin;
     task.n = end - begin;
@@ -245,31 +284,37 @@ class RowPass {
     task.series = slots_ * columns_;
     task.terms = plan_.terms;
     task.pitch = plan_.pitch;
-    task.sums = sums.data();
-    task.sums_pitch = kEvaluated;
+    task.sums = sums;
+    task.sums_pitch = kPaddedRows;
     table_.evaluate(task);
     double least = error / Accuracy<R>::kAccept;
     if (data_.exclude) {
       // What is left must not be small beside what was taken away.
       for (int64_t i = begin; i < end; ++i) {
-        double* const row = sums.data() + (i - begin);
-        const double own = subtract_own(i, 0, row, kEvaluated);
+        double* const row = sums + (i - begin);
+        const double own = subtract_own(i, 0, row, kPaddedRows);
         if (!(row[0] >= 1e-3 * own)) row[0] = -1;
       }
       least = std::fmax(least, 0);
     }
+    int bad = 0;
+    for (int64_t i = 0; i < end - begin; ++i) bad |= !(sums[i] >= least);
+    if (!bad) return;
     // Runs of rows that are accurate enough, and of rows that have to be summed again.
+    expanded.end = begin;
+    expanded.finish(finish_);
     for (int64_t i = begin; i < end;) {
       const bool good = sums[i - begin] >= least;
       int64_t stop = i + 1;
       while (stop < end && (sums[stop - begin] >= least) == good) ++stop;
       if (good) {
-        finish_(i, stop - i, sums.data() + (i - begin), kEvaluated, nullptr);
+        finish_(i, stop - i, sums + (i - begin), kPaddedRows, nullptr);
       } else {
         direct(i, stop, scratch, far);
       }
       i = stop;
     }
+    expanded.begin = expanded.end = end;
   }
 
   // Takes the excluded key out of sums that are relative to x - apart; returns its share of the total.

@@ -22,14 +22,19 @@ struct FgtMoments {
   double* moments;  // (columns, terms)
 };
 
-// Adds matrix[i] moments[i] over all i to the local expansion of a box, for each column.
+constexpr int kMostTerms = 24;  // of an expansion
+
+// Adds to the local expansion of a box what boxes below and above it send, for each column. Boxes that lie equally far
+// on either side share a matrix K: from above the entry for terms n and m is sign (-1)^(n + m) K[n][m], so that even
+// m take K[n][m] (below_n + s above_n) and odd m K[n][m] (below_n - s above_n), s = sign (-1)^n.
 struct FgtTranslate {
-  int terms, pitch;  // matrices are (terms of the source, pitch of the target)
+  int terms, pitch;  // matrices are (terms of the source, pitch of the target); terms is a multiple of 4
   int columns;
-  int64_t sources;
-  const double* const* matrix;   // (sources)
-  const double* const* moments;  // (sources), (columns, terms) each
-  double* local;                 // (columns, pitch)
+  double sign;  // 1 for an even kernel, -1 for an odd one
+  int64_t pairs;
+  const double* const* matrix;  // (pairs)
+  const double *const *below, *const *above;  // (pairs), moments (columns, terms) each
+  double* local;                // (columns, pitch)
 };
 
 // Power series at the points of a box: sum_m local_m s_i^m.
@@ -65,7 +70,8 @@ struct FgtDirect {
 };
 
 // The same sums for ascending rows with few keys in their windows, in T, of one channel. The rows of a vector are taken
-// together, until a window holds more than `most` keys or T is not precise enough.
+// together, or singly where more than `spread` keys lie between them, until a window holds more than `most` (or
+// `most_alone`) keys, or T is not precise enough.
 template <typename T>
 struct FgtNear {
   const T* x;
@@ -79,8 +85,8 @@ struct FgtNear {
   T weight_factor;
   bool exclude;
   const int64_t* excluded;  // (rows) places of the excluded keys; null where row i leaves out key i
-  double scale, log_span, level_zero;
-  int64_t most;
+  double scale, log_span, near_span, level_zero;
+  int64_t most, most_alone, spread, few;
   bool offsets, scores;
   double *sums, *apart;  // as in FgtDirect, padded; x - r
   int64_t sums_pitch;

@@ -178,11 +178,8 @@ struct Range {
   void include(const T* x, int64_t n) {
     typedef T Vec __attribute__((vector_size(16)));  // what every processor has; wider ones compile to scalars
     constexpr int kLanes = 16 / sizeof(T);
-    Vec least, most, zero = {};  // zero turns NaN where a number is infinite or NaN
-    for (int lane = 0; lane < kLanes; ++lane) {
-      least[lane] = std::numeric_limits<T>::infinity();
-      most[lane] = -std::numeric_limits<T>::infinity();
-    }
+    Vec zero = {};  // turns NaN where a number is infinite or NaN
+    Vec least = zero + std::numeric_limits<T>::infinity(), most = zero - std::numeric_limits<T>::infinity();
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       Vec number;
