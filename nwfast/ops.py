@@ -2,7 +2,8 @@
 
 For each kernel (`nwfast.backends.operators`) there are two operators, `nwfast::<kernel>_forward` and
 `nwfast::<kernel>_backward`, with the contract of `nwfast.backends`. Implementations come from the C++ extensions
-(native, cuda) or from Python (numba, triton).
+(native, cuda) or from Python (numba, triton). Native kernels have a third, `nwfast::<kernel>_output`, a forward pass
+that writes only what the caller sees.
 
 One call is routed by what surrounds it:
 
@@ -34,6 +35,10 @@ from .derivatives import NEEDS
 _FORWARD_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, bool tangent_w, "
     "bool tangent_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_OUTPUT_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, bool lse) "
+    "-> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, "
@@ -86,7 +91,7 @@ def nadaraya_watson(
         return outputs if return_lse else (outputs, None)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, _, _, _ = kernels.forward(query, key, value, w, key_weight, exclude_self, False, False)
+            out, lse = kernels.output(query, key, value, w, key_weight, exclude_self, return_lse)
             return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
     return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
 
@@ -202,8 +207,8 @@ def direct(
         ):
             return kernels.eager.apply(query, key, value, w, key_weight, exclude_self, return_lse, 0)
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = kernels.forward(query, key, value, w, key_weight, exclude_self, False, False)
-        return outputs[:2] if return_lse else outputs[0]
+            outputs = kernels.output(query, key, value, w, key_weight, exclude_self, return_lse)
+        return outputs if return_lse else outputs[0]
     except (RuntimeError, TypeError):
         return None
 
@@ -242,7 +247,7 @@ def _register_autograd(operator: Any, backward: Callable, setup_context: Callabl
 
 
 class _Kernels:
-    """One backend's two operators, and the autograd.Functions around them."""
+    """A kernel's operators, and the autograd.Functions around them."""
 
     def __init__(self, name: str):
         forward_name, backward_name = f"nwfast::{name}_forward", f"nwfast::{name}_backward"
@@ -252,12 +257,20 @@ class _Kernels:
         torch.library.register_fake(backward_name)(_fake_backward)
         self.forward: Callable = getattr(torch.ops.nwfast, f"{name}_forward").default
         self.backward: Callable = getattr(torch.ops.nwfast, f"{name}_backward").default
+        self.output: Callable = self._forward_output
+        if name.startswith("native"):
+            torch.library.define(f"nwfast::{name}_output", _OUTPUT_SCHEMA)
+            torch.library.register_fake(f"nwfast::{name}_output")(_fake_output)
+            self.output = getattr(torch.ops.nwfast, f"{name}_output").default
         _register_autograd(
             self.forward,
             lambda ctx, *grads: (*_formula(ctx, self.backward, *grads[:2]), None, None, None),
             _save_all,
         )
         _register_autograd(self.backward, _second, _save_for_second)
+
+    def _forward_output(self, query, key, value, w, key_weight, exclude_self, lse):
+        return self.forward(query, key, value, w, key_weight, exclude_self, False, False)[:2]
 
     def __getattr__(self, name: str) -> Any:
         # Made at the first call that needs them: they would take a quarter of the time of an import.
@@ -496,6 +509,11 @@ def _fake_forward(query, key, value, w, key_weight, exclude_self, tangent_w, tan
         tangent(tangent_w),
         tangent(tangent_q),
     )
+
+
+def _fake_output(query, key, value, w, key_weight, exclude_self, lse):
+    out, full_lse, *_ = _fake_forward(query, key, value, w, key_weight, exclude_self, False, False)
+    return out, full_lse if lse else full_lse.new_empty(0)
 
 
 def _fake_backward(

@@ -19,7 +19,7 @@ const R* pointer(const View& view, int64_t offset) {
   return static_cast<const R*>(view.data) + offset;
 }
 
-// Range of n numbers, and whether they ascend.
+// Range of n numbers, and whether they ascend. Ascending numbers are finite where the first and the last are.
 template <typename R>
 Range scan(const R* x, int64_t n, bool serial, bool* in_order) {
   constexpr int64_t kPart = 65536;
@@ -28,8 +28,13 @@ Range scan(const R* x, int64_t n, bool serial, bool* in_order) {
   std::vector<char> ordered(parts);
   parallel_blocks(parts, serial, [&](int64_t part) {
     const int64_t begin = part * kPart, end = std::min(n, begin + kPart), first = begin > 0 ? begin - 1 : 0;
+    ordered[part] = in_order && ascending(x + first, end - first);
+    if (ordered[part]) {
+      ranges[part].include(x + begin, 1);
+      ranges[part].include(x + end - 1, 1);
+      return;
+    }
     for (int64_t i = begin; i < end; i += kBlock) ranges[part].include(x + i, std::min(kBlock, end - i));
-    if (in_order) ordered[part] = ascending(x + first, end - first);
   });
   Range all;
   if (in_order) *in_order = true;
@@ -101,6 +106,8 @@ class Data {
   int64_t original_key(int64_t j) const { return keys_moved ? static_cast<int64_t>(key_order[j]) : j; }
   // The place of the key that row i leaves out, or -1.
   int64_t excluded(int64_t i) const { return !exclude ? -1 : keys_moved || rows_moved ? excluded_[i] : i; }
+  // Whether row i leaves out key i, and they are equal.
+  bool leaves_out_queries() const { return exclude && !keys_moved && !rows_moved && query == key; }
   const int64_t* excluded_places() const { return excluded_.get(); }  // of all rows, where keys or rows have moved
   // The row that leaves key j out.
   int64_t excluding(int64_t j) const { return keys_moved || rows_moved ? excluding_[j] : j; }

@@ -64,7 +64,7 @@ void finish_rows(const FgtKernels<R>& table, const Plan& plan, const Data<R>& da
     task.apart = apart ? apart + begin : nullptr;
     const int64_t row = base + first;
     task.out = data.rows_moved ? block : result.out + row;
-    task.lse = data.rows_moved ? block + kRows : result.lse + row;
+    task.lse = !result.lse ? nullptr : data.rows_moved ? block + kRows : result.lse + row;
     task.state = !result.state ? nullptr : data.rows_moved ? state : result.state + 2 * row;
     task.tangent_w = !result.tangent_w ? nullptr : data.rows_moved ? block + 2 * kRows : result.tangent_w + row;
     task.tangent_q = !result.tangent_q ? nullptr : data.rows_moved ? block + 3 * kRows : result.tangent_q + row;
@@ -72,7 +72,7 @@ void finish_rows(const FgtKernels<R>& table, const Plan& plan, const Data<R>& da
     for (int64_t k = 0; data.rows_moved && k < task.rows; ++k) {
       const int64_t to = base + data.original_row(first + begin + k);
       result.out[to] = block[k];
-      result.lse[to] = block[kRows + k];
+      if (result.lse) result.lse[to] = block[kRows + k];
       if (result.state) {
         result.state[2 * to] = state[2 * k];
         result.state[2 * to + 1] = state[2 * k + 1];
@@ -87,7 +87,7 @@ void finish_rows(const FgtKernels<R>& table, const Plan& plan, const Data<R>& da
 template <typename R>
 void empty_row(const ForwardResult<R>& result, int channels, int64_t row, double lse, double total) {
   for (int c = 0; c < channels; ++c) result.out[row * channels + c] = static_cast<R>(NAN);
-  result.lse[row] = static_cast<R>(lse);
+  if (result.lse) result.lse[row] = static_cast<R>(lse);
   if (result.state) {
     result.state[2 * row] = 0;
     result.state[2 * row + 1] = total;
@@ -122,7 +122,7 @@ void forward_rows(const Element<R>& element, const ForwardResult<R>& result, int
             static_cast<R>(std::fmin(std::fmax(out, data.values[c].low), data.values[c].high));
       }
       const double offset = apart ? apart[k] * w : 0;
-      result.lse[row] = static_cast<R>(std::log(total * unit) - offset * offset / 2);
+      if (result.lse) result.lse[row] = static_cast<R>(std::log(total * unit) - offset * offset / 2);
       if (!result.state) continue;
       result.state[2 * row] = offset * offset * kHalfLog2E;
       result.state[2 * row + 1] = total * unit;

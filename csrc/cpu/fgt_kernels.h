@@ -554,20 +554,20 @@ void fgt_finish(const FgtFinish<T>& task) {
     out = select<double>(out > high, high, out);
     store_as(task.out + i, select<double>(any, out, not_a_number), left);
     const DVec true_total = select<double>(any, total * task.unit, DVec{});
-    DVec lse;
-    const IntVec<double> odd = (true_total < 1e-300) | (true_total > 1e300);
-    lse = logarithm<kTerms>(true_total);
-    for (int lane = 0; any_lane(odd) && lane < kD; ++lane) {
-      if (odd[lane]) lse[lane] = __builtin_log(true_total[lane]);  // of 0: -infinity
-    }
     DVec shift = {};
     if (task.apart) {
       const DVec offset = load_up_to(task.apart + i, left) * task.w;
       shift = offset * offset;
-      lse = lse - shift * 0.5;
-      shift = select<double>(any, shift * -kMinusHalfLog2E, DVec{});
     }
-    store_as(task.lse + i, lse, left);
+    if (task.lse) {
+      DVec lse = logarithm<kTerms>(true_total);
+      const IntVec<double> odd = (true_total < 1e-300) | (true_total > 1e300);
+      for (int lane = 0; any_lane(odd) && lane < kD; ++lane) {
+        if (odd[lane]) lse[lane] = __builtin_log(true_total[lane]);  // of 0: -infinity
+      }
+      store_as(task.lse + i, lse - shift * 0.5, left);
+    }
+    shift = select<double>(any, shift * -kMinusHalfLog2E, DVec{});
     if (task.state && left >= kD) {
       store_interleaved(task.state + 2 * i, shift, true_total);
     } else {

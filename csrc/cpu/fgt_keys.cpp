@@ -17,8 +17,9 @@ namespace nwfast {
 namespace fgt {
 namespace {
 
-constexpr int64_t kTargets = 64;      // keys that gather from the same rows
+constexpr int64_t kTargets = 16;      // keys that gather from the same rows
 constexpr double kSmallTotal = 0.05;  // beside the largest weight; e^-2 / 2 is the least that level zero can have
+constexpr double kSmallShift = 12;    // binary digits by which shifts make most totals small
 
 // Keys to be served: those with a weight, or those without.
 template <typename R>
@@ -111,20 +112,18 @@ class KeyPass {
   }
 
   bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
-    double share[kBlock], mean[kBlock];
-    int counts[kBlock];  // a row without any key has no gradient, and no output
+    double total[kBlock], plain[kBlock], share[kBlock], mean[kBlock];
     double *const charges = charge_.get() + begin, *const sum = charges + channels_ * data_.queries;
-    bool finite = true;
+    read_totals(begin, n, total, plain);
+    int odd = 0, all_near = 1;
     for (int64_t k = 0; k < n; ++k) {
-      const double* const state = task_.state + 2 * (b_ * problem_.queries + data_.original_row(begin + k));
-      const double total = state[1] * data_.weight_factor;
-      const double plain = state[0] == 0 ? total : total * std::exp2(-state[0]);
-      const bool level_zero = plain >= kSmallTotal;
-      finite &= total >= 0;
-      counts[k] = total > 0;
-      share[k] = level_zero ? 1 / plain : 0;
+      odd |= !(total[k] >= 0);
+      all_near &= plain[k] >= kSmallTotal;
+      share[k] = plain[k] >= kSmallTotal ? 1 / plain[k] : 0;
       sum[k] = 0;
-      if (!level_zero && total > 0) far.push_back(begin + k);
+    }
+    for (int64_t k = 0; !all_near && k < n; ++k) {
+      if (!(plain[k] >= kSmallTotal) && total[k] > 0) far.push_back(begin + k);
     }
     if (task_.grad_lse.data) {
       read_rows_of(task_.grad_lse, 0, begin, n, sum);
@@ -133,18 +132,65 @@ class KeyPass {
     for (int c = 0; c < channels_; ++c) {
       double* const grad = charges + c * data_.queries;
       read_rows_of(task_.grad_out, c * task_.grad_out.column_stride, begin, n, grad);
-      for (int64_t k = 0; k < n; ++k) {
-        mean[k] = mean_of(b_ * problem_.queries + data_.original_row(begin + k), c);
-      }
+      read_means(begin, n, c, mean);
       for (int64_t k = 0; k < n; ++k) sum[k] += grad[k] * mean[k];
     }
-    int odd = 0;
     for (int c = 0; c < columns_; ++c) {
       double* const charge = charges + c * data_.queries;
-      for (int64_t k = 0; k < n; ++k) odd |= counts[k] & !(std::fabs(charge[k]) < INFINITY);
-      for (int64_t k = 0; k < n; ++k) charge[k] = share[k] > 0 ? charge[k] * share[k] : 0;
+      if (all_near) {
+        double zero = 0;  // NaN where a charge is infinite or NaN
+        for (int64_t k = 0; k < n; ++k) {
+          zero += charge[k] * 0;
+          charge[k] *= share[k];
+        }
+        odd |= zero != 0;
+        continue;
+      }
+      for (int64_t k = 0; k < n; ++k) {
+        // A row without any key has no gradient, and no output.
+        odd |= total[k] > 0 && !(std::fabs(charge[k]) < INFINITY);
+        charge[k] = share[k] > 0 ? charge[k] * share[k] : 0;
+      }
     }
-    return finite && !odd;
+    return !odd;
+  }
+
+  // Totals relative to the row's reference, and to the row itself.
+  void read_totals(int64_t begin, int64_t n, double* total, double* plain) const {
+    const double* const state = task_.state + 2 * b_ * problem_.queries;
+    double shift[kBlock];
+    if (data_.rows_moved) {
+      for (int64_t k = 0; k < n; ++k) {
+        const int64_t row = data_.original_row(begin + k);
+        shift[k] = state[2 * row];
+        total[k] = state[2 * row + 1];
+      }
+    } else {
+      for (int64_t k = 0; k < n; ++k) shift[k] = state[2 * (begin + k)];
+      for (int64_t k = 0; k < n; ++k) total[k] = state[2 * (begin + k) + 1];
+    }
+    int shifted = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      total[k] *= data_.weight_factor;
+      plain[k] = total[k];
+      shifted |= shift[k] != 0;
+    }
+    for (int64_t k = 0; shifted && k < n; ++k) {
+      if (shift[k] == 0) continue;
+      const bool small = shift[k] > kSmallShift && total[k] < kSmallTotal * std::exp2(kSmallShift);
+      plain[k] = small ? 0 : total[k] * std::exp2(-shift[k]);
+    }
+  }
+  void read_means(int64_t begin, int64_t n, int c, double* mean) const {
+    const R* const out = task_.out + b_ * problem_.queries * channels_ + c;
+    const double centre = data_.centre[c];
+    if (channels_ == 1 && !data_.rows_moved) {
+      for (int64_t k = 0; k < n; ++k) mean[k] = static_cast<double>(out[begin + k]) - centre;
+    } else {
+      for (int64_t k = 0; k < n; ++k) {
+        mean[k] = static_cast<double>(out[data_.original_row(begin + k) * channels_]) - centre;
+      }
+    }
   }
 
   // The gradients of rows, in the order of the data.
@@ -189,56 +235,71 @@ class KeyPass {
 
   // Far rows are gathered one by one, or summed in groups at compressed keys.
   void sort_far_rows() {
-    const int64_t count = static_cast<int64_t>(far_.size());
+    const int64_t count = static_cast<int64_t>(far_.size()), blocks = (count + kChunk - 1) / kChunk;
     found_.resize(count);
     std::vector<char> single(count);
     std::vector<double> lows(count), highs(count);
-    parallel_blocks((count + kChunk - 1) / kChunk, serial_, [&](int64_t block) {
-      int64_t hint = 0;
-      for (int64_t k = block * kChunk; k < std::min(count, (block + 1) * kChunk); ++k) {
-        const double x = data_.query[far_[k]];
+    std::vector<int64_t> start(blocks + 1, 0);  // of each block among the gathered rows
+    parallel_blocks(blocks, serial_, [&](int64_t block) {
+      const int64_t first = block * kChunk;
+      int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[far_[first]]));
+      for (int64_t k = first; k < std::min(count, first + kChunk); ++k) {
         found_[k] = nearest(data_, plan_, far_[k], hint);
         hint = found_[k].place;
-        window_of(data_, plan_, x, found_[k].key, &lows[k], &highs[k]);
-        // A total below 1 lets keys of less weight count.
-        const double total = total_of(far_[k]);
-        if (total < 1 && plan_.scale > 0) {
-          const double more = std::sqrt(-2 * std::log(total)) / plan_.scale;
-          lows[k] -= more;
-          highs[k] += more;
-        }
-        const int64_t window =
-            lower_bound(data_.key, data_.keys, highs[k]) - lower_bound(data_.key, data_.keys, lows[k]);
-        const int64_t own = data_.excluded(far_[k]);
-        const bool own_nearer =
-            own >= 0 && std::fabs(x - data_.key[own]) <= std::fabs(x - (found_[k].level_zero ? x : found_[k].key));
-        single[k] = window <= kDirectKeys || own_nearer;
+        single[k] = far_window(k, &lows[k], &highs[k]);
+        start[block + 1] += single[k];
       }
     });
-    for (int64_t k = 0; k < count; ++k) {
-      if (!single[k]) continue;
-      gathered_.row.push_back(k);
-      gathered_.x.push_back(data_.query[far_[k]]);
-      gathered_.reference.push_back(found_[k].level_zero ? gathered_.x.back() : found_[k].key);
-      gathered_.low.push_back(lows[k]);
-      gathered_.high.push_back(highs[k]);
+    for (int64_t block = 0; block < blocks; ++block) start[block + 1] += start[block];
+    const int64_t n = start[blocks];
+    gathered_.row.resize(n);
+    for (auto* numbers : {&gathered_.x, &gathered_.reference, &gathered_.low, &gathered_.high, &gathered_.lse_grad}) {
+      numbers->resize(n);
     }
-    const int64_t n = static_cast<int64_t>(gathered_.row.size());
     gathered_.grad.resize(channels_ * n);
     gathered_.mean.resize(channels_ * n);
-    gathered_.lse_grad.resize(n);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = far_[gathered_.row[i]];
-      const double total = total_of(row);
-      for (int c = 0; c < channels_; ++c) {
-        gathered_.grad[c * n + i] = grad_of(row, c) / total;
-        gathered_.mean[c * n + i] = mean_of(b_ * problem_.queries + data_.original_row(row), c);
+    parallel_blocks(blocks, serial_, [&](int64_t block) {
+      int64_t i = start[block];
+      for (int64_t k = block * kChunk; k < std::min(count, (block + 1) * kChunk); ++k) {
+        if (single[k]) put_gathered(i++, k, lows[k], highs[k]);
       }
-      gathered_.lse_grad[i] = lse_grad_of(row) / total;
-    }
+    });
     for (int64_t i = 1; i < n; ++i) gathered_.high[i] = std::fmax(gathered_.high[i], gathered_.high[i - 1]);
     for (int64_t i = n - 2; i >= 0; --i) gathered_.low[i] = std::fmin(gathered_.low[i], gathered_.low[i + 1]);
     make_groups(single);
+  }
+
+  // The window of a far row; whether its keys are few enough to be visited one by one.
+  bool far_window(int64_t k, double* low, double* high) const {
+    const double x = data_.query[far_[k]];
+    window_of(data_, plan_, x, found_[k].key, low, high);
+    // A total below 1 lets keys of less weight count.
+    const double total = total_of(far_[k]);
+    if (total < 1 && plan_.scale > 0) {
+      const double more = std::sqrt(-2 * std::log(total)) / plan_.scale;
+      *low -= more;
+      *high += more;
+    }
+    const int64_t begin = search_down(data_, found_[k].place, *low);
+    if (gallop(data_.key, data_.keys, found_[k].place, *high) - begin <= kDirectKeys) return true;
+    const int64_t own = data_.excluded(far_[k]);
+    return own >= 0 && std::fabs(x - data_.key[own]) <= std::fabs(x - (found_[k].level_zero ? x : found_[k].key));
+  }
+
+  // Far row k becomes the i-th of those that keys gather.
+  void put_gathered(int64_t i, int64_t k, double low, double high) {
+    const int64_t row = far_[k], n = static_cast<int64_t>(gathered_.row.size());
+    const double total = total_of(row);
+    gathered_.row[i] = k;
+    gathered_.x[i] = data_.query[row];
+    gathered_.reference[i] = found_[k].level_zero ? gathered_.x[i] : found_[k].key;
+    gathered_.low[i] = low;
+    gathered_.high[i] = high;
+    for (int c = 0; c < channels_; ++c) {
+      gathered_.grad[c * n + i] = grad_of(row, c) / total;
+      gathered_.mean[c * n + i] = mean_of(b_ * problem_.queries + data_.original_row(row), c);
+    }
+    gathered_.lse_grad[i] = lse_grad_of(row) / total;
   }
 
   double total_of(int64_t i) const {
@@ -326,29 +387,33 @@ class KeyPass {
     parallel_blocks((targets.n + kChunk - 1) / kChunk, serial_, [&](int64_t chunk) { serve_chunk(targets, chunk); });
   }
 
-  // Of a chunk of keys.
+  // Of a chunk of keys. The pitch leaves room for what kernels write beyond the last key.
   struct Sums {
     int64_t begin, pitch;
-    Buffer<double> near;   // (slots, columns, pitch): A and E, A' and E'
+    Buffer<double> near;   // (slots, columns, pitch): A and E, and with factors (k_j - x_i)
     Buffer<double> far;    // (channels + slots, pitch): A, <v, A> - E and <v, A'> - E' of the other rows
     Buffer<double> value;  // (channels, pitch), centred
   };
 
   void serve_chunk(const Targets<R>& targets, int64_t chunk) const {
-    const int64_t begin = chunk * kChunk, end = std::min(targets.n, begin + kChunk), pitch = padded(end - begin);
+    const int64_t begin = chunk * kChunk, end = std::min(targets.n, begin + kChunk), pitch = padded(end - begin) + 32;
     Sums sums;
     sums.begin = begin;
     sums.pitch = pitch;
     sums.near.allocate(slots_ * columns_ * pitch);
-    std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
-    if (data_.queries > 0) add_level_zero(targets, begin, end, sums.near.get(), pitch);
+    if (data_.queries > 0) {
+      sum_level_zero(targets, begin, end, sums.near.get(), pitch);
+    } else {
+      std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
+    }
     if (data_.exclude) subtract_own(targets, begin, end, sums.near.get(), pitch);
     load_values(targets, begin, end, sums);
     if (!far_.empty()) {
       sums.far.allocate((channels_ + slots_) * pitch);
       std::memset(sums.far.get(), 0, (channels_ + slots_) * pitch * sizeof(double));
+      GatheredRange range;
       for (int64_t first = begin; first < end; first += kTargets) {
-        gather(targets, first, std::min(kTargets, end - first), sums);
+        gather(targets, first, std::min(kTargets, end - first), range, sums);
       }
       for (size_t g = 0; g < groups_.size(); ++g) add_group(targets, groups_[g], fields_[g], begin, end, sums);
     }
@@ -361,11 +426,9 @@ class KeyPass {
     sums.value.allocate(channels_ * sums.pitch);
     for (int c = 0; c < channels_; ++c) {
       double* const column = sums.value.get() + c * sums.pitch;
+      for (int64_t j = begin; targets.weighted && j < end; ++j) column[j - begin] = data_.value_of(j, c);
       for (int64_t j = begin; j < end; ++j) {
-        if (targets.weighted) {
-          column[j - begin] = data_.value_of(j, c);
-          continue;
-        }
+        if (targets.weighted) break;
         double value = 0;
         read(problem_.value,
              problem_.value.offset(problem_.batch, b_) + data_.dropped[j] * problem_.value.row_stride +
@@ -377,8 +440,8 @@ class KeyPass {
     }
   }
 
-  // Rows without a shift. The kernels' offsets are from row to key.
-  void add_level_zero(const Targets<R>& targets, int64_t begin, int64_t end, double* sums, int64_t pitch) const {
+  // Rows without a shift.
+  void sum_level_zero(const Targets<R>& targets, int64_t begin, int64_t end, double* sums, int64_t pitch) const {
     const R* const u = targets.x;
     const double reach = plan_.scale > 0 ? (plan_.window + 3) / plan_.scale : INFINITY;
     const auto load = loader();
@@ -399,49 +462,34 @@ class KeyPass {
         few = keys * static_cast<double>(expansion.points()) * per_pair <=
               (keys + static_cast<double>(expansion.translations()) * plan_.terms) * plan_.terms * per_term;
       }
-      double* const out = sums + (j - begin);
       if (few) {
         for (; j < stop; j += kGroup) {
-          add_direct(targets, j, std::min(kGroup, stop - j), window, reach, sums + (j - begin), pitch);
+          sum_direct(targets, j, std::min(kGroup, stop - j), window, reach, sums + (j - begin), pitch);
         }
       } else {
-        std::vector<double> block(slots_ * columns_ * kEvaluated);
-        const double* const local = expansion.expand(nullptr);
-        for (int64_t first = j; first < stop; first += kEvaluated) {
-          FgtEvaluate<R> task;
-          task.x = u + first;
-          task.n = std::min(kEvaluated, stop - first);
-          task.centre = plan_.centre(box);
-          task.scale = plan_.to_local();
-          task.local = local;
-          task.series = slots_ * columns_;
-          task.terms = plan_.terms;
-          task.pitch = plan_.pitch;
-          task.sums = block.data();
-          task.sums_pitch = kEvaluated;
-          table_.evaluate(task);
-          add(block.data(), kEvaluated, task.n, out + (first - j), pitch);
-        }
+        FgtEvaluate<R> task;
+        task.x = u + j;
+        task.n = stop - j;
+        task.centre = plan_.centre(box);
+        task.scale = plan_.to_local();
+        task.local = expansion.expand(nullptr);
+        task.series = slots_ * columns_;
+        task.terms = plan_.terms;
+        task.pitch = plan_.pitch;
+        task.sums = sums + (j - begin);
+        task.sums_pitch = pitch;
+        table_.evaluate(task);
       }
       j = stop;
     }
   }
 
-  void add(const double* block, int64_t block_pitch, int64_t n, double* sums, int64_t pitch) const {
-    for (int column = 0; column < slots_ * columns_; ++column) {
-      const double sign = column < columns_ ? 1 : -1;
-      for (int64_t i = 0; i < n; ++i) sums[column * pitch + i] += sign * block[column * block_pitch + i];
-    }
-  }
-
-  void add_direct(const Targets<R>& targets, int64_t first, int64_t n, int64_t window, double reach, double* sums,
+  void sum_direct(const Targets<R>& targets, int64_t first, int64_t n, int64_t window, double reach, double* sums,
                   int64_t pitch) const {
     const R* const u = targets.x + first;
     const int64_t begin = gallop(data_.query, data_.queries, window, static_cast<double>(u[0]) - reach);
     const int64_t end = gallop(data_.query, data_.queries, begin, static_cast<double>(u[n - 1]) + reach);
-    if (begin == end) return;
-    double reference[kGroup], stack[4 * kGroup];
-    std::vector<double> heap(slots_ * columns_ > 4 ? slots_ * columns_ * kGroup : 0);
+    double reference[kGroup];
     for (int64_t k = 0; k < n; ++k) reference[k] = u[k];
     FgtDirect<R> task;
     task.target = u;
@@ -456,10 +504,9 @@ class KeyPass {
     task.scale = plan_.scale;
     task.offsets = plan_.offsets;
     task.scores = false;
-    task.sums = heap.empty() ? stack : heap.data();
-    task.sums_pitch = kGroup;
+    task.sums = sums;
+    task.sums_pitch = pitch;
     table_.direct(task);
-    add(task.sums, kGroup, n, sums, pitch);
   }
 
   // The row that leaves a key out, if it is among those without a shift.
@@ -473,7 +520,7 @@ class KeyPass {
       for (int c = 0; c < columns_; ++c) {
         const double term = weight * charge_[c * data_.queries + i];
         sums[c * pitch + j - begin] -= term;
-        if (plan_.offsets) sums[(columns_ + c) * pitch + j - begin] -= term * offset;
+        if (plan_.offsets) sums[(columns_ + c) * pitch + j - begin] += term * offset;
       }
     }
   }
@@ -483,12 +530,20 @@ class KeyPass {
     return targets.weighted ? data_.excluded(row) : data_.exclude ? targets.place[data_.original_row(row)] : -1;
   }
 
-  void gather(const Targets<R>& targets, int64_t first, int64_t n, Sums& sums) const {
+  // Rows whose windows reach some keys; ascends with the keys.
+  struct GatheredRange {
+    int64_t begin = -1, end = 0;
+  };
+
+  void gather(const Targets<R>& targets, int64_t first, int64_t n, GatheredRange& range, Sums& sums) const {
     const R* const u = targets.x + first;
-    const double lowest = u[0], highest = u[n - 1];
-    const int64_t begin =
-        std::lower_bound(gathered_.high.begin(), gathered_.high.end(), lowest) - gathered_.high.begin();
-    const int64_t end = std::upper_bound(gathered_.low.begin(), gathered_.low.end(), highest) - gathered_.low.begin();
+    const double lowest = u[0], highest = std::nextafter(static_cast<double>(u[n - 1]), INFINITY);
+    const int64_t rows = static_cast<int64_t>(gathered_.row.size());
+    const double *const low = gathered_.low.data(), *const high = gathered_.high.data();
+    const bool found = range.begin >= 0;
+    range.begin = found ? gallop(high, rows, range.begin, lowest) : lower_bound(high, rows, lowest);
+    range.end = found ? gallop(low, rows, range.end, highest) : lower_bound(low, rows, highest);
+    const int64_t begin = range.begin, end = range.end;
     if (begin >= end) return;
     std::vector<int64_t> left_out(data_.exclude ? end - begin : 0);
     for (size_t i = 0; i < left_out.size(); ++i) {
@@ -581,34 +636,46 @@ class KeyPass {
   }
 
   void finish(const Targets<R>& targets, int64_t first, int64_t n, const Sums& sums) const {
-    const int64_t start = first - sums.begin, pitch = sums.pitch, base = b_ * problem_.keys;
+    const int64_t start = first - sums.begin, pitch = sums.pitch;
     const bool far = !far_.empty();
     double weight[kBlock], result[kBlock];
-    int64_t place[kBlock];
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t j = first + k;
-      weight[k] = targets.weighted ? data_.weight_of(j) : 0;
-      place[k] = base + (targets.weighted ? data_.original_key(j) : static_cast<int64_t>(data_.dropped[j]));
-    }
+    for (int64_t k = 0; k < n; ++k) weight[k] = targets.weighted && !data_.weight ? 1 : 0;
+    for (int64_t k = 0; targets.weighted && data_.weight && k < n; ++k) weight[k] = data_.weight_of(first + k);
     for (int c = 0; task_.grad_value && c < channels_; ++c) {
       const double* const near = sums.near.get() + c * pitch + start;
       for (int64_t k = 0; k < n; ++k) result[k] = near[k];
       for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[c * pitch + start + k];
       for (int64_t k = 0; k < n; ++k) result[k] *= weight[k];
-      for (int64_t k = 0; k < n; ++k) task_.grad_value[place[k] * channels_ + c] = static_cast<R>(result[k]);
+      write(targets, first, n, result, task_.grad_value, channels_, c);
     }
     for (int slot = 0; slot < slots_; ++slot) {
       R* const out = slot ? task_.grad_key : task_.grad_key_weight;
       if (!out) continue;
+      const double sign = slot ? -1 : 1;  // from (k_j - x_i)
       const double* const near = sums.near.get() + slot * columns_ * pitch + start;
-      for (int64_t k = 0; k < n; ++k) result[k] = -near[channels_ * pitch + k];
+      for (int64_t k = 0; k < n; ++k) result[k] = -sign * near[channels_ * pitch + k];
       for (int c = 0; c < channels_; ++c) {
         const double* const value = sums.value.get() + c * pitch + start;
-        for (int64_t k = 0; k < n; ++k) result[k] += value[k] * near[c * pitch + k];
+        for (int64_t k = 0; k < n; ++k) result[k] += sign * value[k] * near[c * pitch + k];
       }
       for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[(channels_ + slot) * pitch + start + k];
-      for (int64_t k = 0; k < n; ++k) result[k] *= slot ? weight[k] * data_.w * data_.w : data_.weight_factor;
-      for (int64_t k = 0; k < n; ++k) out[place[k]] = static_cast<R>(result[k]);
+      const double square = data_.w * data_.w;
+      for (int64_t k = 0; k < n; ++k) result[k] *= slot ? weight[k] * square : data_.weight_factor;
+      write(targets, first, n, result, out, 1, 0);
+    }
+  }
+
+  // Results of keys into column c of (keys, columns), in the caller's order.
+  void write(const Targets<R>& targets, int64_t first, int64_t n, const double* result, R* out, int columns,
+             int c) const {
+    out += b_ * problem_.keys * columns + c;
+    if (targets.weighted && !data_.keys_moved && columns == 1) {
+      for (int64_t k = 0; k < n; ++k) out[first + k] = static_cast<R>(result[k]);
+      return;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t j = targets.weighted ? data_.original_key(first + k) : data_.dropped[first + k];
+      out[j * columns] = static_cast<R>(result[k]);
     }
   }
 

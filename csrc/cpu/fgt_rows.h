@@ -290,7 +290,8 @@ class RowPass {
     double least = error / Accuracy<R>::kAccept;
     if (data_.exclude) {
       // What is left must not be small beside what was taken away.
-      for (int64_t i = begin; i < end; ++i) {
+      if (data_.leaves_out_queries()) subtract_equal(begin, end, sums);
+      for (int64_t i = begin; i < end && !data_.leaves_out_queries(); ++i) {
         double* const row = sums + (i - begin);
         const double own = subtract_own(i, 0, row, kPaddedRows);
         if (!(row[0] >= 1e-3 * own)) row[0] = -1;
@@ -315,6 +316,21 @@ class RowPass {
       i = stop;
     }
     expanded.begin = expanded.end = end;
+  }
+
+  // Takes keys that are the queries themselves out of their sums.
+  void subtract_equal(int64_t begin, int64_t end, double* sums) const {
+    const int64_t n = end - begin;
+    double charge[kEvaluated];
+    for (int64_t i = 0; i < n; ++i) charge[i] = data_.weight ? data_.weight_of(begin + i) : 1;
+    for (int c = 0; c < data_.channels; ++c) {
+      double* const column = sums + (c + 1) * kPaddedRows;
+      for (int64_t i = 0; i < n; ++i) column[i] -= charge[i] * data_.value_of(begin + i, c);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double left = sums[i] - charge[i];
+      sums[i] = left >= 1e-3 * charge[i] ? left : -1;
+    }
   }
 
   // Takes the excluded key out of sums that are relative to x - apart; returns its share of the total.

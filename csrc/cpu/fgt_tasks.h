@@ -141,7 +141,7 @@ struct FgtFinish {
   const double *offset_total, *offset_value, *score_total, *score_value;  // null where there is no tangent
   const double* apart;                                                    // (rows) x - r, or null for all 0
   double centre, low, high, unit, w;
-  T *out, *lse, *tangent_w, *tangent_q;  // tangents may be null
+  T *out, *lse, *tangent_w, *tangent_q;  // may be null, but for out
   double* state;                         // (rows, 2), may be null
 };
 

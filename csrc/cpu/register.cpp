@@ -1,4 +1,4 @@
-// The operators nwfast::native_forward and nwfast::native_backward on the CPU: the contract of
+// The operators nwfast::native_forward, native_backward and native_output on the CPU: the contract of
 // nwfast/backends/__init__.py in terms of LibTorch's stable ABI. Schemas, fakes and autograd are defined in Python.
 //
 // Beside the canonical form they take the one-feature forms of the public function as they are, query (M,) with key
@@ -223,42 +223,81 @@ void run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
   scalar(problem) ? scalar_forward(problem, result) : tiled_forward(problem, result);
 }
 
-template <Method method>
-Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
-                  const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
-  const Call call = call_of(query, key, value, w, key_weight, exclude_self);
+// Which results of a forward pass are wanted, beside out.
+struct Wanted {
+  bool lse = true, state = true, tangent_w = false, tangent_q = false;
+};
+
+Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
   const Problem& problem = call.problem;
-  STD_TORCH_CHECK(scalar(problem) || !(tangent_w || tangent_q), "nwfast: tangents are for one feature and one channel");
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t m = call.query_rows(), channels = problem.channels;
-  Gradients outputs{call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype),
-                    call.allocate(m, 2, true, ScalarType::Double),
-                    call.allocate(m, channels, call.channels, dtype, tangent_w),
-                    call.allocate(m, channels, call.channels, dtype, tangent_q)};
+  Gradients outputs{call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype, wanted.lse),
+                    call.allocate(m, 2, true, ScalarType::Double, wanted.state),
+                    call.allocate(m, channels, call.channels, dtype, wanted.tangent_w),
+                    call.allocate(m, channels, call.channels, dtype, wanted.tangent_q)};
   const bool linear = is_linear(method, problem);
   wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
   return outputs;
 }
 
-// The gradients of w and query from the tangents that the forward pass saved.
+template <Method method>
+Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
+                  const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
+  const Call call = call_of(query, key, value, w, key_weight, exclude_self);
+  STD_TORCH_CHECK(scalar(call.problem) || !(tangent_w || tangent_q),
+                  "nwfast: tangents are for one feature and one channel");
+  return run_forward(call, method, {true, true, tangent_w, tangent_q});
+}
+
+// What a call without gradients needs: out, and lse if asked for.
+template <Method method>
+std::tuple<Tensor, Tensor> output(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
+                                  const std::optional<Tensor>& key_weight, bool exclude_self, bool lse) {
+  const Call call = call_of(query, key, value, w, key_weight, exclude_self);
+  const Gradients outputs = run_forward(call, method, {lse, false, false, false});
+  return {std::get<0>(outputs), std::get<1>(outputs)};
+}
+
+// The gradients of query from the tangents that the forward pass saved, for n rows from the first on; returns what they
+// add to the gradient of w.
+template <typename T>
+double apply_tangents(const Problem& problem, const BackwardTask<T>& task, int64_t b, int64_t first, int64_t n) {
+  constexpr int64_t kRows = 512;
+  T grad[kRows];
+  double sum = 0;
+  for (int64_t begin = first; begin < first + n; begin += kRows) {
+    const int64_t rows = std::min(kRows, first + n - begin), row = b * problem.queries + begin;
+    const int64_t stride = task.grad_out.row_stride;
+    read(task.grad_out, task.grad_out.offset(problem.batch, b) + begin * stride, rows, stride, grad);
+    for (int64_t i = 0; i < rows; ++i) {  // with no key left out is NaN, and so may be its gradient
+      if (task.state[2 * (row + i) + 1] == 0) grad[i] = 0;
+    }
+    for (int64_t i = 0; task.grad_query && i < rows; ++i) task.grad_query[row + i] = grad[i] * task.tangent_q[row + i];
+    if (!task.grad_w) continue;
+    double sums[4] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      sums[i % 4] += static_cast<double>(grad[i]) * static_cast<double>(task.tangent_w[row + i]);
+    }
+    sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  return sum;
+}
+
 template <typename T>
 void apply_tangents(const Problem& problem, const BackwardTask<T>& task) {
-  for (int64_t b = 0; b < problem.batch.count; ++b) {
-    const int64_t grad = task.grad_out.offset(problem.batch, b);
-    double sum = 0;
-    for (int64_t i = 0; i < problem.queries; ++i) {
-      const int64_t row = b * problem.queries + i;
-      if (task.state[2 * row + 1] == 0) {  // no key left: out is NaN, and so may be its gradient
-        if (task.grad_query) task.grad_query[row] = 0;
-        continue;
-      }
-      T g = 0;
-      read(task.grad_out, grad + i * task.grad_out.row_stride, 1, 0, &g);
-      if (task.grad_query) task.grad_query[row] = g * task.tangent_q[row];
-      if (task.grad_w) sum += static_cast<double>(g) * static_cast<double>(task.tangent_w[row]);
-    }
-    if (task.grad_w) task.grad_w[b] = sum;
+  constexpr int64_t kPart = 16384;
+  const int64_t parts = (problem.queries + kPart - 1) / kPart;
+  Buffer<double> sums(problem.batch.count * parts);
+  const double rows = static_cast<double>(problem.queries) * static_cast<double>(problem.batch.count);
+  parallel_blocks(problem.batch.count * parts, rows < kSerialPairs, [&](int64_t i) {
+    const int64_t begin = i % parts * kPart;
+    sums[i] = apply_tangents(problem, task, i / parts, begin, std::min(kPart, problem.queries - begin));
+  });
+  for (int64_t b = 0; task.grad_w && b < problem.batch.count; ++b) {
+    task.grad_w[b] = 0;
+    for (int64_t part = 0; part < parts; ++part) task.grad_w[b] += sums[b * parts + part];
   }
 }
 
@@ -452,10 +491,13 @@ STABLE_TORCH_LIBRARY_IMPL(nwfast, CPU, m) {
   using nwfast::Method;
   m.impl("native_forward", TORCH_BOX(&nwfast::forward<Method::kDense>));
   m.impl("native_backward", TORCH_BOX(&nwfast::backward<Method::kDense>));
+  m.impl("native_output", TORCH_BOX(&nwfast::output<Method::kDense>));
   m.impl("native_fgt_forward", TORCH_BOX(&nwfast::forward<Method::kFgt>));
   m.impl("native_fgt_backward", TORCH_BOX(&nwfast::backward<Method::kFgt>));
+  m.impl("native_fgt_output", TORCH_BOX(&nwfast::output<Method::kFgt>));
   m.impl("native_auto_forward", TORCH_BOX(&nwfast::forward<Method::kAuto>));
   m.impl("native_auto_backward", TORCH_BOX(&nwfast::backward<Method::kAuto>));
+  m.impl("native_auto_output", TORCH_BOX(&nwfast::output<Method::kAuto>));
   m.impl("native_fgt_compress", TORCH_BOX(&nwfast::compress));
   m.impl("native_fgt_predict", TORCH_BOX(&nwfast::predict));
 }

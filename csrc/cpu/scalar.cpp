@@ -364,9 +364,11 @@ void forward_block(const Problem& problem, const ScalarBatch<T>& batch, const Ke
     if (batch.values.finite) out = std::fmin(std::fmax(out, batch.values.low), batch.values.high);
     // fmin and fmax drop NaN.
     result.out[row] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
-    result.lse[row] = static_cast<R>(empty ? -INFINITY : rows.lse(i));
-    result.state[2 * row] = rows.shift(i);
-    result.state[2 * row + 1] = rows.total(i) * batch.weight_unit;
+    if (result.lse) result.lse[row] = static_cast<R>(empty ? -INFINITY : rows.lse(i));
+    if (result.state) {
+      result.state[2 * row] = rows.shift(i);
+      result.state[2 * row + 1] = rows.total(i) * batch.weight_unit;
+    }
     if (result.tangent_w) result.tangent_w[row] = static_cast<R>(empty ? 0 : rows.out_by_w(i));
     if (result.tangent_q) result.tangent_q[row] = static_cast<R>(empty ? 0 : rows.out_by_query(i));
   }

@@ -242,9 +242,13 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, const Kern
       if (range.finite) out = std::fmin(std::fmax(out, range.low), range.high);
       result.out[row * channels + c] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
     }
-    result.lse[row] = static_cast<R>(log_sum({shift[i] * batch.score_unit, total[i] * batch.weight_unit}));
-    result.state[2 * row] = shift[i];
-    result.state[2 * row + 1] = total[i] * batch.weight_unit;
+    if (result.lse) {
+      result.lse[row] = static_cast<R>(log_sum({shift[i] * batch.score_unit, total[i] * batch.weight_unit}));
+    }
+    if (result.state) {
+      result.state[2 * row] = shift[i];
+      result.state[2 * row + 1] = total[i] * batch.weight_unit;
+    }
   }
 }
 
