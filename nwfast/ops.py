@@ -3,7 +3,7 @@
 For each kernel (`nwfast.backends.operators`) there are two operators, `nwfast::<kernel>_forward` and
 `nwfast::<kernel>_backward`, with the contract of `nwfast.backends`. Implementations come from the C++ extensions
 (native, cuda) or from Python (numba, triton). Native kernels have a third, `nwfast::<kernel>_output`, a forward pass
-that writes only what the caller sees.
+without the state that only gradients of keys, values and key weights need.
 
 One call is routed by what surrounds it:
 
@@ -37,8 +37,8 @@ _FORWARD_SCHEMA = (
     "bool tangent_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _OUTPUT_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, bool lse) "
-    "-> (Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, bool lse, "
+    "bool tangent_w, bool tangent_q) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, "
@@ -91,7 +91,11 @@ def nadaraya_watson(
         return outputs if return_lse else (outputs, None)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = kernels.output(query, key, value, w, key_weight, exclude_self, return_lse)
+            inputs = query, key, value, w, key_weight, exclude_self
+            if kernels.stateless is None:
+                out, lse, *_ = kernels.forward(*inputs, False, False)
+            else:
+                out, lse, *_ = kernels.stateless(*inputs, return_lse, False, False)
             return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
     return _drop(out, drop), _drop(lse, drop - 1) if return_lse else None
 
@@ -207,8 +211,10 @@ def direct(
         ):
             return kernels.eager.apply(query, key, value, w, key_weight, exclude_self, return_lse, 0)
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = kernels.output(query, key, value, w, key_weight, exclude_self, return_lse)
-        return outputs if return_lse else outputs[0]
+            outputs = kernels.stateless(
+                query, key, value, w, key_weight, exclude_self, return_lse, False, False
+            )
+        return outputs[:2] if return_lse else outputs[0]
     except (RuntimeError, TypeError):
         return None
 
@@ -257,11 +263,11 @@ class _Kernels:
         torch.library.register_fake(backward_name)(_fake_backward)
         self.forward: Callable = getattr(torch.ops.nwfast, f"{name}_forward").default
         self.backward: Callable = getattr(torch.ops.nwfast, f"{name}_backward").default
-        self.output: Callable = self._forward_output
+        self.stateless: Any = None
         if name.startswith("native"):
             torch.library.define(f"nwfast::{name}_output", _OUTPUT_SCHEMA)
             torch.library.register_fake(f"nwfast::{name}_output")(_fake_output)
-            self.output = getattr(torch.ops.nwfast, f"{name}_output").default
+            self.stateless = getattr(torch.ops.nwfast, f"{name}_output").default
         _register_autograd(
             self.forward,
             lambda ctx, *grads: (*_formula(ctx, self.backward, *grads[:2]), None, None, None),
@@ -269,14 +275,11 @@ class _Kernels:
         )
         _register_autograd(self.backward, _second, _save_for_second)
 
-    def _forward_output(self, query, key, value, w, key_weight, exclude_self, lse):
-        return self.forward(query, key, value, w, key_weight, exclude_self, False, False)[:2]
-
     def __getattr__(self, name: str) -> Any:
         # Made at the first call that needs them: they would take a quarter of the time of an import.
         if name not in ("eager", "transformable"):
             raise AttributeError(name)
-        self.eager, self.transformable = _functions(self.forward, self.backward)
+        self.eager, self.transformable = _functions(self.forward, self.backward, self.stateless)
         return self.__dict__[name]
 
 
@@ -338,7 +341,7 @@ def _canonical_views(grad_out, grad_lse, query, key, value, w, key_weight, out, 
     tangents = [
         tangent.reshape(results) if tangent.numel() == out.numel() else tangent for tangent in tangents
     ]
-    state = state.reshape(*rows, 2)
+    state = state.reshape(*rows, 2) if state.numel() else state
     return grad_out, grad_lse, query, key, value, w, key_weight, out, state, *tangents, exclude_self, needs
 
 
@@ -354,7 +357,9 @@ def _gradients_need_rules() -> bool:
     )
 
 
-def _functions(forward_kernel: Callable, backward_kernel: Callable) -> tuple[Any, Any]:
+def _functions(
+    forward_kernel: Callable, backward_kernel: Callable, stateless: Callable | None
+) -> tuple[Any, Any]:
     def run_backward(*args):
         if not _gradients_need_rules():
             with torch._C._AutoDispatchBelowAutograd():
@@ -371,19 +376,17 @@ def _functions(forward_kernel: Callable, backward_kernel: Callable) -> tuple[Any
 
         @staticmethod
         def forward(ctx, query, key, value, w, key_weight, exclude_self, return_lse, drop):
-            need_query, _, _, need_w, *_ = ctx.needs_input_grad
+            need_query, need_key, need_value, need_w, need_weight, *_ = ctx.needs_input_grad
             tangents = not return_lse and _scalar(query, key, value)
+            inputs = query, key, value, w, key_weight, exclude_self
             with torch._C._AutoDispatchBelowAutograd():
-                out, lse, *computed = forward_kernel(
-                    query,
-                    key,
-                    value,
-                    w,
-                    key_weight,
-                    exclude_self,
-                    tangents and need_w,
-                    tangents and need_query,
-                )
+                if stateless and tangents and not (need_key or need_value or need_weight):
+                    # lse is not wanted, and empty as the state is to be.
+                    out, *computed = stateless(*inputs, False, need_w, need_query)
+                else:
+                    out, lse, *computed = forward_kernel(
+                        *inputs, tangents and need_w, tangents and need_query
+                    )
             ctx.save_for_backward(query, key, value, w, key_weight, out, *computed)
             ctx.exclude_self = exclude_self
             ctx.set_materialize_grads(False)
@@ -511,9 +514,11 @@ def _fake_forward(query, key, value, w, key_weight, exclude_self, tangent_w, tan
     )
 
 
-def _fake_output(query, key, value, w, key_weight, exclude_self, lse):
-    out, full_lse, *_ = _fake_forward(query, key, value, w, key_weight, exclude_self, False, False)
-    return out, full_lse if lse else full_lse.new_empty(0)
+def _fake_output(query, key, value, w, key_weight, exclude_self, lse, tangent_w, tangent_q):
+    out, full_lse, _, *tangents = _fake_forward(
+        query, key, value, w, key_weight, exclude_self, tangent_w, tangent_q
+    )
+    return out, full_lse if lse else full_lse.new_empty(0), *tangents
 
 
 def _fake_backward(

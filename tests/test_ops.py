@@ -484,6 +484,9 @@ def test_opcheck(backend, form):
             torch.library.opcheck(kernels.forward, arguments, test_utils=tests)
             with torch.no_grad():
                 out, lse, state, tangent_w, tangent_q = kernels.forward(*arguments)
+            if kernels.stateless is not None:
+                only = (*own[:4], weight, exclude_self, not scalar, scalar, scalar)
+                torch.library.opcheck(kernels.stateless, only, test_utils=("test_schema", "test_faketensor"))
             assert out.shape == (*batch, *canonical[0].shape[-2:-1], canonical[2].shape[-1])
             for needs, grad_lse in (
                 (31 if weight is not None else 15, torch.randn_like(lse)),

@@ -17,6 +17,7 @@ namespace nwfast {
 namespace fgt {
 namespace {
 
+constexpr int64_t kServed = 2048;     // keys of one task, whose sums stay in a core's cache
 constexpr int64_t kTargets = 16;      // keys that gather from the same rows
 constexpr double kSmallTotal = 0.05;  // beside the largest weight; e^-2 / 2 is the least that level zero can have
 constexpr double kSmallShift = 12;    // binary digits by which shifts make most totals small
@@ -384,7 +385,7 @@ class KeyPass {
   }
 
   void serve(const Targets<R>& targets) const {
-    parallel_blocks((targets.n + kChunk - 1) / kChunk, serial_, [&](int64_t chunk) { serve_chunk(targets, chunk); });
+    parallel_blocks((targets.n + kServed - 1) / kServed, serial_, [&](int64_t chunk) { serve_chunk(targets, chunk); });
   }
 
   // Of a chunk of keys. The pitch leaves room for what kernels write beyond the last key.
@@ -396,7 +397,7 @@ class KeyPass {
   };
 
   void serve_chunk(const Targets<R>& targets, int64_t chunk) const {
-    const int64_t begin = chunk * kChunk, end = std::min(targets.n, begin + kChunk), pitch = padded(end - begin) + 32;
+    const int64_t begin = chunk * kServed, end = std::min(targets.n, begin + kServed), pitch = padded(end - begin) + 32;
     Sums sums;
     sums.begin = begin;
     sums.pitch = pitch;

@@ -251,13 +251,15 @@ Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, c
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
 
-// What a call without gradients needs: out, and lse if asked for.
+// What calls need that have no gradient of keys: out, and of lse and the tangents what is asked for.
 template <Method method>
-std::tuple<Tensor, Tensor> output(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
-                                  const std::optional<Tensor>& key_weight, bool exclude_self, bool lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> output(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                  const Tensor& w, const std::optional<Tensor>& key_weight,
+                                                  bool exclude_self, bool lse, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  const Gradients outputs = run_forward(call, method, {lse, false, false, false});
-  return {std::get<0>(outputs), std::get<1>(outputs)};
+  check(scalar(call.problem) || !(tangent_w || tangent_q));
+  const Gradients outputs = run_forward(call, method, {lse, false, tangent_w, tangent_q});
+  return {std::get<0>(outputs), std::get<1>(outputs), std::get<3>(outputs), std::get<4>(outputs)};
 }
 
 // The gradients of query from the tangents that the forward pass saved, for n rows from the first on; returns what they
@@ -265,21 +267,23 @@ std::tuple<Tensor, Tensor> output(const Tensor& query, const Tensor& key, const 
 template <typename T>
 double apply_tangents(const Problem& problem, const BackwardTask<T>& task, int64_t b, int64_t first, int64_t n) {
   constexpr int64_t kRows = 512;
-  T grad[kRows];
+  T grad[kRows], product[kRows];
+  const int64_t stride = task.grad_out.row_stride;
   double sum = 0;
   for (int64_t begin = first; begin < first + n; begin += kRows) {
     const int64_t rows = std::min(kRows, first + n - begin), row = b * problem.queries + begin;
-    const int64_t stride = task.grad_out.row_stride;
     read(task.grad_out, task.grad_out.offset(problem.batch, b) + begin * stride, rows, stride, grad);
-    for (int64_t i = 0; i < rows; ++i) {  // with no key left out is NaN, and so may be its gradient
-      if (task.state[2 * (row + i) + 1] == 0) grad[i] = 0;
-    }
-    for (int64_t i = 0; task.grad_query && i < rows; ++i) task.grad_query[row + i] = grad[i] * task.tangent_q[row + i];
+    // A row without any key has the tangent 0, but its output is NaN, and so may be the gradient of that.
+    const auto multiply = [&](const T* tangent, T* to) {
+      for (int64_t i = 0; i < rows; ++i) {
+        to[i] = tangent[i] == 0 && std::isnan(task.out[row + i]) ? T(0) : grad[i] * tangent[i];
+      }
+    };
+    if (task.grad_query) multiply(task.tangent_q + row, task.grad_query + row);
     if (!task.grad_w) continue;
+    multiply(task.tangent_w + row, product);
     double sums[4] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      sums[i % 4] += static_cast<double>(grad[i]) * static_cast<double>(task.tangent_w[row + i]);
-    }
+    for (int64_t i = 0; i < rows; ++i) sums[i % 4] += static_cast<double>(product[i]);
     sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
   return sum;
@@ -338,6 +342,7 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
   if (problem.batch.count > 0 && (needs & (kQuery | kW)) && problem.queries > 0) {
     const bool tangents =
         !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
+    check(tangents || task.state);
     if (tangents) {
       apply_tangents(problem, task);
     } else if (!linear || !fgt_query_backward(problem, task)) {
