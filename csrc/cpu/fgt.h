@@ -66,7 +66,7 @@ constexpr int64_t kChunk = 8192;      // points of one task
 constexpr int64_t kBlock = 1024;      // points whose charges are held at once
 constexpr int64_t kCrowd = 8;         // points from which on a box has moments
 constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
-constexpr double kLevelZero = 2;  // distance to the nearest key, in bandwidths, up to which no shift is needed
+constexpr double kLevelZero = 2;      // distance to the nearest key, in bandwidths, up to which no shift is needed
 constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
 
 template <typename T>
@@ -104,7 +104,7 @@ struct Plan {
   std::vector<double> matrices;  // (orders, reach + 1, terms, pitch), from boxes that lie lower
   std::vector<double> error;     // (reach + 1) by the distance of boxes, relative to the mass of a box
   std::vector<double> least_kernel, largest_kernel;  // (reach + 1) of points of boxes so far apart
-  double tail_error = 0;         // what all keys beyond the reach add, relative to their mass
+  double tail_error = 0;                             // what all keys beyond the reach add, relative to their mass
 
   const double* matrix(int order, int64_t distance) const {
     return matrices.data() + (order * (reach + 1) + distance) * terms * pitch;

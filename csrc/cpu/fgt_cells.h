@@ -90,7 +90,8 @@ class Cells {
     for (const auto& part : found) cells_.insert(cells_.end(), part.begin(), part.end());
   }
 
-  // The first point from p on with kCrowd points (itself the first of them) within the width of a box; `end` if none is.
+  // The first point from p on with kCrowd points (itself the first of them) within the width of a box; `end` if none
+  // is.
   int64_t next_crowd(const Plan& plan, int64_t p, int64_t end) const {
     constexpr int64_t kPart = 32;  // looked through without branches
     const R width = static_cast<R>(plan.box * (1 + 1e-6));
@@ -180,8 +181,8 @@ class Expansion {
     const bool starts = last_ > first_ && cells_[first_].box == box - plan_.reach;
     const bool ends = last_ > first_ && cells_[last_ - 1].box == box + plan_.reach;
     begin_ = starts ? cells_[first_].begin : gallop(x_, n_, begin_, plan_.lower_edge(box - plan_.reach));
-    end_ = ends ? cells_[last_ - 1].end
-                : gallop(x_, n_, std::max(begin_, end_), plan_.lower_edge(box + plan_.reach + 1));
+    end_ =
+        ends ? cells_[last_ - 1].end : gallop(x_, n_, std::max(begin_, end_), plan_.lower_edge(box + plan_.reach + 1));
   }
   int64_t points() const { return end_ - begin_; }
   int64_t first_point() const { return begin_; }
@@ -190,8 +191,9 @@ class Expansion {
     return last_ - first_ + 2 * std::min(points() - crowded_, 2 * plan_.reach + 1 - (last_ - first_));
   }
 
-  // The series (orders, columns, pitch). Where charges are weights, *error grows by a bound of what it lacks: the masses
-  // of boxes times the plan's error for them, or times their largest kernel where they are too far away to matter.
+  // The series (orders, columns, pitch). Where charges are weights, *error grows by a bound of what it lacks: the
+  // masses of boxes times the plan's error for them, or times their largest kernel where they are too far away to
+  // matter.
   const double* expand(double* error) {
     gather_moments();
     int64_t reach = plan_.reach;

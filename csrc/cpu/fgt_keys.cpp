@@ -11,7 +11,7 @@
 // gathered by each key, the rest are summed at the compressed keys behind the edges of their gap and handed on from
 // there. A block of keys owns its sums, and adds to them in a fixed order.
 
-#include "fgt_rows.h"
+#include "fgt_near_rows.h"
 
 namespace nwfast {
 namespace fgt {
@@ -60,10 +60,13 @@ class KeyPass {
     make_plan<R>(data_.extent(columns_, task_.grad_key != nullptr, false), plan_);
     slots_ = plan_.orders;
     expanded_ = data_.key_range.magnitude() / plan_.box < static_cast<double>(kMostBoxes);
-    if (!read_rows()) return false;
-    if (expanded_ && data_.queries > 0) {
-      cells_.compress(plan_, data_.query, data_.queries, columns_, false, loader(), serial_);
-      fill_matrices(plan_);
+    near_ = NearRows<R>::promising(data_, plan_) && read_near_rows();
+    if (!near_) {
+      if (!read_rows()) return false;
+      if (expanded_ && data_.queries > 0) {
+        cells_.compress(plan_, data_.query, data_.queries, columns_, false, loader(), serial_);
+        fill_matrices(plan_);
+      }
     }
     sort_far_rows();
     serve({data_.key, data_.keys, true, nullptr, nullptr});
@@ -113,9 +116,16 @@ class KeyPass {
   }
 
   bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
-    double total[kBlock], plain[kBlock], share[kBlock], mean[kBlock];
+    double total[kBlock], shift[kBlock], plain[kBlock], share[kBlock], mean[kBlock];
     double *const charges = charge_.get() + begin, *const sum = charges + channels_ * data_.queries;
-    read_totals(begin, n, total, plain);
+    if (read_totals(begin, n, total, shift)) {
+      for (int64_t k = 0; k < n; ++k) {
+        const bool small = shift[k] > kSmallShift && total[k] < kSmallTotal * std::exp2(kSmallShift);
+        plain[k] = small ? 0 : shift[k] != 0 ? total[k] * std::exp2(-shift[k]) : total[k];
+      }
+    } else {
+      std::copy(total, total + n, plain);
+    }
     int odd = 0, all_near = 1;
     for (int64_t k = 0; k < n; ++k) {
       odd |= !(total[k] >= 0);
@@ -156,10 +166,9 @@ class KeyPass {
     return !odd;
   }
 
-  // Totals relative to the row's reference, and to the row itself.
-  void read_totals(int64_t begin, int64_t n, double* total, double* plain) const {
+  // Totals relative to the rows' references, and the shifts from those to the rows themselves; whether there is any.
+  bool read_totals(int64_t begin, int64_t n, double* total, double* shift) const {
     const double* const state = task_.state + 2 * b_ * problem_.queries;
-    double shift[kBlock];
     if (data_.rows_moved) {
       for (int64_t k = 0; k < n; ++k) {
         const int64_t row = data_.original_row(begin + k);
@@ -173,14 +182,9 @@ class KeyPass {
     int shifted = 0;
     for (int64_t k = 0; k < n; ++k) {
       total[k] *= data_.weight_factor;
-      plain[k] = total[k];
       shifted |= shift[k] != 0;
     }
-    for (int64_t k = 0; shifted && k < n; ++k) {
-      if (shift[k] == 0) continue;
-      const bool small = shift[k] > kSmallShift && total[k] < kSmallTotal * std::exp2(kSmallShift);
-      plain[k] = small ? 0 : total[k] * std::exp2(-shift[k]);
-    }
+    return shifted != 0;
   }
   void read_means(int64_t begin, int64_t n, int c, double* mean) const {
     const R* const out = task_.out + b_ * problem_.queries * channels_ + c;
@@ -232,6 +236,57 @@ class KeyPass {
     read(task_.grad_lse, task_.grad_lse.offset(problem_.batch, b_) + data_.original_row(i) * task_.grad_lse.row_stride,
          1, 0, &g);
     return g;
+  }
+
+  // Rows for keys to visit one by one; those that R is not precise enough for are far ones. False if keys would visit
+  // too many, or a gradient is not finite.
+  bool read_near_rows() {
+    const int64_t chunks = (data_.queries + kChunk - 1) / kChunk;
+    near_rows_.allocate(data_);
+    std::vector<std::vector<int64_t>> far(chunks);
+    std::vector<char> finite(chunks, 1);
+    parallel_blocks(chunks, serial_, [&](int64_t chunk) {
+      const int64_t end = std::min(data_.queries, (chunk + 1) * kChunk);
+      int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[chunk * kChunk]));
+      for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
+        finite[chunk] &= read_near_block(begin, std::min(kBlock, end - begin), hint, far[chunk]);
+      }
+    });
+    far_.clear();
+    for (const auto& part : far) far_.insert(far_.end(), part.begin(), part.end());
+    return std::find(finite.begin(), finite.end(), 0) == finite.end() &&
+           near_rows_.find_ranges(data_.key, data_.keys, serial_);
+  }
+
+  bool read_near_block(int64_t begin, int64_t n, int64_t& hint, std::vector<int64_t>& far) {
+    double total[kBlock], shift[kBlock], grad[kBlock], mean[kBlock], lse_grad[kBlock] = {};
+    read_totals(begin, n, total, shift);
+    read_rows_of(task_.grad_out, 0, begin, n, grad);
+    if (task_.grad_lse.data) read_rows_of(task_.grad_lse, 0, begin, n, lse_grad);
+    read_means(begin, n, 0, mean);
+    bool finite = true;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t i = begin + k;
+      finite &= total[k] >= 0;
+      if (!(total[k] > 0)) {  // without any key: no gradient
+        near_rows_.skip(i);
+        continue;
+      }
+      finite &= std::fabs(grad[k]) < INFINITY && std::fabs(lse_grad[k]) < INFINITY && std::fabs(mean[k]) < INFINITY;
+      R reference = data_.query[i];
+      if (shift[k] != 0) {
+        const Nearest found = nearest(data_, plan_, i, hint);
+        hint = found.place;
+        if (!found.level_zero) reference = static_cast<R>(found.key);
+      }
+      const double share = 1 / total[k];
+      if ((shift[k] == 0 && total[k] < kSmallTotal) ||
+          !near_rows_.put(i, data_.query[i], reference, grad[k] * share, mean[k], lse_grad[k] * share, plan_)) {
+        near_rows_.skip(i);
+        far.push_back(i);
+      }
+    }
+    return finite;
   }
 
   // Far rows are gathered one by one, or summed in groups at compressed keys.
@@ -401,17 +456,23 @@ class KeyPass {
     Sums sums;
     sums.begin = begin;
     sums.pitch = pitch;
-    sums.near.allocate(slots_ * columns_ * pitch);
-    if (data_.queries > 0) {
-      sum_level_zero(targets, begin, end, sums.near.get(), pitch);
-    } else {
-      std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
+    if (!near_) {
+      sums.near.allocate(slots_ * columns_ * pitch);
+      if (data_.queries > 0) {
+        sum_level_zero(targets, begin, end, sums.near.get(), pitch);
+      } else {
+        std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
+      }
+      if (data_.exclude) subtract_own(targets, begin, end, sums.near.get(), pitch);
     }
-    if (data_.exclude) subtract_own(targets, begin, end, sums.near.get(), pitch);
     load_values(targets, begin, end, sums);
-    if (!far_.empty()) {
-      sums.far.allocate((channels_ + slots_) * pitch);
+    if (near_ || !far_.empty()) sums.far.allocate((channels_ + slots_) * pitch);
+    if (near_) {
+      near_rows_.pull(data_, plan_, begin, end - begin, sums.far.get(), pitch);
+    } else if (!far_.empty()) {
       std::memset(sums.far.get(), 0, (channels_ + slots_) * pitch * sizeof(double));
+    }
+    if (!far_.empty()) {
       GatheredRange range;
       for (int64_t first = begin; first < end; first += kTargets) {
         gather(targets, first, std::min(kTargets, end - first), range, sums);
@@ -638,13 +699,13 @@ class KeyPass {
 
   void finish(const Targets<R>& targets, int64_t first, int64_t n, const Sums& sums) const {
     const int64_t start = first - sums.begin, pitch = sums.pitch;
-    const bool far = !far_.empty();
+    const bool far = near_ || !far_.empty();
     double weight[kBlock], result[kBlock];
     for (int64_t k = 0; k < n; ++k) weight[k] = targets.weighted && !data_.weight ? 1 : 0;
     for (int64_t k = 0; targets.weighted && data_.weight && k < n; ++k) weight[k] = data_.weight_of(first + k);
     for (int c = 0; task_.grad_value && c < channels_; ++c) {
-      const double* const near = sums.near.get() + c * pitch + start;
-      for (int64_t k = 0; k < n; ++k) result[k] = near[k];
+      const double* const near = near_ ? nullptr : sums.near.get() + c * pitch + start;
+      for (int64_t k = 0; k < n; ++k) result[k] = near_ ? 0 : near[k];
       for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[c * pitch + start + k];
       for (int64_t k = 0; k < n; ++k) result[k] *= weight[k];
       write(targets, first, n, result, task_.grad_value, channels_, c);
@@ -653,9 +714,9 @@ class KeyPass {
       R* const out = slot ? task_.grad_key : task_.grad_key_weight;
       if (!out) continue;
       const double sign = slot ? -1 : 1;  // from (k_j - x_i)
-      const double* const near = sums.near.get() + slot * columns_ * pitch + start;
-      for (int64_t k = 0; k < n; ++k) result[k] = -sign * near[channels_ * pitch + k];
-      for (int c = 0; c < channels_; ++c) {
+      const double* const near = near_ ? nullptr : sums.near.get() + slot * columns_ * pitch + start;
+      for (int64_t k = 0; k < n; ++k) result[k] = near_ ? 0 : -sign * near[channels_ * pitch + k];
+      for (int c = 0; !near_ && c < channels_; ++c) {
         const double* const value = sums.value.get() + c * pitch + start;
         for (int64_t k = 0; k < n; ++k) result[k] += sign * value[k] * near[c * pitch + k];
       }
@@ -689,7 +750,8 @@ class KeyPass {
   Plan plan_;
   Cells<R> cells_;
   int channels_ = 1, columns_ = 2, slots_ = 1;
-  bool expanded_ = false;
+  bool expanded_ = false, near_ = false;
+  NearRows<R> near_rows_;     // where near_
   Buffer<double> charge_;     // (columns, queries)
   std::vector<int64_t> far_;  // rows that are relative to their nearest key
   std::vector<Nearest> found_;

@@ -1,8 +1,8 @@
 // Rows with few keys in their windows, one channel: sums over the keys one by one, in the precision of the input.
 //
-// A vector of ascending rows (one a lane) shares one window; where many keys lie between the rows, each row has its own,
-// and the lanes hold keys. Little is searched: places move up along the keys with the rows, a vector of comparisons at a
-// time.
+// A vector of ascending rows (one a lane) shares one window; where many keys lie between the rows, each row has its
+// own, and the lanes hold keys. Little is searched: places move up along the keys with the rows, a vector of
+// comparisons at a time.
 //
 // Windows: all keys from log_span on (half the squared distance beyond the nearest key's) add a negligible share. Where
 // at most `few` of them lie nearer than that, already those from near_span on do.
@@ -18,8 +18,6 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
-
-constexpr double kNearAlways = 3;
 
 // How many of the lanes are set.
 template <typename T>
@@ -248,8 +246,8 @@ struct NearWindow {
   }
 };
 
-// How far windows reach, squared, beyond the distance of the nearest key: wide ones, and narrow ones, which do where few
-// keys lie between the two; the wide one is at most `farther` wider on either side.
+// How far windows reach, squared, beyond the distance of the nearest key: wide ones, and narrow ones, which do where
+// few keys lie between the two; the wide one is at most `farther` wider on either side.
 template <typename T>
 struct NearSpans {
   T wide, narrow, farther;
@@ -275,8 +273,8 @@ NWFAST_INLINE bool exact_differences(T bottom, T top) {
   return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
 }
 
-// A vector of rows over a common window, the first key not below them being `first`. False if it holds too many keys, or
-// T is not precise enough.
+// A vector of rows over a common window, the first key not below them being `first`. False if it holds too many keys,
+// or T is not precise enough.
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
 NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows, int64_t first,
                             NearWindow<T>& window) {
@@ -335,7 +333,8 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
   if (kMasked && left == excluded) --left;
   if (kMasked && right == excluded) ++right;
   const T below = left >= 0 ? x - key[left] : static_cast<T>(INFINITY);
-  const T above = right < task.keys ? key[right] - x : static_cast<T>(INFINITY), nearest = below <= above ? below : above;
+  const T above = right < task.keys ? key[right] - x : static_cast<T>(INFINITY),
+          nearest = below <= above ? below : above;
   if (!(nearest < INFINITY)) return false;
   const T reference = key[below <= above ? left : right];
 
@@ -344,14 +343,16 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
   for (T span = spans.narrow;; span = spans.wide) {
     const T reach = __builtin_sqrt(nearest * nearest + span), slack = (__builtin_fabs(x) + reach) * kSlack<T>;
     const T low = x - reach - slack, high = x + reach + slack;
-    while (end < task.keys && (end == first || key[end - 1] < high)) end = end + kKeys < task.keys ? end + kKeys : task.keys;
+    while (end < task.keys && (end == first || key[end - 1] < high))
+      end = end + kKeys < task.keys ? end + kKeys : task.keys;
     while (begin > 0 && (begin == first || !(key[begin] < low))) begin = begin > kKeys ? begin - kKeys : 0;
     if (end - begin > task.most_alone) return false;
     if (begin < first) bottom = key[begin];
     if (end > first) top = key[end - 1];
     if (span == spans.wide || few_beyond(task, begin, end, low - spans.farther, high + spans.farther)) break;
   }
-  if (!exact_differences(bottom, top) && nearest * static_cast<T>(task.scale) > static_cast<T>(kNearAlways)) return false;
+  if (!exact_differences(bottom, top) && nearest * static_cast<T>(task.scale) > static_cast<T>(kNearAlways))
+    return false;
 
   const Vec<T> w = splat(static_cast<T>(task.scale));
   const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));

@@ -14,7 +14,7 @@ namespace nwfast {
 namespace fgt {
 
 constexpr int64_t kGroup = 8;           // rows that are summed together directly
-constexpr int64_t kNearKeys = 64;      // keys in the common window of a vector of rows that are summed one by one
+constexpr int64_t kNearKeys = 64;       // keys in the common window of a vector of rows that are summed one by one
 constexpr int64_t kNearSpread = 48;     // keys between the rows of a vector from which on rows are summed singly
 constexpr int64_t kAloneKeys = 128;     // the same of a single row, where queries are sparse
 constexpr int64_t kFewKeys = 64;        // just beyond that window
@@ -115,6 +115,13 @@ inline int level_of(double distance) {
   return distance <= kLevelZero ? 0 : static_cast<int>(std::ceil(std::log2(distance / kLevelZero)));
 }
 
+// Whether R has the range for sums one by one (fgt_near.h).
+template <typename R>
+bool near_suits(const Data<R>& data, const Plan& plan) {
+  return data.channels == 1 && data.weight_span < kNearWeightSpan && data.weight_factor < 1e38 &&
+         plan.scale > kNearLeast && plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30;
+}
+
 template <typename R, typename Finish>
 class RowPass {
  public:
@@ -126,8 +133,7 @@ class RowPass {
         finish_(finish),
         columns_(data.channels + 1),
         slots_(plan.orders),
-        near_counts_(data.channels == 1 && data.weight_span < kNearWeightSpan && plan.scale > kNearLeast &&
-                     data.weight_factor < 1e38 && plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30),
+        near_counts_(near_suits(data, plan)),
         table_(fgt_kernels<R>()) {}
 
   void run(bool serial) {
@@ -267,8 +273,8 @@ class RowPass {
     return table_.near(task);
   }
 
-  // Adds rows [begin, end) of a box, at most kEvaluated, to those that wait for their results. Rows that are not accurate
-  // enough are summed again.
+  // Adds rows [begin, end) of a box, at most kEvaluated, to those that wait for their results. Rows that are not
+  // accurate enough are summed again.
   void evaluate(int64_t begin, int64_t end, double centre, const double* local, double error, Expanded& expanded,
                 Scratch& scratch, std::vector<int64_t>& far) const {
     if (expanded.end != begin || end - expanded.begin > kEvaluated) expanded.finish(finish_);

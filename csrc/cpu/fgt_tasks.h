@@ -22,7 +22,8 @@ struct FgtMoments {
   double* moments;  // (columns, terms)
 };
 
-constexpr int kMostTerms = 24;  // of an expansion
+constexpr int kMostTerms = 24;     // of an expansion
+constexpr double kNearAlways = 3;  // bandwidths from the nearest key up to which rounded differences do (fgt_near.h)
 
 // Adds to the local expansion of a box what boxes below and above it send, for each column. Boxes that lie equally far
 // on either side share a matrix K: from above the entry for terms n and m is sign (-1)^(n + m) K[n][m], so that even
@@ -32,9 +33,9 @@ struct FgtTranslate {
   int columns;
   double sign;  // 1 for an even kernel, -1 for an odd one
   int64_t pairs;
-  const double* const* matrix;  // (pairs)
+  const double* const* matrix;                // (pairs)
   const double *const *below, *const *above;  // (pairs), moments (columns, terms) each
-  double* local;                // (columns, pitch)
+  double* local;                              // (columns, pitch)
 };
 
 // Power series at the points of a box: sum_m local_m s_i^m.
@@ -131,6 +132,28 @@ struct FgtPull {
   int64_t sums_pitch;
 };
 
+constexpr int64_t kNearTargets = 8;
+
+// The same for one channel with few sources around each target, in T, written and not added. Each kNearTargets targets
+// have a range of sources.
+template <typename T>
+struct FgtNearPull {
+  const T* target;
+  int64_t targets;
+  const T* value;
+  int64_t value_stride;
+  T centre;
+  const T *source, *reference;
+  const int64_t* excluded;  // (sources) place of the target that a source leaves out, or null
+  int64_t first_target;     // place of the first target
+  const T *grad, *mean, *lse_grad;
+  const int64_t* ranges;  // (targets / kNearTargets, 2)
+  double scale;
+  bool offsets;
+  double* sums;  // (2 + offsets, sums_pitch), padded
+  int64_t sums_pitch;
+};
+
 // Results of rows of one channel from their sums (FgtDirect): with total S_0 and value S_1,
 //   out = centre + S_1 / S_0, within [low, high],   lse = log(unit S_0) - (w apart)^2 / 2,
 //   state = ((w apart)^2 log2(e) / 2, unit S_0),   tangents as asked for. A row with S_0 = 0 gets NaN, -infinity, 0.
@@ -154,6 +177,7 @@ struct FgtKernels {
   int64_t (*near)(const FgtNear<T>&);  // returns how many rows it summed
   void (*gather)(const FgtGather<T>&);
   void (*pull)(const FgtPull<T>&);
+  void (*near_pull)(const FgtNearPull<T>&);
   void (*finish)(const FgtFinish<T>&);
 };
 
