@@ -154,9 +154,12 @@ NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t e
   const Vec<T> apart = x - reference, twice = apart + apart, w = splat(static_cast<T>(task.scale));
   const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));
   const auto add = [&](int64_t j, NearSums<T, kOffsets, kScores>& part) __attribute__((always_inline)) {
-    const Vec<T> difference = reference - splat(task.key[j]), mirrored = difference + twice;
+    Vec<T> difference = reference - splat(task.key[j]);
+    const IntVec<T> left_out = excluded == static_cast<int>(j - begin);
+    if (kMasked) difference = select<T>(left_out, Vec<T>{}, difference);  // such a key may be nearer than the reference
+    const Vec<T> mirrored = difference + twice;
     Vec<T> weight = near_weight((difference * factor) * mirrored);
-    if (kMasked) weight = select<T>(excluded == static_cast<int>(j - begin), Vec<T>{}, weight);
+    if (kMasked) weight = select<T>(left_out, Vec<T>{}, weight);
     if (task.weight) weight = weight * splat(task.weight[j] * task.weight_factor);
     part.add(weight, splat(task.value[j * task.value_stride] - task.centre), difference, mirrored, w);
   };
@@ -172,12 +175,12 @@ NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t e
   part.flush(sums);
 }
 
-// A vector from each place, zeros beyond the end.
+// A vector from each place, the last number again beyond the end.
 template <typename T>
 NWFAST_INLINE Vec<T> load_strided(const T* x, int64_t stride, int64_t count) {
   if (stride == 1 && count >= kLanes<T>) return load(x);
-  T lanes[kLanes<T>] = {};
-  for (int64_t lane = 0; lane < kLanes<T> && lane < count; ++lane) lanes[lane] = x[lane * stride];
+  T lanes[kLanes<T>];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = x[(lane < count ? lane : count - 1) * stride];
   return load(lanes);
 }
 
@@ -361,14 +364,15 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
   NearSums<T, kOffsets, kScores> part;
   for (int64_t j = begin, blocks = 1; j < end; j += kKeys, ++blocks) {
     const int64_t there = end - j;
-    const Vec<T> difference = from - load_strided(key + j, 1, there), mirrored = difference + twice;
-    Vec<T> weight = near_weight((difference * factor) * mirrored);
-    if (there < kKeys) weight = select<T>(lane_numbers<T>() < static_cast<int>(there), weight, Vec<T>{});
+    Vec<T> difference = from - load_strided(key + j, 1, there);
+    IntVec<T> counts = lane_numbers<T>() < static_cast<int>(there < kKeys ? there : kKeys);
     if (kMasked) {
       const int64_t at = excluded - j;
-      const int lane = static_cast<int>(at >= 0 && at < kKeys ? at : -1);
-      weight = select<T>(lane_numbers<T>() == lane, Vec<T>{}, weight);
+      counts = counts & (lane_numbers<T>() != static_cast<int>(at >= 0 && at < kKeys ? at : -1));
+      difference = select<T>(counts, difference, Vec<T>{});
     }
+    const Vec<T> mirrored = difference + twice;
+    Vec<T> weight = select<T>(counts, near_weight((difference * factor) * mirrored), Vec<T>{});
     if (task.weight) weight = weight * (load_strided(task.weight + j, 1, there) * task.weight_factor);
     const Vec<T> value = load_strided(task.value + j * task.value_stride, task.value_stride, there);
     part.add(weight, value - splat(task.centre), difference, mirrored, w);

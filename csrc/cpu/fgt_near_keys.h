@@ -24,12 +24,12 @@ NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t 
 #pragma GCC unroll 2
     for (; i < stop; ++i) {
       const T reference = task.reference[i], apart = task.source[i] - reference;
-      const Vec<T> difference = splat(reference) - u;
+      Vec<T> difference = splat(reference) - u;
+      const int64_t at = kMasked ? task.excluded[i] - task.first_target - first : -1;
+      const IntVec<T> left_out = lanes == static_cast<int>(at >= 0 && at < kLanes<T> ? at : -1);
+      if (kMasked) difference = select<T>(left_out, Vec<T>{}, difference);
       Vec<T> weight = near_weight((difference * factor) * (difference + splat(2 * apart)));
-      if (kMasked) {
-        const int64_t at = task.excluded[i] - task.first_target - first;
-        weight = select<T>(lanes == static_cast<int>(at >= 0 && at < kLanes<T> ? at : -1), Vec<T>{}, weight);
-      }
+      if (kMasked) weight = select<T>(left_out, Vec<T>{}, weight);
       const Vec<T> pull = (splat(task.grad[i]) * (value - splat(task.mean[i])) + splat(task.lse_grad[i])) * weight;
       total += weight * splat(task.grad[i]);
       pulled += pull;
