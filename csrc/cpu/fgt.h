@@ -16,19 +16,20 @@
 // chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
 // threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
 // of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
-// turned into powers): local_m = sum_n K_o[n][m] moment_n. Keys in boxes that are not crowded get moments on the spot.
+// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes that are not crowded get moments on the spot.
 // With factors d and d^2 in the kernel the same moments give the sums that the derivatives by q and w need. Evaluate:
 // Horner's scheme at the queries of the box. Directly (RowPass::direct): where a query's window holds few keys, or a
 // box few queries, pairs are summed one by one, lanes holding queries. The window of a query that is delta from its
 // nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and sums are relative to k* (the reference r) where delta > 2:
 //   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
 // Which way is taken follows from counts alone. With one channel and few keys (RowPass::near, fgt_near.h), rows go by
-// vectors in the precision of the input: no box, no search, no conversion.
+// vectors in the precision of the input: no box, no search, no conversion; so do keys with few rows (NearRows).
 //
-// Which expansions to trust. Expansion adds up the plan's error times the mass of each box, plus what all keys beyond
-// the reach could add: a bound of the absolute error of S. A row whose total is not well above it (a gap, a lone key
-// beside a distant crowd, key weights of many decades, a leave-one-out row dominated by its own key) is summed again
-// with care. No level, and no nearest key, has to be known beforehand, and dense data never look for one.
+// Which expansions to trust. Expansion adds up the plan's error times the mass of each box, plus what boxes that it
+// leaves out and all keys beyond the reach could add: a bound of the absolute error of S. A row whose total is not well
+// above it (a gap, a lone key beside a distant crowd, key weights of many decades, a leave-one-out row dominated by its
+// own key) is summed again with care. No level, and no nearest key, has to be known beforehand, and dense data never
+// look for one.
 //
 // With care: directly where the window holds at most kDirectKeys keys. Otherwise (RowPass::run_far) the row lies in a
 // gap between two neighbouring keys, or beyond an end. Keys on either side, z behind the edge of the gap, count exp(-z
