@@ -43,8 +43,9 @@ class KeyIndex:
     Notes
     -----
     Memory: a sorted copy of what is given, the order (8 bytes a key) and the compressed keys of the last w: most where
-    a box holds about 8 keys, then up to 24 bytes a key for each channel and one more. Gradients reach key, value and key_weight as well as w and query; calls that need one
-    visit all keys, in their sorted order. The tensors that were given must not be changed in place afterwards.
+    a box holds about 8 keys, then up to 24 bytes a key for each channel and one more. Gradients reach key, value and
+    key_weight as well as w and query; calls that need one visit all keys, in their sorted order. The tensors that were
+    given must not be changed in place afterwards.
 
     Examples
     --------

@@ -16,11 +16,12 @@
 // chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
 // threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
 // of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
-// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes that are not crowded get moments on the spot.
-// With factors d and d^2 in the kernel the same moments give the sums that the derivatives by q and w need. Evaluate:
-// Horner's scheme at the queries of the box. Directly (RowPass::direct): where a query's window holds few keys, or a
-// box few queries, pairs are summed one by one, lanes holding queries. The window of a query that is delta from its
-// nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and sums are relative to k* (the reference r) where delta > 2:
+// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes
+// that are not crowded get moments on the spot. With factors d and d^2 in the kernel the same moments give the sums
+// that the derivatives by q and w need. Evaluate: Horner's scheme at the queries of the box. Directly
+// (RowPass::direct): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
+// holding queries. The window of a query that is delta from its nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and
+// sums are relative to k* (the reference r) where delta > 2:
 //   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
 // Which way is taken follows from counts alone. With one channel and few keys (RowPass::near, fgt_near.h), rows go by
 // vectors in the precision of the input: no box, no search, no conversion; so do keys with few rows (NearRows).
