@@ -285,6 +285,16 @@ def test_error_in_float32_near_and_far():
         assert error <= 2.0**-23, f"w = {w}: {error}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("w", [300.0, 1e3, 3e3, 1e4, 1e5])
+def test_queries_far_apart_among_many_keys(w, dtype):
+    """Each has its own window."""
+    generator = np.random.default_rng(12)
+    key = torch.from_numpy(np.sort(generator.uniform(-2, 3, 30_000))).to(dtype)
+    query = torch.from_numpy(np.sort(generator.uniform(-2.01, 3.01, 300))).to(dtype)
+    assert_forward(query, key, torch.sin(3 * key) + 0.1 * torch.randn(30_000, dtype=dtype), w)
+
+
 @pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -135), (torch.float64, -1060)])
 def test_key_weights_below_the_normal_numbers(dtype, exponent):
     """The factor that brings them to 1 is beyond the dtype; few keys a window or many."""

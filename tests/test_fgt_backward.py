@@ -66,6 +66,34 @@ def test_gradients_at_every_bandwidth(kind, w, dtype):
     assert_backward(query, key, torch.sin(key - key[0]), w)
 
 
+@pytest.mark.parametrize("keys_a_bandwidth", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_with_few_rows_around_each_key(dtype, exclude_self, keys_a_bandwidth):
+    """Rows are visited one by one, some of them across 0, where float32 differences are not exact; lse has a gradient."""
+    generator = np.random.default_rng(5)
+    key, query = (torch.from_numpy(np.sort(generator.uniform(-1, 4, 2000))).to(dtype) for _ in range(2))
+    query = key if exclude_self else query
+    tensors = query, key, torch.sin(3 * key), torch.tensor(400 / keys_a_bandwidth, dtype=dtype)
+    grads = torch.randn(2, 2000, dtype=dtype)
+    found = fgt_gradients(tensors, *grads, exclude_self=exclude_self)
+    wide = [tensor.double().clone().requires_grad_() for tensor in tensors]
+    result = nwfast.nadaraya_watson(*wide, exclude_self=exclude_self, return_lse=True, backend="reference")
+    for actual, expected in zip(found, torch.autograd.grad(result, wide, tuple(grads.double())), strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert error <= (1e-11 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("distance", [3.6, 3.75, 3.9])
+def test_gradients_at_the_verge_of_what_is_expanded(distance):
+    """A crowd of queries sees a small crowd of keys from so far that its sums are just large enough to be expanded."""
+    generator = np.random.default_rng(6)
+    rest = np.linspace(40, 60, 3000)
+    key = torch.from_numpy(np.r_[np.sort(generator.uniform(0, 1e-3, 52)), rest])
+    query = torch.from_numpy(np.r_[np.sort(distance + generator.uniform(0, 1e-3, 3000)), rest])
+    assert_backward(query, key, torch.sin(1e3 * key), 1.0)
+
+
 @given(problems())
 def test_gradients_of_few_points(problem):
     query, key, value, w = problem
