@@ -2,8 +2,8 @@
 
 For each kernel (`nwfast.backends.operators`) there are two operators, `nwfast::<kernel>_forward` and
 `nwfast::<kernel>_backward`, with the contract of `nwfast.backends`. Implementations come from the C++ extensions
-(native, cuda) or from Python (numba, triton). Native kernels have a third, `nwfast::<kernel>_output`, a forward pass
-that writes only what the caller sees.
+(native, cuda) or from Python (numba, triton). The CPU's kernels have a third, `nwfast::<kernel>_output`, a forward
+pass that writes only what the caller sees.
 
 One call is routed by what surrounds it:
 
@@ -258,7 +258,7 @@ class _Kernels:
         self.forward: Callable = getattr(torch.ops.nwfast, f"{name}_forward").default
         self.backward: Callable = getattr(torch.ops.nwfast, f"{name}_backward").default
         self.output: Callable = self._forward_output
-        if name.startswith("native"):
+        if name.startswith(("native", "numba")):
             torch.library.define(f"nwfast::{name}_output", _OUTPUT_SCHEMA)
             torch.library.register_fake(f"nwfast::{name}_output")(_fake_output)
             self.output = getattr(torch.ops.nwfast, f"{name}_output").default
@@ -549,7 +549,8 @@ def _fake_backward(
 
 def _register_python(name: str, *dispatch_keys: str) -> None:
     """Register a kernel that is a Python module, imported at the first call."""
-    for function in "forward", "backward":
+    functions = ("forward", "output", "backward") if name.startswith("numba") else ("forward", "backward")
+    for function in functions:
         for dispatch_key in dispatch_keys:
             torch.library.impl(f"nwfast::{name}_{function}", dispatch_key, _implementation(name, function))
 

@@ -51,6 +51,13 @@ def forward(
     return out, lse, state, by_w, by_q
 
 
+def output(*inputs_and_lse) -> tuple[Tensor, Tensor]:
+    """out and, if asked for, lse: see `nwfast.backends`."""
+    *inputs, with_lse = inputs_and_lse
+    out, lse, *_ = forward(*inputs, False, False)
+    return out, lse if with_lse else lse.new_empty(0)
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -15,7 +15,7 @@ from . import numba as dense
 from .numba import run_units
 from .numba_fgt_boxes import translate
 from .numba_fgt_data import Data, as_double, places_in_order
-from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan
+from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan, no_plan
 from .numba_fgt_rows import Rows
 from .numba_fgt_steps import cut, moments_of, sum_with_care
 from .numba_math import DIGEST, EXACT, LN2
@@ -34,15 +34,10 @@ def compile_series(digest: str) -> Callable:
     @njit(cache=True, **EXACT)
     def box_series(boxes, number, moments, matrices, result, first, last):
         digest  # noqa: B018
-        columns, terms = result.shape[1], result.shape[2]
+        reaches = np.full(GROUP, len(matrices) // 2)
         for unit in range(first, last):
             begin, end = unit * GROUP, min((unit + 1) * GROUP, len(boxes))
-            series = np.zeros((columns, terms, end - begin))
-            translate(boxes[begin:end], number, moments, matrices, 0, series)
-            for box in range(begin, end):
-                for c in range(columns):
-                    for m in range(terms):
-                        result[box, c, m] = series[c, m, box - begin]
+            translate(boxes[begin:end], reaches, number, moments, matrices, 0, result[begin:end])
 
     return box_series
 
@@ -139,7 +134,7 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
     """The plan, the numbers of boxes that get a series, the series, and the least totals that they serve."""
     nothing = np.empty(0, np.int64), np.empty((0, 1 + data.channels, 4)), np.empty(0)
     if not len(data.key):
-        return Plan(0.0, 0.0, False, 4, np.empty((1, 4, 4)), np.zeros(1), 0.0, 0.0), *nothing
+        return no_plan(4, 0.0), *nothing
     plan = make_plan(accuracy, abs(data.w), data.key, data.key[:0], wide=True)
     if not plan.width:
         return plan, *nothing

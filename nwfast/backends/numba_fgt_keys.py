@@ -53,20 +53,18 @@ def compile_near_keys(digest: str) -> Callable:
     ):
         digest  # noqa: B018
         columns, terms, pieces = moments.shape[1], matrices.shape[1], len(boxes)
-        marks, doubled = np.empty(BLOCK), np.empty(BLOCK)
-        own_terms = np.empty(terms)
+        marks, series = np.empty(BLOCK), np.empty((group, columns, terms))
+        reaches = np.full(group, len(matrices) // 2)
         for unit in range(first, last):
             begin, end = unit * group, min((unit + 1) * group, pieces)
-            series = np.zeros((columns, terms, end - begin))
-            translate(boxes[begin:end], number, moments, matrices, 0, series)
+            translate(boxes[begin:end], reaches, number, moments, matrices, 0, series)
             for piece in range(begin, end):
                 for at in range(start[piece], stop[piece], BLOCK):
                     n = min(BLOCK, stop[piece] - at)
-                    to_marks(key[at : at + n], centre[piece], scale, n, marks, doubled)
+                    to_marks(key[at : at + n], centre[piece], scale, marks)
                     for c in range(columns):
-                        for m in range(terms):
-                            own_terms[m] = series[c, m, piece - begin]
-                        evaluate_slopes(own_terms, marks, n, values[c, at : at + n], slopes[c, at : at + n])
+                        by_value, by_slope = values[c, at : at + n], slopes[c, at : at + n]
+                        evaluate_slopes(series[piece - begin, c], marks, n, by_value, by_slope)
                         for j in range(at, at + n):
                             slopes[c, j] *= scale
                     if len(owner) > 0:

@@ -39,12 +39,13 @@ class Pieces(NamedTuple):
 
 
 class Near(NamedTuple):
-    """Boxes of keys and of queries, which of them take part in translations, and the bound of each query box."""
+    """Boxes of keys and of queries, which of them take part in translations, and reach and bound of each query box."""
 
     keys: Boxes
     queries: Boxes
     chosen: np.ndarray
     needed: np.ndarray
+    reaches: np.ndarray
     bound: np.ndarray
 
 
@@ -103,9 +104,10 @@ def reduce_pieces(
     """Moments of pieces, and their sums in order for each box."""
 
     def run(first: int, last: int) -> None:
-        units.moments(x, charges, pieces.start, pieces.stop, pieces.centre, scale, result, first, last)
+        about = pieces.start, pieces.stop, pieces.centre, scale, pieces.group
+        units.moments(x, charges, *about, result, first, last)
 
-    run_units(run, len(pieces.box), serial=False)
+    run_units(run, -(-len(pieces.box) // pieces.group))
     if len(pieces.box) == boxes:
         return result
     return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
@@ -115,11 +117,11 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
     """Which boxes take part in translations."""
     if not plan.width or not len(data.query):
         none = Boxes(NO_PLACES, np.zeros(1, np.int64))
-        return Near(none, none, NO_PLACES, NO_PLACES, NO_FLOATS)
+        return Near(none, none, NO_PLACES, NO_PLACES, NO_PLACES, NO_FLOATS)
     keys, queries = cut(data.key, plan), cut(data.query, plan)
     mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
-    bound = np.empty(len(queries.number))
+    reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
     units.choose(
         queries.number,
         queries.start,
@@ -129,12 +131,16 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
         plan.terms,
         1 + data.channels,
         plan.error,
+        plan.least_kernel,
+        plan.largest_kernel,
         plan.tail * mass.sum(),
+        accuracy.accept,
         chosen,
         needed,
+        reaches,
         bound,
     )
-    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], bound)
+    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], reaches, bound)
 
 
 def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: int) -> None:
@@ -176,7 +182,8 @@ def near_rows(
 ) -> None:
     """Finish the rows of the chosen boxes as far as the series serve them."""
     pieces = pieces_of(near.queries.number[near.chosen], start, stop, plan)
-    bound = near.bound[near.chosen][pieces.box]
+    box = near.chosen[pieces.box]
+    reaches, bound = near.reaches[box], near.bound[box]
     number = near.keys.number[near.needed]
 
     def run(first: int, last: int) -> None:
@@ -191,6 +198,7 @@ def near_rows(
             pieces.centre,
             2 / plan.width,
             pieces.group,
+            reaches,
             number,
             moments,
             plan.matrices,
