@@ -16,7 +16,7 @@ BLOCK = 256  # points at once, so that what is held of them stays in the first c
 PAD = 16  # vector loops have no rest where their lengths are multiples of this
 HELD = 1024  # points whose charges are loaded at once
 PIECE = 4096  # points of one box that one task takes at most
-GROUP = 32  # boxes that are translated at once, a multiple of PAD
+GROUP = 32  # boxes that are translated at once: a constant, so that loops over them need neither tests nor rests
 NEGLIGIBLE = 0.1  # share of the accepted error for boxes that are left out
 UNIT = 8192  # points of one task, about
 
@@ -241,6 +241,11 @@ def load_charges(charges, at, n, loaded):
             loaded[0, i] = weight[at + i] * charges.scale
     else:
         loaded[0, :n] = 1.0
+    if value.shape[1] == 1:  # which is contiguous
+        column, middle = value.ravel()[at:], charges.middle[0]
+        for i in range(n):
+            loaded[1, i] = (column[i] - middle) * loaded[0, i]
+        return
     for c in range(value.shape[1]):
         middle = charges.middle[c]
         for i in range(n):
@@ -294,32 +299,30 @@ def compile_moments(digest: str) -> Callable:
 
 
 @njit(**EXACT)
-def collect(moments, c, number, first, base, lanes, orders, given, present):
+def collect(moments, c, number, first, base, orders, given, present):
     """Moments of column c of the boxes from number base on, (order, term, lane), zeros where there is no box.
 
     For orders 1 and 2 also those with the charges times the marks and their squares, by t T_n = (T_n+1 + T_|n-1|) / 2.
     """
     terms = given.shape[1]
-    given[:, :, :lanes] = 0.0
-    present[:lanes] = False
+    given[:] = 0.0
+    present[:] = False
     place = first
-    while place < len(number) and number[place] < base + lanes:
+    while place < len(number) and number[place] < base + len(present):
         i = number[place] - base
         present[i] = True
         for n in range(terms):
-            here = moments[place, c, n]
-            given[0, n, i] = here
+            m0 = moments[place, c, n]
+            given[0, n, i] = m0
             if orders > 0:
                 given[1, n, i] = 0.5 * (moments[place, c, n + 1] + moments[place, c, abs(n - 1)])
             if orders > 1:
-                given[2, n, i] = 0.25 * (
-                    moments[place, c, n + 2] + 2 * here + moments[place, c, abs(n - 2)]
-                )
+                given[2, n, i] = 0.25 * (moments[place, c, n + 2] + 2 * m0 + moments[place, c, abs(n - 2)])
         place += 1
 
 
 @njit(**EXACT)
-def fold(given, order, o, reach, lanes, even, odd):
+def fold(given, order, o, reach, even, odd):
     """What the even and the odd powers of target boxes take from the sources o boxes lower and higher.
 
     The matrix K of the lower box serves both: that of the higher one is (-1)^(n + m) K[n, m]. Marks of the sources
@@ -328,40 +331,41 @@ def fold(given, order, o, reach, lanes, even, odd):
     low, high, shift = reach - o, reach + o, 2.0 * o
     for n in range(given.shape[1]):
         sign = 0.0 if o == 0 else 1.0 - 2.0 * (n & 1)
-        to_even, to_odd, below, above = even[n], odd[n], given[0, n, low:], given[0, n, high:]
+        below, above = given[0, n, low:], given[0, n, high:]
         if order == 0:
-            for i in range(lanes):
+            for i in range(GROUP):
                 a, b = below[i], sign * above[i]
-                to_even[i] = a + b
-                to_odd[i] = a - b
-        elif order == 1:
-            below_1, above_1 = given[1, n, low:], given[1, n, high:]
-            for i in range(lanes):
+                even[n, i] = a + b
+                odd[n, i] = a - b
+            continue
+        below_1, above_1 = given[1, n, low:], given[1, n, high:]
+        if order == 1:
+            for i in range(GROUP):
                 a = below_1[i] - shift * below[i]
                 b = sign * (above_1[i] + shift * above[i])
-                to_even[i] = a + b
-                to_odd[i] = a - b
-        else:
-            below_1, above_1 = given[1, n, low:], given[1, n, high:]
-            below_2, above_2 = given[2, n, low:], given[2, n, high:]
-            for i in range(lanes):
-                a = below_2[i] - shift * (2 * below_1[i] - shift * below[i])
-                b = sign * (above_2[i] + shift * (2 * above_1[i] + shift * above[i]))
-                to_even[i] = a + b
-                to_odd[i] = a - b
+                even[n, i] = a + b
+                odd[n, i] = a - b
+            continue
+        below_2, above_2 = given[2, n, low:], given[2, n, high:]
+        for i in range(GROUP):
+            a = below_2[i] - shift * (2 * below_1[i] - shift * below[i])
+            b = sign * (above_2[i] + shift * (2 * above_1[i] + shift * above[i]))
+            even[n, i] = a + b
+            odd[n, i] = a - b
 
 
 @njit(**EXACT)
-def add_eight(matrix, n, m, folded, lanes, local):
-    """Add the moments n .. n + 3 of a group of boxes, times their matrix entries, to the powers m and m + 2."""
-    a0, a1, a2, a3 = matrix[n, m], matrix[n + 1, m], matrix[n + 2, m], matrix[n + 3, m]
-    b0, b1, b2, b3 = matrix[n, m + 2], matrix[n + 1, m + 2], matrix[n + 2, m + 2], matrix[n + 3, m + 2]
-    f0, f1, f2, f3 = folded[n], folded[n + 1], folded[n + 2], folded[n + 3]
-    to_a, to_b = local[m], local[m + 2]
-    for i in range(lanes):
-        p, q, r, s = f0[i], f1[i], f2[i], f3[i]
-        to_a[i] += (a0 * p + a1 * q) + (a2 * r + a3 * s)
-        to_b[i] += (b0 * p + b1 * q) + (b2 * r + b3 * s)
+def multiply(matrix, parity, folded, local):
+    """Add the moments of a group of boxes, times their matrix entries, to the even or the odd powers."""
+    for m in range(parity, len(matrix), 4):
+        for n in range(0, len(matrix), 4):
+            a0, a1, a2, a3 = matrix[n, m], matrix[n + 1, m], matrix[n + 2, m], matrix[n + 3, m]
+            m2 = m + 2
+            b0, b1, b2, b3 = matrix[n, m2], matrix[n + 1, m2], matrix[n + 2, m2], matrix[n + 3, m2]
+            for i in range(GROUP):
+                p, q, r, s = folded[n, i], folded[n + 1, i], folded[n + 2, i], folded[n + 3, i]
+                local[m, i] += (a0 * p + a1 * q) + (a2 * r + a3 * s)
+                local[m2, i] += (b0 * p + b1 * q) + (b2 * r + b3 * s)
 
 
 @njit(**EXACT)
@@ -381,27 +385,35 @@ def translate(boxes, reaches, number, moments, matrices, orders, series):
         while end < len(boxes) and boxes[end] - boxes[begin] < GROUP:
             reach = max(reach, reaches[end])
             end += 1
-        lanes = padded(boxes[end - 1] - boxes[begin] + 1)
-        base = boxes[begin] - reach
-        first = lower_bound(number, base)
+        first = lower_bound(number, boxes[begin] - middle)
         for c in range(columns):
-            collect(moments, c, number, first, base, lanes + 2 * reach, orders, given, present)
+            collect(moments, c, number, first, boxes[begin] - middle, orders, given, present)
             for order in range(orders + 1):
                 local[:] = 0.0
                 for o in range(reach, -1, -1):
-                    if not (present[reach - o : reach - o + lanes].any()
-                            or present[reach + o : reach + o + lanes].any()):
-                        continue
-                    fold(given, order, o, reach, lanes, even, odd)
-                    matrix = matrices[middle + o]
-                    for m in range(0, terms, 4):
-                        for n in range(0, terms, 4):
-                            add_eight(matrix, n, m, even, lanes, local)
-                            add_eight(matrix, n, m + 1, odd, lanes, local)
+                    low, high = middle - o, middle + o
+                    if present[low : low + GROUP].any() or present[high : high + GROUP].any():
+                        fold(given, order, o, middle, even, odd)
+                        multiply(matrices[middle + o], 0, even, local)
+                        multiply(matrices[middle + o], 1, odd, local)
                 for target in range(begin, end):
                     for m in range(terms):
                         series[target, order * columns + c, m] = local[m, boxes[target] - boxes[begin]]
         begin = end
+
+
+def compile_series(digest: str) -> Callable:
+    """The entry point for the power series of target boxes; tasks take GROUP boxes each."""
+
+    @njit(cache=True, **EXACT)
+    def box_series(boxes, reaches, number, moments, matrices, orders, series, first, last):
+        digest  # noqa: B018
+        begin, end = first * GROUP, min(last * GROUP, len(boxes))
+        for at in range(begin, end, GROUP):
+            stop = min(at + GROUP, end)
+            translate(boxes[at:stop], reaches[at:stop], number, moments, matrices, orders, series[at:stop])
+
+    return box_series
 
 
 @njit(**EXACT)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .numba_fgt_boxes import PAD, evaluate, padded, to_marks, translate
+from .numba_fgt_boxes import PAD, evaluate, padded, to_marks
 from .numba_math import EXACT, LN2, exp2_double
 
 HALF_LOG2E = 0.5 / LN2
@@ -149,8 +149,8 @@ def finish_gradients(rows, place, n, w, distance, sums):
 
 
 @njit(**EXACT)
-def subtract_own(x, start, n, own, key, charge, w, orders, sums):
-    """Take the keys that the rows of a block leave out off their sums, which are relative to distance 0."""
+def subtract_own(x, start, n, own, key, charge, w, orders, sums, held):
+    """Take the keys that n rows leave out off their sums, from place `held` on, which are relative to distance 0."""
     for i in range(n):
         j = own[start + i]
         if j < 0:
@@ -159,29 +159,30 @@ def subtract_own(x, start, n, own, key, charge, w, orders, sums):
         term = exp2_double(-HALF_LOG2E * (w * d) * (w * d))
         for c in range(len(charge)):
             part = term * charge[c, j]
-            sums[0, c, i] -= part
+            sums[0, c, held + i] -= part
             if orders > 0:
-                sums[1, c, i] -= part * d
+                sums[1, c, held + i] -= part * d
             if orders > 1:
-                sums[2, c, i] -= part * (d * d)
+                sums[2, c, held + i] -= part * (d * d)
 
 
 @njit(**EXACT)
-def from_marks(n, scale, marks, orders, values, sums):
-    """The sums of a block with factors d and d^2, from those with the keys' marks t and t^2: d = (s - t) / scale.
+def from_marks(n, scale, marks, orders, values, sums, held):
+    """The sums of n rows with factors d and d^2, from those with the keys' marks t and t^2: d = (s - t) / scale.
 
     Derivatives of one series would give them too, but lose digits where the bandwidth is wide.
     """
     columns, by_d, by_z = sums.shape[1], 1.0 / scale, 1.0 / (scale * scale)
     for c in range(columns):
+        totals, offsets, scores = sums[0, c, held:], sums[1, c, held:], sums[2, c, held:]
         for i in range(n):
             s, value, first = marks[i], values[c, i], values[columns + c, i]
-            sums[0, c, i] = value
-            sums[1, c, i] = (s * value - first) * by_d
+            totals[i] = value
+            offsets[i] = (s * value - first) * by_d
         if orders > 1:
             for i in range(n):
                 s, value, first = marks[i], values[c, i], values[columns + c, i]
-                sums[2, c, i] = (s * (s * value - 2 * first) + values[2 * columns + c, i]) * by_z
+                scores[i] = (s * (s * value - 2 * first) + values[2 * columns + c, i]) * by_z
 
 
 @njit(**EXACT)
@@ -215,16 +216,13 @@ def compile_rows(digest: str) -> Callable:
         x,
         key,
         charge,
-        boxes,
+        box,
         start,
         stop,
         centre,
         scale,
         group,
-        reaches,
-        number,
-        moments,
-        matrices,
+        series,
         bound,
         accept,
         w,
@@ -234,19 +232,16 @@ def compile_rows(digest: str) -> Callable:
         first,
         last,
     ):
+        """Box: of each piece, its place among the series (box, column, term) and their bounds."""
         digest  # noqa: B018
-        terms, columns, pieces = matrices.shape[1], moments.shape[1], len(boxes)
-        count, size = columns * (orders + 1), HELD + PAD
+        count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
         sums, values = np.zeros((3, columns, size)), np.empty((count, size))
         marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
         place, distance = np.empty(size, np.int64), np.empty(size)
-        series = np.empty((group, count, terms))
         for unit in range(first, last):
-            begin, end = unit * group, min((unit + 1) * group, pieces)
-            translate(boxes[begin:end], reaches[begin:end], number, moments, matrices, orders, series)
             held = 0
-            for piece in range(begin, end):
-                own_series, own_least = series[piece - begin], max(bound[piece] / accept, LEAST_TOTAL)
+            for piece in range(unit * group, min((unit + 1) * group, len(box))):
+                own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
                 for at in range(start[piece], stop[piece], HELD):
                     n = min(HELD, stop[piece] - at)
                     if held + n > HELD:
@@ -254,14 +249,14 @@ def compile_rows(digest: str) -> Callable:
                             rows, place, least, held, careful, w, exponent, distance, logarithm, sums
                         )
                         held = 0
-                    most, sums_here = min(padded(n), len(x) - at), sums[:, :, held:]
+                    most = min(padded(n), len(x) - at)
                     to_marks(x[at : at + most], centre[piece], scale, marks)
                     for c in range(count):
-                        evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums_here[0, c])
+                        evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
                     if orders > 0:
-                        from_marks(most, scale, marks, orders, values, sums_here)
+                        from_marks(most, scale, marks, orders, values, sums, held)
                     if len(rows.own) > 0:
-                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums_here)
+                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
                     place_here, least_here = place[held:], least[held:]
                     for i in range(most):
                         place_here[i] = at + i

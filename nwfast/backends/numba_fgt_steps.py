@@ -18,6 +18,7 @@ from .numba_fgt_rows import Rows
 
 MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
 KEY_CHUNK = 2048
+SLAB = 16384  # boxes whose series are held at once
 
 
 class Boxes(NamedTuple):
@@ -31,7 +32,6 @@ class Pieces(NamedTuple):
     """Parts of boxes that one task takes; first: where each box's pieces start."""
 
     box: np.ndarray
-    number: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     centre: np.ndarray
@@ -86,14 +86,14 @@ def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Pla
     centre = np.full(len(box), plan.origin) if plan.one_box else (number[box] + 0.5) * plan.width
     points = int((stop - start).sum())
     group = max(1, min(GROUP, UNIT * len(box) // max(points, 1)))
-    return Pieces(box, number[box], begin, end, centre, group)
+    return Pieces(box, begin, end, centre, group)
 
 
 def moments_of(
     x: np.ndarray, charges: Charges, columns: int, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
 ) -> np.ndarray:
     """Chebyshev moments (boxes, columns, terms) of the boxes `which`."""
-    pieces = pieces_of(boxes.number[which], boxes.start[:-1][which], boxes.start[1:][which], plan)
+    pieces = pieces_of(boxes.number[which], boxes.start[which], boxes.start[which + 1], plan)
     result = np.empty((len(pieces.box), columns, terms))
     return reduce_pieces(x, charges, pieces, 2 / plan.width, result, len(which))
 
@@ -111,6 +111,19 @@ def reduce_pieces(
     if len(pieces.box) == boxes:
         return result
     return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
+
+
+def translated(
+    boxes: np.ndarray, reaches: np.ndarray, number: np.ndarray, moments: np.ndarray, plan: Plan, orders: int
+) -> np.ndarray:
+    """Power series (boxes, columns, terms), from the moments of the boxes `number`."""
+    series = np.empty((len(boxes), (orders + 1) * moments.shape[1], plan.terms))
+
+    def run(first: int, last: int) -> None:
+        units.box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
+
+    run_units(run, -(-len(boxes) // GROUP))
+    return series
 
 
 def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
@@ -152,8 +165,9 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
     if len(near.chosen):
         terms = plan.terms + (4 if orders else 0)
         moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
-        start, stop = near.queries.start[:-1][near.chosen], near.queries.start[1:][near.chosen]
-        near_rows(data, plan, accuracy, rows, orders, near, moments, start, stop, careful)
+        for at in range(0, len(near.chosen), SLAB):
+            part = near.chosen[at : at + SLAB]
+            near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
     which = careful.nonzero()[0]
     if len(which):
         exponent = float(data.exponent)
@@ -176,15 +190,15 @@ def near_rows(
     orders: int,
     near: Near,
     moments: np.ndarray,
-    start: np.ndarray,
-    stop: np.ndarray,
+    boxes: np.ndarray,
     careful: np.ndarray,
 ) -> None:
-    """Finish the rows of the chosen boxes as far as the series serve them."""
-    pieces = pieces_of(near.queries.number[near.chosen], start, stop, plan)
-    box = near.chosen[pieces.box]
-    reaches, bound = near.reaches[box], near.bound[box]
-    number = near.keys.number[near.needed]
+    """Finish the rows of these boxes as far as the series serve them."""
+    numbers, start = near.queries
+    pieces = pieces_of(numbers[boxes], start[boxes], start[boxes + 1], plan)
+    sources = near.keys.number[near.needed]
+    series = translated(numbers[boxes], near.reaches[boxes], sources, moments, plan, orders)
+    bound = near.bound[boxes]
 
     def run(first: int, last: int) -> None:
         units.near_rows(
@@ -192,16 +206,13 @@ def near_rows(
             data.query,
             data.key,
             data.charge if len(data.own) else NO_ROWS,
-            pieces.number,
+            pieces.box,
             pieces.start,
             pieces.stop,
             pieces.centre,
             2 / plan.width,
             pieces.group,
-            reaches,
-            number,
-            moments,
-            plan.matrices,
+            series,
             bound,
             accuracy.accept,
             data.w,
@@ -311,7 +322,7 @@ def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: in
         within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
         first = crowds.start[begin + box] + within * PIECE
         last = np.minimum(first + PIECE, crowds.stop[begin + box])
-        pieces = Pieces(box, box, first, last, crowds.centre[begin + box], 1)
+        pieces = Pieces(box, first, last, crowds.centre[begin + box], 1)
         result = np.empty((len(box), len(charge), terms))
         charges[begin:end] = reduce_pieces(
             key, ready(charge, key.dtype), pieces, 1 / crowds.half[begin], result, end - begin
