@@ -52,7 +52,7 @@ def forward(
 
 
 def output(*inputs_and_lse) -> tuple[Tensor, Tensor]:
-    """out and, if asked for, lse: see `nwfast.backends`."""
+    """Out and, if asked for, lse: see `nwfast.backends`."""
     *inputs, with_lse = inputs_and_lse
     out, lse, *_ = forward(*inputs, False, False)
     return out, lse if with_lse else lse.new_empty(0)

@@ -87,7 +87,7 @@ def output(
     exclude_self: bool,
     lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out and, if asked for, lse of canonical inputs: see `nwfast.backends`."""
+    """Out and, if asked for, lse of canonical inputs: see `nwfast.backends`."""
     return _run(_Batch(query, key, value, w, key_weight), exclude_self, lse, False, False, False)[:2]
 
 
