@@ -16,7 +16,7 @@ BLOCK = 256  # points at once, so that what is held of them stays in the first c
 PAD = 16  # vector loops have no rest where their lengths are multiples of this
 HELD = 1024  # points whose charges are loaded at once
 PIECE = 4096  # points of one box that one task takes at most
-GROUP = 32  # boxes that are translated at once: a constant, so that loops over them need neither tests nor rests
+GROUP = 32  # boxes that are translated at once: a constant, so that loops over them have no rests
 NEGLIGIBLE = 0.1  # share of the accepted error for boxes that are left out
 UNIT = 8192  # points of one task, about
 

@@ -93,7 +93,9 @@ def make_plan(
         matrix = near_matrix(terms, half * scale)
         error = np.array([8e-16 if accuracy is DOUBLE else 1e-10])
         kernels = np.exp([-2 * (half * scale) ** 2]), np.ones(1)
-        return Plan(2 * half, low + (high - low) / 2, True, terms, matrix[None], error, *kernels, 0.0, log_span)
+        return Plan(
+            2 * half, low + (high - low) / 2, True, terms, matrix[None], error, *kernels, 0.0, log_span
+        )
     window = math.sqrt(2 * log_span)
     gaps = np.diff(key[np.linspace(0, n - 1, min(n, 257)).astype(np.int64)].astype(np.float64))
     share = n / max(1, len(gaps))

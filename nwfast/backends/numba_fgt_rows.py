@@ -245,9 +245,7 @@ def compile_rows(digest: str) -> Callable:
                 for at in range(start[piece], stop[piece], HELD):
                     n = min(HELD, stop[piece] - at)
                     if held + n > HELD:
-                        finish_held(
-                            rows, place, least, held, careful, w, exponent, distance, logarithm, sums
-                        )
+                        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
                         held = 0
                     most = min(padded(n), len(x) - at)
                     to_marks(x[at : at + most], centre[piece], scale, marks)
