@@ -2,8 +2,8 @@
 
 For each kernel (`nwfast.backends.operators`) there are two operators, `nwfast::<kernel>_forward` and
 `nwfast::<kernel>_backward`, with the contract of `nwfast.backends`. Implementations come from the C++ extensions
-(native, cuda) or from Python (numba, triton). Native kernels have a third, `nwfast::<kernel>_output`, a forward pass
-without the state that only gradients of keys, values and key weights need.
+(native, cuda) or from Python (numba, triton). The CPU's kernels have a third, `nwfast::<kernel>_output`, a forward
+pass without the state that only gradients of keys, values and key weights need.
 
 One call is routed by what surrounds it:
 
@@ -256,6 +256,7 @@ class _Kernels:
     """A kernel's operators, and the autograd.Functions around them."""
 
     def __init__(self, name: str):
+        self.name = name
         forward_name, backward_name = f"nwfast::{name}_forward", f"nwfast::{name}_backward"
         torch.library.define(forward_name, _FORWARD_SCHEMA)
         torch.library.define(backward_name, _BACKWARD_SCHEMA)
@@ -264,7 +265,7 @@ class _Kernels:
         self.forward: Callable = getattr(torch.ops.nwfast, f"{name}_forward").default
         self.backward: Callable = getattr(torch.ops.nwfast, f"{name}_backward").default
         self.stateless: Any = None
-        if name.startswith("native"):
+        if name.startswith(("native", "numba")):
             torch.library.define(f"nwfast::{name}_output", _OUTPUT_SCHEMA)
             torch.library.register_fake(f"nwfast::{name}_output")(_fake_output)
             self.stateless = getattr(torch.ops.nwfast, f"{name}_output").default
@@ -279,7 +280,8 @@ class _Kernels:
         # Made at the first call that needs them: they would take a quarter of the time of an import.
         if name not in ("eager", "transformable"):
             raise AttributeError(name)
-        self.eager, self.transformable = _functions(self.forward, self.backward, self.stateless)
+        stateless = self.stateless if self.name.startswith("native") else None
+        self.eager, self.transformable = _functions(self.forward, self.backward, stateless)
         return self.__dict__[name]
 
 
@@ -554,7 +556,8 @@ def _fake_backward(
 
 def _register_python(name: str, *dispatch_keys: str) -> None:
     """Register a kernel that is a Python module, imported at the first call."""
-    for function in "forward", "backward":
+    functions = ("forward", "output", "backward") if name.startswith("numba") else ("forward", "backward")
+    for function in functions:
         for dispatch_key in dispatch_keys:
             torch.library.impl(f"nwfast::{name}_{function}", dispatch_key, _implementation(name, function))
 

@@ -371,6 +371,30 @@ def test_rows_without_keys():
     )
 
 
+@pytest.mark.parametrize("w", [3.0, 1000.0])
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-40), (torch.float64, 100 * 5e-324)])
+def test_weights_below_the_normal_numbers(dtype, tiny, w):
+    x = torch.linspace(0, 5, 700, dtype=dtype)
+    query, value, weight = x + 0.001, x.sin(), torch.full_like(x, tiny)
+    out, lse, *_ = fgt.output(*canonical(query, x, value, w, weight), False, True, False, False)
+    # A factor of all weights shifts lse alone.
+    expected, shifted = reference.forward(*canonical(query.double(), x.double(), value.double(), w), False)
+    shift = math.log2(float(weight[0].double() * 2.0**1000)) - 1000
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lse.double(), shifted + shift * math.log(2), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("w", [3.0, 1000.0])
+def test_output_is_the_forward_pass(w):
+    x = torch.rand(3000).sort().values
+    inputs = canonical(x, x, torch.randn(3000), w)
+    out, lse, *_ = fgt.forward(*inputs, False, False, False)
+    for with_lse in False, True:
+        alone, its_lse, *_ = fgt.output(*inputs, False, with_lse, False, False)
+        assert torch.equal(alone, out) and torch.equal(its_lse, lse if with_lse else lse[:0])
+
+
 def test_negative_weight_is_nan():
     weight = torch.rand(300)
     weight[7] = -1

@@ -252,7 +252,7 @@ def test_make_fx_traces_the_operator(backend):
 
     for mode in ("real", "fake", "symbolic"):
         forward = make_fx(function, tracing_mode=mode)(*arguments)
-        operator = "output" if backend == "native" else "forward"
+        operator = "output" if backend in ("native", "numba") else "forward"
         assert f"nwfast.{backend}_{operator}.default" in nodes(forward)
         assert_same(forward(*arguments), function(*arguments))
         backward = make_fx(gradients, tracing_mode=mode)(*arguments)

@@ -8,6 +8,8 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
 
     forward(query, key, value, w, key_weight, exclude_self, tangent_w, tangent_q)
         -> out (*B, M, C), lse (*B, M), state, tangent_w (*B, M, C), tangent_q (*B, M, C)
+    output(query, key, value, w, key_weight, exclude_self, lse, tangent_w, tangent_q)
+        -> out, lse, tangent_w, tangent_q        (native and numba alone: without the state)
     backward(grad_out, grad_lse, query, key, value, w, key_weight, out, state, tangent_w, tangent_q, exclude_self,
              needs)
         -> grad_query (*B, M, D), grad_key (*B, N, D), grad_value (*B, N, C), grad_w (the shape of w),

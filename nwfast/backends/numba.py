@@ -51,6 +51,13 @@ def forward(
     return out, lse, state, by_w, by_q
 
 
+def output(*inputs_and_wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
+    *inputs, with_lse, tangent_w, tangent_q = inputs_and_wanted
+    out, lse, _, by_w, by_q = forward(*inputs, tangent_w, tangent_q)
+    return out, lse if with_lse else lse.new_empty(0), by_w, by_q
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -36,6 +36,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, w: Tensor, *rest):
     return _module(query, key, value, w, _FAR_PAIR_FORWARD).forward(query, key, value, w, *rest)
 
 
+def output(query: Tensor, key: Tensor, value: Tensor, w: Tensor, *rest):
+    """As `nwfast.backends` says, by the method expected to be faster."""
+    return _module(query, key, value, w, _FAR_PAIR_FORWARD).output(query, key, value, w, *rest)
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, w: Tensor, *rest
 ):

@@ -23,7 +23,7 @@ from .numba_fgt_rows import Rows
 from .numba_fgt_steps import query_side
 from .numba_fgt_transpose import key_side
 
-__all__ = ["backward", "compress", "forward", "predict"]
+__all__ = ["backward", "compress", "forward", "output", "predict"]
 
 _NONE, _NO_ROWS, _NO_ORDER = np.empty(0), np.empty((0, 0)), np.empty(0, np.int64)
 
@@ -75,24 +75,54 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
     batch = _Batch(query, key, value, w, key_weight)
+    return _run(batch, exclude_self, True, True, tangent_w, tangent_q)
+
+
+def output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+    lse: bool,
+    tangent_w: bool,
+    tangent_q: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out and, if asked for, lse and tangents of canonical inputs: see `nwfast.backends`."""
+    batch = _Batch(query, key, value, w, key_weight)
+    out, found_lse, _, by_w, by_q = _run(batch, exclude_self, lse, False, tangent_w, tangent_q)
+    return out, found_lse, by_w, by_q
+
+
+def _run(
+    batch: _Batch, exclude_self: bool, with_lse: bool, with_state: bool, tangent_w: bool, tangent_q: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`; what is not asked for is an empty tensor."""
     shape, m, c, dtype = batch.shape, batch.m, batch.c, batch.dtype
-    out, lse = torch.empty((*shape, m, c), dtype=dtype), torch.empty((*shape, m), dtype=dtype)
-    state = torch.empty((*shape, m, 2), dtype=torch.float64)
-    by_w = torch.empty((*shape, m, c) if tangent_w else (0,), dtype=dtype)
-    by_q = torch.empty((*shape, m, c) if tangent_q else (0,), dtype=dtype)
+
+    def wanted(flag: bool, *sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty((*shape, *sizes) if flag else (0,), dtype=dtype)
+
+    wholes = (
+        wanted(True, m, c),
+        wanted(with_lse, m),
+        wanted(with_state, m, 2, dtype=torch.float64),
+        wanted(tangent_w, m, c),
+        wanted(tangent_q, m, c),
+    )
     orders = 2 if tangent_w else 1 if tangent_q else 0
     for place, parts in batch:
         data = _prepare(parts, exclude_self)
-        wholes = out, lse, state, by_w, by_q
         results = [whole[place] if whole.numel() else whole for whole in wholes]
         if data is not None:
             _forward(data, batch, [part.numpy().reshape(-1) for part in results], orders)
             continue
         parts = dense.forward(*_canonical(parts), exclude_self, tangent_w, tangent_q)
         for result, part in zip(results, parts, strict=True):
-            if part.numel():
+            if result.numel():
                 result.copy_(part.reshape(result.shape))
-    return out, lse, state, by_w, by_q
+    return wholes
 
 
 def _canonical(parts: list) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

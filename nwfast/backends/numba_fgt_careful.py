@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from .numba_fgt_boxes import BLOCK, box_of, end_of_box
-from .numba_fgt_rows import HALF_LOG2E, finish_rows, log2_of
+from .numba_fgt_rows import HALF_LOG2E, finish_rows
 from .numba_math import EXACT, SUMS, exp2_double
 
 CHUNK = 1024  # rows of a task
@@ -263,7 +263,9 @@ def empty_row(rows, r):
     row, channels = rows.order[r] if len(rows.order) > 0 else r, rows.centre.shape[1]
     if len(rows.lse) > 0:
         rows.lse[row] = -np.inf
+    if len(rows.state) > 0:
         rows.state[2 * row] = rows.state[2 * row + 1] = 0.0
+    if len(rows.out) > 0:
         rows.out[row * channels : (row + 1) * channels] = np.nan
     if len(rows.tangent_w) > 0:
         rows.tangent_w[row] = 0.0
@@ -419,7 +421,6 @@ def compile_careful(digest: str) -> Callable:
                                 sums,
                                 i,
                             )
-                log2_of(sums[0, 0], n, logarithm)
                 finish_rows(rows, rows_of, n, False, w, exponent, distances, logarithm, sums)
 
     return careful_rows

@@ -14,6 +14,7 @@ from torch import Tensor
 from .numba_fgt_boxes import Charges
 
 LARGEST = 1e100  # of coordinates, values and w: products of three stay finite
+LEAST_WEIGHT = 2.0**-1000  # of the largest weight: the factor that makes it 1 is finite
 MOST_SPAN = 600.0  # of the logarithms of weights: ratios stay normal numbers
 
 
@@ -75,7 +76,7 @@ class Data:
                 kept = weight > 0
                 least = float(weight[kept].min()) if most > 0 else 1.0
             if most > 0:
-                if math.log(most) - math.log(least) > MOST_SPAN:
+                if math.log(most) - math.log(least) > MOST_SPAN or most < LEAST_WEIGHT:
                     return False
                 self.exponent = math.frexp(most)[1]
         # A median, since the mean of an outlier and the rest would cost the rest their digits.
@@ -103,7 +104,7 @@ class Data:
         charge[0] = 1.0
         np.subtract(value.T, middle[:, None], out=charge[1:])
         if len(weight):
-            np.multiply(weight, scale, out=charge[0])
+            np.multiply(weight, scale, out=charge[0], dtype=np.float64)
             charge[1:] *= charge[0]
         return charge
 

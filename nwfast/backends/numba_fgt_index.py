@@ -13,38 +13,17 @@ from torch import Tensor
 
 from . import numba as dense
 from .numba import run_units
-from .numba_fgt_boxes import translate
 from .numba_fgt_data import Data, as_double, places_in_order
-from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan
+from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan, no_plan
 from .numba_fgt_rows import Rows
-from .numba_fgt_steps import cut, moments_of, sum_with_care
+from .numba_fgt_steps import cut, moments_of, sum_with_care, translated
 from .numba_math import DIGEST, EXACT, LN2
 
 FEW = 96  # keys within reach up to which a box gets no series
 ROWS = 4096  # queries of a task
-GROUP = 32
 # Places in the first tensor: what is not an array.
 USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, SINGLE_PRECISION, TABLE_START = range(9)
 NEAR, CAREFUL = 0, 1
-
-
-def compile_series(digest: str) -> Callable:
-    """The entry point for the power series of target boxes, (boxes, columns, terms)."""
-
-    @njit(cache=True, **EXACT)
-    def box_series(boxes, number, moments, matrices, result, first, last):
-        digest  # noqa: B018
-        columns, terms = result.shape[1], result.shape[2]
-        for unit in range(first, last):
-            begin, end = unit * GROUP, min((unit + 1) * GROUP, len(boxes))
-            series = np.zeros((columns, terms, end - begin))
-            translate(boxes[begin:end], number, moments, matrices, 0, series)
-            for box in range(begin, end):
-                for c in range(columns):
-                    for m in range(terms):
-                        result[box, c, m] = series[c, m, box - begin]
-
-    return box_series
 
 
 def compile_lookup(digest: str) -> Callable:
@@ -111,7 +90,6 @@ def compile_lookup(digest: str) -> Callable:
     return lookup
 
 
-box_series = compile_series(DIGEST)
 lookup = compile_lookup(DIGEST)
 
 
@@ -139,7 +117,7 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
     """The plan, the numbers of boxes that get a series, the series, and the least totals that they serve."""
     nothing = np.empty(0, np.int64), np.empty((0, 1 + data.channels, 4)), np.empty(0)
     if not len(data.key):
-        return Plan(0.0, 0.0, False, 4, np.empty((1, 4, 4)), np.zeros(1), 0.0, 0.0), *nothing
+        return no_plan(4, 0.0), *nothing
     plan = make_plan(accuracy, abs(data.w), data.key, data.key[:0], wide=True)
     if not plan.width:
         return plan, *nothing
@@ -162,12 +140,7 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
         bound += np.where(keys.number[place] == number - o, mass[place], 0.0) * plan.error[o + reach]
     every, columns = np.arange(len(keys.number)), 1 + data.channels
     moments = moments_of(data.key, data.charges, columns, keys, every, plan, plan.terms)
-    series = np.empty((len(number), columns, plan.terms))
-
-    def run(first: int, last: int) -> None:
-        box_series(number, keys.number, moments, plan.matrices, series, first, last)
-
-    run_units(run, -(-len(number) // GROUP))
+    series = translated(number, np.full(len(number), reach), keys.number, moments, plan, 0)
     return plan, number, series, bound / accuracy.accept
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from .numba_fgt_boxes import BLOCK, evaluate_slopes, lower_bound, to_marks, translate
+from .numba_fgt_boxes import BLOCK, evaluate_slopes, lower_bound, to_marks
 from .numba_fgt_careful import (
     CHUNK,
     DIRECT,
@@ -36,37 +36,30 @@ def compile_near_keys(digest: str) -> Callable:
         owner,
         x,
         charge,
-        boxes,
+        box,
         start,
         stop,
         centre,
         scale,
         group,
-        number,
-        moments,
-        matrices,
+        series,
         w,
         values,
         slopes,
         first,
         last,
     ):
+        """Box: of each piece, its place among the series (box, column, term)."""
         digest  # noqa: B018
-        columns, terms, pieces = moments.shape[1], matrices.shape[1], len(boxes)
-        marks, doubled = np.empty(BLOCK), np.empty(BLOCK)
-        own_terms = np.empty(terms)
+        columns, marks = series.shape[1], np.empty(BLOCK)
         for unit in range(first, last):
-            begin, end = unit * group, min((unit + 1) * group, pieces)
-            series = np.zeros((columns, terms, end - begin))
-            translate(boxes[begin:end], number, moments, matrices, 0, series)
-            for piece in range(begin, end):
+            for piece in range(unit * group, min((unit + 1) * group, len(box))):
                 for at in range(start[piece], stop[piece], BLOCK):
                     n = min(BLOCK, stop[piece] - at)
-                    to_marks(key[at : at + n], centre[piece], scale, n, marks, doubled)
+                    to_marks(key[at : at + n], centre[piece], scale, marks)
                     for c in range(columns):
-                        for m in range(terms):
-                            own_terms[m] = series[c, m, piece - begin]
-                        evaluate_slopes(own_terms, marks, n, values[c, at : at + n], slopes[c, at : at + n])
+                        by_value, by_slope = values[c, at : at + n], slopes[c, at : at + n]
+                        evaluate_slopes(series[box[piece], c], marks, n, by_value, by_slope)
                         for j in range(at, at + n):
                             slopes[c, j] *= scale
                     if len(owner) > 0:

@@ -42,6 +42,8 @@ class Plan:
     terms: int
     matrices: np.ndarray  # (2 reach + 1, terms, terms)
     error: np.ndarray  # (2 reach + 1) relative to the mass of a box so far away
+    least_kernel: np.ndarray  # (2 reach + 1) between the points of boxes so far apart
+    largest_kernel: np.ndarray  # (2 reach + 1)
     tail: float  # what keys beyond the reach add, relative to their mass
     log_span: float  # keys count whose score is at most so much below the largest
 
@@ -90,7 +92,10 @@ def make_plan(
         terms = accuracy.one_box_terms
         matrix = near_matrix(terms, half * scale)
         error = np.array([8e-16 if accuracy is DOUBLE else 1e-10])
-        return Plan(2 * half, low + (high - low) / 2, True, terms, matrix[None], error, 0.0, log_span)
+        kernels = np.exp([-2 * (half * scale) ** 2]), np.ones(1)
+        return Plan(
+            2 * half, low + (high - low) / 2, True, terms, matrix[None], error, *kernels, 0.0, log_span
+        )
     window = math.sqrt(2 * log_span)
     gaps = np.diff(key[np.linspace(0, n - 1, min(n, 257)).astype(np.int64)].astype(np.float64))
     share = n / max(1, len(gaps))
@@ -103,16 +108,23 @@ def make_plan(
         if cost < best:
             best, terms, width = cost, candidate, short_number(2 * half / scale)
     if not width > 0 or max(abs(low), abs(high)) / width > MOST_BOXES:
-        empty = np.zeros((1, terms, terms))
-        return Plan(0.0, 0.0, False, terms, empty, np.zeros(1), 0.0, log_span)
+        return no_plan(terms, log_span)
     half = width * scale / 2
     # Boxes of data are no further apart than this; queries that are to come may be anywhere.
     apart = 2**40 if wide else math.ceil(min(2 * spread / width, 2.0**40)) + 1
     reach = min(math.ceil(window / (2 * half)), apart)
     offsets = np.abs(np.arange(-reach, reach + 1))
-    error = expansion_error(terms, half) * np.exp(-((np.maximum(offsets - 1, 0) * 2 * half) ** 2) / 4)
+    nearest, farthest = np.maximum(offsets - 1, 0) * 2 * half, (offsets + 1) * 2 * half
+    error = expansion_error(terms, half) * np.exp(-(nearest**2) / 4)
+    kernels = np.exp(-(farthest**2) / 2), np.exp(-(nearest**2) / 2)
     tail = math.exp(-((2 * half * reach) ** 2) / 2) if reach < apart else 0.0
-    return Plan(width, 0.0, False, terms, far_matrices(terms, half, reach), error, tail, log_span)
+    return Plan(width, 0.0, False, terms, far_matrices(terms, half, reach), error, *kernels, tail, log_span)
+
+
+def no_plan(terms: int, log_span: float) -> Plan:
+    """One that leaves all rows to be summed with care."""
+    none = np.zeros(1)
+    return Plan(0.0, 0.0, False, terms, np.zeros((1, terms, terms)), none, none, none, 0.0, log_span)
 
 
 def nodes(terms: int) -> np.ndarray:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .numba_fgt_boxes import BLOCK, evaluate, to_marks, translate
+from .numba_fgt_boxes import PAD, evaluate, padded, to_marks
 from .numba_math import EXACT, LN2, exp2_double
 
 HALF_LOG2E = 0.5 / LN2
+HELD = 512  # rows of some boxes that get their results together
+LEAST_TOTAL = 2.3e-308  # a normal number
 
 
 class Rows(NamedTuple):
@@ -47,12 +49,38 @@ def put(values, place, n, whole, to, step, at):
 
 
 @njit(**EXACT)
+def log2_of(x, n, result):
+    """log2 of positive normal numbers, by vector code: x = 2^e m, log2 m = 2 atanh((m - 1) / (m + 1)) / ln 2."""
+    for i in range(n):
+        bits = np.float64(x[i]).view(np.int64)
+        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+        m = np.int64(bits - (exponent << 52)).view(np.float64)
+        whole = np.int64(exponent + 0x4338000000000000).view(np.float64) - 6755399441055744.0
+        z = (m - 1.0) / (m + 1.0)
+        y = z * z
+        p = 1 / 23
+        p = p * y + 1 / 21
+        p = p * y + 1 / 19
+        p = p * y + 1 / 17
+        p = p * y + 1 / 15
+        p = p * y + 1 / 13
+        p = p * y + 1 / 11
+        p = p * y + 1 / 9
+        p = p * y + 1 / 7
+        p = p * y + 1 / 5
+        p = p * y + 1 / 3
+        result[i] = whole + (z * y * p + z) * 2.88539008177792681472
+
+
+@njit(**EXACT)
 def finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums):
     """Write the results of a block of rows, those whose place is not -1; whole: their places are consecutive.
 
+    logarithm: scratch. Lse and state are written where there are arrays for them.
+
     sums (3, columns, BLOCK): of charges times exp(-(w^2 / 2) z) with z = d^2 - distance^2, and the same times
-    (d - distance) and z; d = x - key. Column 0 is the denominator. logarithm: of its sum, in base 2. Charges have been
-    scaled by 2^-exponent. All of these are overwritten.
+    (d - distance) and z; d = x - key. Column 0 is the denominator. Charges have been scaled by 2^-exponent. All
+    of these are overwritten.
     """
     channels, order, centre = rows.centre.shape[1], rows.order, rows.centre
     if len(order) > 0:
@@ -60,7 +88,7 @@ def finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums):
         for i in range(n):
             if place[i] >= 0:
                 place[i] = order[place[i]]
-    if len(rows.lse) == 0:
+    if len(rows.out) == 0:
         finish_gradients(rows, place, n, w, distance, sums)
         return
     total = sums[0, 0]
@@ -82,13 +110,17 @@ def finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums):
         for i in range(n):
             mean[i] = min(max(middle + mean[i], least), most)
         put(mean, place, n, whole, rows.out, channels, c)
+    if len(rows.lse) == 0:
+        return
+    log2_of(total, n, logarithm)
     for i in range(n):
         distance[i] = HALF_LOG2E * (w * distance[i]) * (w * distance[i]) - exponent
     for i in range(n):
         logarithm[i] = LN2 * (logarithm[i] - distance[i])
     put(logarithm, place, n, whole, rows.lse, 1, 0)
-    put(distance, place, n, whole, rows.state, 2, 0)
-    put(total, place, n, whole, rows.state, 2, 1)
+    if len(rows.state) > 0:
+        put(distance, place, n, whole, rows.state, 2, 0)
+        put(total, place, n, whole, rows.state, 2, 1)
 
 
 @njit(**EXACT)
@@ -117,32 +149,8 @@ def finish_gradients(rows, place, n, w, distance, sums):
 
 
 @njit(**EXACT)
-def log2_of(x, n, result):
-    """log2 of positive normal numbers, by vector code: x = 2^e m, log2 m = 2 atanh((m - 1) / (m + 1)) / ln 2."""
-    for i in range(n):
-        bits = np.float64(x[i]).view(np.int64)
-        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
-        m = np.int64(bits - (exponent << 52)).view(np.float64)
-        whole = np.int64(exponent + 0x4338000000000000).view(np.float64) - 6755399441055744.0
-        z = (m - 1.0) / (m + 1.0)
-        y = z * z
-        p = 1 / 23
-        p = p * y + 1 / 21
-        p = p * y + 1 / 19
-        p = p * y + 1 / 17
-        p = p * y + 1 / 15
-        p = p * y + 1 / 13
-        p = p * y + 1 / 11
-        p = p * y + 1 / 9
-        p = p * y + 1 / 7
-        p = p * y + 1 / 5
-        p = p * y + 1 / 3
-        result[i] = whole + (z * y * p + z) * 2.88539008177792681472
-
-
-@njit(**EXACT)
-def subtract_own(x, start, n, own, key, charge, w, orders, sums):
-    """Take the keys that the rows of a block leave out off their sums, which are relative to distance 0."""
+def subtract_own(x, start, n, own, key, charge, w, orders, sums, held):
+    """Take the keys that n rows leave out off their sums, from place `held` on, which are relative to distance 0."""
     for i in range(n):
         j = own[start + i]
         if j < 0:
@@ -151,29 +159,52 @@ def subtract_own(x, start, n, own, key, charge, w, orders, sums):
         term = exp2_double(-HALF_LOG2E * (w * d) * (w * d))
         for c in range(len(charge)):
             part = term * charge[c, j]
-            sums[0, c, i] -= part
+            sums[0, c, held + i] -= part
             if orders > 0:
-                sums[1, c, i] -= part * d
+                sums[1, c, held + i] -= part * d
             if orders > 1:
-                sums[2, c, i] -= part * (d * d)
+                sums[2, c, held + i] -= part * (d * d)
 
 
 @njit(**EXACT)
-def from_marks(n, scale, marks, orders, values, sums):
-    """The sums of a block with factors d and d^2, from those with the keys' marks t and t^2: d = (s - t) / scale.
+def from_marks(n, scale, marks, orders, values, sums, held):
+    """The sums of n rows with factors d and d^2, from those with the keys' marks t and t^2: d = (s - t) / scale.
 
     Derivatives of one series would give them too, but lose digits where the bandwidth is wide.
     """
     columns, by_d, by_z = sums.shape[1], 1.0 / scale, 1.0 / (scale * scale)
     for c in range(columns):
+        totals, offsets, scores = sums[0, c, held:], sums[1, c, held:], sums[2, c, held:]
         for i in range(n):
             s, value, first = marks[i], values[c, i], values[columns + c, i]
-            sums[0, c, i] = value
-            sums[1, c, i] = (s * value - first) * by_d
+            totals[i] = value
+            offsets[i] = (s * value - first) * by_d
         if orders > 1:
             for i in range(n):
                 s, value, first = marks[i], values[c, i], values[columns + c, i]
-                sums[2, c, i] = (s * (s * value - 2 * first) + values[2 * columns + c, i]) * by_z
+                scores[i] = (s * (s * value - 2 * first) + values[2 * columns + c, i]) * by_z
+
+
+@njit(**EXACT)
+def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm, sums):
+    """Write the results of rows whose totals are as large as they must be, and note those that are not careful."""
+    if n == 0:
+        return
+    first, total = place[0], sums[0, 0]
+    whole, left = place[n - 1] - first == n - 1, 0
+    for i in range(n):
+        left += not total[i] >= least[i]
+    if whole and left == 0:
+        careful[first : first + n] = False
+    else:
+        whole = False
+        for i in range(n):
+            if total[i] >= least[i]:
+                careful[place[i]] = False
+            else:
+                place[i] = -1
+    distance[:n] = 0.0
+    finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums)
 
 
 def compile_rows(digest: str) -> Callable:
@@ -185,15 +216,13 @@ def compile_rows(digest: str) -> Callable:
         x,
         key,
         charge,
-        boxes,
+        box,
         start,
         stop,
         centre,
         scale,
         group,
-        number,
-        moments,
-        matrices,
+        series,
         bound,
         accept,
         w,
@@ -203,39 +232,34 @@ def compile_rows(digest: str) -> Callable:
         first,
         last,
     ):
+        """Box: of each piece, its place among the series (box, column, term) and their bounds."""
         digest  # noqa: B018
-        terms, columns, pieces = matrices.shape[1], moments.shape[1], len(boxes)
-        count = columns * (orders + 1)
-        sums, values = np.zeros((3, columns, BLOCK)), np.empty((count, BLOCK))
-        marks, doubled, logarithm = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-        place, distance, own_terms = np.empty(BLOCK, np.int64), np.zeros(BLOCK), np.empty(terms)
+        count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
+        sums, values = np.zeros((3, columns, size)), np.empty((count, size))
+        marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
+        place, distance = np.empty(size, np.int64), np.empty(size)
         for unit in range(first, last):
-            begin, end = unit * group, min((unit + 1) * group, pieces)
-            series = np.zeros((count, terms, end - begin))
-            translate(boxes[begin:end], number, moments, matrices, orders, series)
-            for piece in range(begin, end):
-                least = bound[piece] / accept
-                for at in range(start[piece], stop[piece], BLOCK):
-                    n = min(BLOCK, stop[piece] - at)
-                    to_marks(x[at : at + n], centre[piece], scale, n, marks, doubled)
+            held = 0
+            for piece in range(unit * group, min((unit + 1) * group, len(box))):
+                own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
+                for at in range(start[piece], stop[piece], HELD):
+                    n = min(HELD, stop[piece] - at)
+                    if held + n > HELD:
+                        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
+                        held = 0
+                    most = min(padded(n), len(x) - at)
+                    to_marks(x[at : at + most], centre[piece], scale, marks)
                     for c in range(count):
-                        for m in range(terms):
-                            own_terms[m] = series[c, m, piece - begin]
-                        evaluate(own_terms, marks, n, values[c] if orders > 0 else sums[0, c])
+                        evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
                     if orders > 0:
-                        from_marks(n, scale, marks, orders, values, sums)
+                        from_marks(most, scale, marks, orders, values, sums, held)
                     if len(rows.own) > 0:
-                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums)
-                    log2_of(sums[0, 0], n, logarithm)
-                    left = 0
-                    for i in range(n):
-                        total = sums[0, 0, i]
-                        served = (total > 0) & (total >= least)
-                        place[i] = at + i if served else -1
-                        left += not served
-                    for i in range(n):
-                        careful[at + i] = place[i] < 0
-                        distance[i] = 0.0
-                    finish_rows(rows, place, n, left == 0, w, exponent, distance, logarithm, sums)
+                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
+                    place_here, least_here = place[held:], least[held:]
+                    for i in range(most):
+                        place_here[i] = at + i
+                        least_here[i] = own_least
+                    held += n
+            finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
 
     return near_rows

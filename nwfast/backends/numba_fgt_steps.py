@@ -18,6 +18,7 @@ from .numba_fgt_rows import Rows
 
 MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
 KEY_CHUNK = 2048
+SLAB = 16384  # boxes whose series are held at once
 
 
 class Boxes(NamedTuple):
@@ -31,7 +32,6 @@ class Pieces(NamedTuple):
     """Parts of boxes that one task takes; first: where each box's pieces start."""
 
     box: np.ndarray
-    number: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     centre: np.ndarray
@@ -39,12 +39,13 @@ class Pieces(NamedTuple):
 
 
 class Near(NamedTuple):
-    """Boxes of keys and of queries, which of them take part in translations, and the bound of each query box."""
+    """Boxes of keys and of queries, which of them take part in translations, and reach and bound of each query box."""
 
     keys: Boxes
     queries: Boxes
     chosen: np.ndarray
     needed: np.ndarray
+    reaches: np.ndarray
     bound: np.ndarray
 
 
@@ -85,14 +86,14 @@ def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Pla
     centre = np.full(len(box), plan.origin) if plan.one_box else (number[box] + 0.5) * plan.width
     points = int((stop - start).sum())
     group = max(1, min(GROUP, UNIT * len(box) // max(points, 1)))
-    return Pieces(box, number[box], begin, end, centre, group)
+    return Pieces(box, begin, end, centre, group)
 
 
 def moments_of(
     x: np.ndarray, charges: Charges, columns: int, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
 ) -> np.ndarray:
     """Chebyshev moments (boxes, columns, terms) of the boxes `which`."""
-    pieces = pieces_of(boxes.number[which], boxes.start[:-1][which], boxes.start[1:][which], plan)
+    pieces = pieces_of(boxes.number[which], boxes.start[which], boxes.start[which + 1], plan)
     result = np.empty((len(pieces.box), columns, terms))
     return reduce_pieces(x, charges, pieces, 2 / plan.width, result, len(which))
 
@@ -103,23 +104,37 @@ def reduce_pieces(
     """Moments of pieces, and their sums in order for each box."""
 
     def run(first: int, last: int) -> None:
-        units.moments(x, charges, pieces.start, pieces.stop, pieces.centre, scale, result, first, last)
+        about = pieces.start, pieces.stop, pieces.centre, scale, pieces.group
+        units.moments(x, charges, *about, result, first, last)
 
-    run_units(run, len(pieces.box), serial=False)
+    run_units(run, -(-len(pieces.box) // pieces.group))
     if len(pieces.box) == boxes:
         return result
     return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
+
+
+def translated(
+    boxes: np.ndarray, reaches: np.ndarray, number: np.ndarray, moments: np.ndarray, plan: Plan, orders: int
+) -> np.ndarray:
+    """Power series (boxes, columns, terms), from the moments of the boxes `number`."""
+    series = np.empty((len(boxes), (orders + 1) * moments.shape[1], plan.terms))
+
+    def run(first: int, last: int) -> None:
+        units.box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
+
+    run_units(run, -(-len(boxes) // GROUP))
+    return series
 
 
 def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
     """Which boxes take part in translations."""
     if not plan.width or not len(data.query):
         none = Boxes(NO_PLACES, np.zeros(1, np.int64))
-        return Near(none, none, NO_PLACES, NO_PLACES, NO_FLOATS)
+        return Near(none, none, NO_PLACES, NO_PLACES, NO_PLACES, NO_FLOATS)
     keys, queries = cut(data.key, plan), cut(data.query, plan)
     mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
-    bound = np.empty(len(queries.number))
+    reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
     units.choose(
         queries.number,
         queries.start,
@@ -129,12 +144,16 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
         plan.terms,
         1 + data.channels,
         plan.error,
+        plan.least_kernel,
+        plan.largest_kernel,
         plan.tail * mass.sum(),
+        accuracy.accept,
         chosen,
         needed,
+        reaches,
         bound,
     )
-    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], bound)
+    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], reaches, bound)
 
 
 def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: int) -> None:
@@ -146,8 +165,9 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
     if len(near.chosen):
         terms = plan.terms + (4 if orders else 0)
         moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
-        start, stop = near.queries.start[:-1][near.chosen], near.queries.start[1:][near.chosen]
-        near_rows(data, plan, accuracy, rows, orders, near, moments, start, stop, careful)
+        for at in range(0, len(near.chosen), SLAB):
+            part = near.chosen[at : at + SLAB]
+            near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
     which = careful.nonzero()[0]
     if len(which):
         exponent = float(data.exponent)
@@ -170,14 +190,15 @@ def near_rows(
     orders: int,
     near: Near,
     moments: np.ndarray,
-    start: np.ndarray,
-    stop: np.ndarray,
+    boxes: np.ndarray,
     careful: np.ndarray,
 ) -> None:
-    """Finish the rows of the chosen boxes as far as the series serve them."""
-    pieces = pieces_of(near.queries.number[near.chosen], start, stop, plan)
-    bound = near.bound[near.chosen][pieces.box]
-    number = near.keys.number[near.needed]
+    """Finish the rows of these boxes as far as the series serve them."""
+    numbers, start = near.queries
+    pieces = pieces_of(numbers[boxes], start[boxes], start[boxes + 1], plan)
+    sources = near.keys.number[near.needed]
+    series = translated(numbers[boxes], near.reaches[boxes], sources, moments, plan, orders)
+    bound = near.bound[boxes]
 
     def run(first: int, last: int) -> None:
         units.near_rows(
@@ -185,15 +206,13 @@ def near_rows(
             data.query,
             data.key,
             data.charge if len(data.own) else NO_ROWS,
-            pieces.number,
+            pieces.box,
             pieces.start,
             pieces.stop,
             pieces.centre,
             2 / plan.width,
             pieces.group,
-            number,
-            moments,
-            plan.matrices,
+            series,
             bound,
             accuracy.accept,
             data.w,
@@ -303,7 +322,7 @@ def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: in
         within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
         first = crowds.start[begin + box] + within * PIECE
         last = np.minimum(first + PIECE, crowds.stop[begin + box])
-        pieces = Pieces(box, box, first, last, crowds.centre[begin + box], 1)
+        pieces = Pieces(box, first, last, crowds.centre[begin + box], 1)
         result = np.empty((len(box), len(charge), terms))
         charges[begin:end] = reduce_pieces(
             key, ready(charge, key.dtype), pieces, 1 / crowds.half[begin], result, end - begin

@@ -18,6 +18,7 @@ from .numba_fgt_steps import (
     KEY_CHUNK,
     NO_CROWDS,
     NO_PLACES,
+    SLAB,
     Boxes,
     crowded_boxes,
     cut,
@@ -25,6 +26,7 @@ from .numba_fgt_steps import (
     moments_of,
     near_field,
     pieces_of,
+    translated,
 )
 
 
@@ -141,31 +143,34 @@ def _near_field(
     charges = ready(charge, data.query.dtype)
     moments = moments_of(data.query, charges, len(charge), boxes, near.chosen, plan, plan.terms)
     targets = cut(keys.key, plan)
-    pieces = pieces_of(targets.number, targets.start[:-1], targets.start[1:], plan)
+    sources = near.queries.number[near.chosen]
+    reaches = np.full(SLAB, len(plan.error) // 2)
+    for at in range(0, len(targets.number), SLAB):
+        number, start = targets.number[at : at + SLAB], targets.start[at : at + SLAB + 1]
+        pieces = pieces_of(number, start[:-1], start[1:], plan)
+        series = translated(number, reaches, sources, moments, plan, 0)
 
-    def run(first: int, last: int) -> None:
-        units.near_keys(
-            keys.key,
-            keys.owner,
-            data.query,
-            charge,
-            pieces.number,
-            pieces.start,
-            pieces.stop,
-            pieces.centre,
-            2 / plan.width,
-            pieces.group,
-            near.queries.number[near.chosen],
-            moments,
-            plan.matrices,
-            data.w,
-            values,
-            slopes,
-            first,
-            last,
-        )
+        def run(first: int, last: int, pieces=pieces, series=series) -> None:
+            units.near_keys(
+                keys.key,
+                keys.owner,
+                data.query,
+                charge,
+                pieces.box,
+                pieces.start,
+                pieces.stop,
+                pieces.centre,
+                2 / plan.width,
+                pieces.group,
+                series,
+                data.w,
+                values,
+                slopes,
+                first,
+                last,
+            )
 
-    run_units(run, -(-len(pieces.box) // pieces.group))
+        run_units(run, -(-len(pieces.box) // pieces.group))
     return ~served
 
 

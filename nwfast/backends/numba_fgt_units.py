@@ -5,6 +5,7 @@ from .numba_math import DIGEST
 
 cut = numba_fgt_boxes.compile_cut(DIGEST)
 choose = numba_fgt_boxes.compile_choose(DIGEST)
+box_series = numba_fgt_boxes.compile_series(DIGEST)
 moments = numba_fgt_boxes.compile_moments(DIGEST)
 near_rows = numba_fgt_rows.compile_rows(DIGEST)
 careful_rows = numba_fgt_careful.compile_careful(DIGEST)
