@@ -70,7 +70,7 @@ def test_gradients_at_every_bandwidth(kind, w, dtype):
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_with_few_rows_around_each_key(dtype, exclude_self, keys_a_bandwidth):
-    """Rows are visited one by one, some of them across 0, where float32 differences are not exact; lse has a gradient."""
+    """Rows are visited one by one, some across 0, where float32 differences are not exact; lse has a gradient."""
     generator = np.random.default_rng(5)
     key, query = (torch.from_numpy(np.sort(generator.uniform(-1, 4, 2000))).to(dtype) for _ in range(2))
     query = key if exclude_self else query

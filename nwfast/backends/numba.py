@@ -10,6 +10,7 @@ Kernels are compiled at the first call that needs them and cached on disk.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +52,10 @@ def forward(
     return out, lse, state, by_w, by_q
 
 
-def output(*inputs_and_wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def output(*inputs_and_wanted: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
-    *inputs, with_lse, tangent_w, tangent_q = inputs_and_wanted
-    out, lse, _, by_w, by_q = forward(*inputs, tangent_w, tangent_q)
+    with_lse = inputs_and_wanted[6]
+    out, lse, _, by_w, by_q = forward(*inputs_and_wanted[:6], *inputs_and_wanted[7:])
     return out, lse if with_lse else lse.new_empty(0), by_w, by_q
 
 
