@@ -118,8 +118,10 @@ inline int level_of(double distance) {
 // Whether R has the range for sums one by one (fgt_near.h).
 template <typename R>
 bool near_suits(const Data<R>& data, const Plan& plan) {
+  const double magnitude = std::fmax(data.key_range.magnitude(), data.query_range.magnitude());
   return data.channels == 1 && data.weight_span < kNearWeightSpan && data.weight_factor < 1e38 &&
-         plan.scale > kNearLeast && plan.scale < 1 / kNearLeast && data.values[0].magnitude() < 1e30;
+         plan.scale > kNearLeast && plan.scale < 1 / kNearLeast && magnitude * plan.scale * plan.scale < 1e36 &&
+         data.values[0].magnitude() < 1e30;
 }
 
 template <typename R, typename Finish>
