@@ -103,6 +103,25 @@ def content(session: Session, found: list[Bar], failed: list[str], place: dict) 
     }
 
 
+def renew(file: dict, newer: dict) -> dict:
+    """A result whose groups and bars are those of a later run where that has them, of the same commit and machine.
+
+    For a long run during which something else took processor time.
+    """
+    for same in "commit", "machine", "quick":
+        if file[same] != newer[same]:
+            raise SystemExit(f"not of the same {same}: {file[same]} and {newer[same]}")
+    groups = {group["name"]: group for group in newer["groups"]}
+    bars = {bar["what"]: bar for bar in newer["bars"]}
+    return {
+        **file,
+        "groups": [groups.get(group["name"], group) for group in file["groups"]],
+        "bars": [bars.get(bar["what"], bar) for bar in file["bars"]],
+        "wrong": list(dict.fromkeys(file["wrong"] + newer["wrong"])),
+        "cores_used_elsewhere": {**file["cores_used_elsewhere"], **newer["cores_used_elsewhere"]},
+    }
+
+
 def as_text(groups: list[dict], found: list[Bar]) -> str:
     """Times, rates and ratios by group, then the bars."""
     lines = []
@@ -137,6 +156,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="files whose name contains this")
     parser.add_argument("--name", help="of the file in benchmarks/results/ (default: the machine, or quick)")
     parser.add_argument("--to", type=Path, help="write to this file instead")
+    parser.add_argument(
+        "--renew", type=Path, help="put what is run in its place in this result of the same commit"
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     options = parser.parse_args()
 
@@ -160,8 +182,10 @@ def main() -> int:
         print(f"absent: {name}: {reason}")
 
     name = options.name or ("quick" if options.quick else "" if options.only else machine.name(place))
-    path = options.to or (RESULTS / f"{name}.json" if name else None)
+    path = options.to or options.renew or (RESULTS / f"{name}.json" if name else None)
     if path:
+        if options.renew:
+            file = renew(json.loads(options.renew.read_text()), file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(file, indent=1) + "\n")
         print(f"\nwritten to {path}")

@@ -122,6 +122,22 @@ def test_the_check_exits_with_the_verdict(tmp_path, monkeypatch):
     assert status("slow") == 1
 
 
+def test_a_later_run_of_some_files_takes_their_place_in_a_result_of_the_same_commit():
+    def result(commit, cores, **seconds):
+        groups = [{"name": name, "seconds": value} for name, value in seconds.items()]
+        measured = [{"what": name, "measured": value} for name, value in seconds.items()]
+        busy = dict.fromkeys(seconds, cores)
+        same = {"commit": commit, "machine": {"cores": 2}, "quick": False, "wrong": []}
+        return {**same, "groups": groups, "bars": measured, "cores_used_elsewhere": busy}
+
+    renewed = bench.renew(result("a", 1.0, first=1.0, second=2.0), result("a", 0.0, second=3.0))
+    assert [group["seconds"] for group in renewed["groups"]] == [1.0, 3.0]
+    assert [bar["measured"] for bar in renewed["bars"]] == [1.0, 3.0]
+    assert renewed["cores_used_elsewhere"] == {"first": 1.0, "second": 0.0}
+    with pytest.raises(SystemExit, match="commit"):
+        bench.renew(renewed, result("b", 0.0, second=3.0))
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(nwfast, "nadaraya_watson", lambda query, *_, **__: torch.zeros_like(query))
     session = Session(scale.QUICK)
