@@ -61,7 +61,9 @@ def assert_forward(query, key, value, w, key_weight=None, exclude_self=False) ->
     if w > 0:
         by_w, by_q = expected.tangent_w, expected.tangent_q
         assert error(tangent_w, by_w, spread / w + np.abs(by_w).max()) <= 10 * bound
-        assert error(tangent_q, by_q, spread * w + np.abs(by_q).max()) <= 10 * bound
+        # Far from the keys the rounding of out counts as many times as they are bandwidths away.
+        rounding = 1e-15 * float(np.sqrt(2 * np.abs(expected.lse[np.isfinite(expected.lse)])).max(initial=0))
+        assert error(tangent_q, by_q, spread * w + np.abs(by_q).max()) <= 10 * bound + rounding
 
 
 def exact_gradients(inputs, grad_out, grad_lse, exclude_self):
