@@ -87,21 +87,28 @@ class KeyPass {
     };
   }
 
-  // Charges of the rows that need no shift, zeros for others, which are listed. False if a gradient is not finite.
-  bool read_rows(std::vector<int64_t>& all_far) {
-    const int64_t n = data_.queries, chunks = (n + kChunk - 1) / kChunk;
-    charge_.allocate(columns_ * n);
+  // read(begin, n, far) for all blocks of rows; it lists far rows. False if one of them returns false.
+  template <typename Read>
+  bool over_rows(std::vector<int64_t>& all_far, const Read& read) const {
+    const int64_t chunks = (data_.queries + kChunk - 1) / kChunk;
     std::vector<std::vector<int64_t>> far(chunks);
-    std::vector<char> finite(chunks, 1);
+    std::vector<char> served(chunks, 1);
     parallel_blocks(chunks, serial_, [&](int64_t chunk) {
-      const int64_t end = std::min(n, (chunk + 1) * kChunk);
+      const int64_t end = std::min(data_.queries, (chunk + 1) * kChunk);
       for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
-        finite[chunk] &= read_block(begin, std::min(kBlock, end - begin), far[chunk]);
+        served[chunk] &= read(begin, std::min(kBlock, end - begin), far[chunk]);
       }
     });
     all_far.clear();
     for (const auto& part : far) all_far.insert(all_far.end(), part.begin(), part.end());
-    return std::find(finite.begin(), finite.end(), 0) == finite.end();
+    return std::find(served.begin(), served.end(), 0) == served.end();
+  }
+
+  // Charges of the rows that need no shift, zeros for others, which are far ones. False if a gradient is not finite.
+  bool read_rows(std::vector<int64_t>& far) {
+    charge_.allocate(columns_ * data_.queries);
+    return over_rows(far,
+                     [this](int64_t begin, int64_t n, std::vector<int64_t>& own) { return read_block(begin, n, own); });
   }
 
   bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
@@ -154,25 +161,16 @@ class KeyPass {
 
   // Rows for keys to visit one by one; those that R is not precise enough for are far ones. False if keys would visit
   // too many, or a gradient is not finite.
-  bool read_near_rows(std::vector<int64_t>& all_far) {
-    const int64_t chunks = (data_.queries + kChunk - 1) / kChunk;
+  bool read_near_rows(std::vector<int64_t>& far) {
     near_rows_.allocate(data_);
-    std::vector<std::vector<int64_t>> far(chunks);
-    std::vector<char> finite(chunks, 1);
-    parallel_blocks(chunks, serial_, [&](int64_t chunk) {
-      const int64_t end = std::min(data_.queries, (chunk + 1) * kChunk);
-      int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[chunk * kChunk]));
-      for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
-        finite[chunk] &= read_near_block(begin, std::min(kBlock, end - begin), hint, far[chunk]);
-      }
-    });
-    all_far.clear();
-    for (const auto& part : far) all_far.insert(all_far.end(), part.begin(), part.end());
-    return std::find(finite.begin(), finite.end(), 0) == finite.end() &&
-           near_rows_.find_ranges(data_.key, data_.keys, serial_);
+    const auto read = [this](int64_t begin, int64_t n, std::vector<int64_t>& own) {
+      return read_near_block(begin, n, own);
+    };
+    return over_rows(far, read) && near_rows_.find_ranges(data_.key, data_.keys, serial_);
   }
 
-  bool read_near_block(int64_t begin, int64_t n, int64_t& hint, std::vector<int64_t>& far) {
+  bool read_near_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
+    int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[begin]));
     double total[kBlock], shift[kBlock], grad[kBlock], mean[kBlock], lse_grad[kBlock];
     gradients_.read_totals(begin, n, total, shift);
     gradients_.read_grads(begin, n, 0, grad);

@@ -222,7 +222,6 @@ class RowPass {
       } else {
         double error = plan_.tail_error * static_cast<double>(data_.keys);
         const double* const local = expansion.expand(&error);
-        if (expanded.end != i || stop - expanded.begin > kEvaluated) expanded.finish(finish_);
         for (int64_t row = i; row < stop; row = expanded.end) {
           evaluate(row, std::min(stop, row + kEvaluated), plan_.centre(box), local, error, expanded, scratch, far);
         }
