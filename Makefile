@@ -16,7 +16,7 @@ GPU_JOBS ?= 12
 GPU_TESTS := $(addprefix tests/test_,functional.py extremes.py properties.py ops.py compile.py nn.py reference.py \
     validation.py dispatch.py)
 
-.PHONY: help setup demo info test lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
+.PHONY: help setup demo info test fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
     gpu-bench report regression
 .DEFAULT_GOAL := help
 
@@ -34,6 +34,9 @@ info: setup  ## versions, what can run here and what cannot, and why
 test: lint  ## lint, the whole suite, the doctests and one run of every benchmark, untimed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
+
+fuzz: setup  ## random input against an oracle in longer precision, as make fuzz ARGS="--minutes 10 --seed 7"
+	$(BIN)/python tests/fuzz $(ARGS)
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check

@@ -12,7 +12,8 @@ import torch
 
 import nwfast
 
-collect_ignore = ["emulation/plugin.py", "emulation/small_case.py"]  # run in processes of their own
+# Run in processes of their own.
+collect_ignore = ["emulation/plugin.py", "emulation/small_case.py", "fuzz"]
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILING = (

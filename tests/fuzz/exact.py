@@ -1,0 +1,291 @@
+"""What the op should return, in long double, and how far rounding alone may take a kernel from it.
+
+Scores are taken relative to the nearest kept key r of each row, so that no distance costs digits:
+
+    s_j - s_r = -sum_f w_f^2 (k_r - k_j)(2 q - k_j - k_r) / 2
+
+Left-out keys are dropped. The bounds follow the rounding of each term through the formulas, u times sums of absolute
+terms: a score carries its own size relative to the nearest key, and where that key is near also that of its distance,
+which kernels may leave in until it matters.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+Real = np.longdouble
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Half a squared distance, in bandwidths, from which on a row is far: its nearest key's distance may cost nothing then.
+FAR = 64.0
+
+
+@dataclasses.dataclass
+class Bounded:
+    """Right values and, for each, the largest error; an infinite bound: nothing is promised."""
+
+    value: np.ndarray
+    bound: np.ndarray
+
+    @classmethod
+    def zeros(cls, *shape: int) -> "Bounded":
+        return cls(np.zeros(shape, Real), np.zeros(shape, Real))
+
+
+def _nearest(q, k, w, kept):
+    """Scores (M, N) relative to each row's nearest kept key, their conditions, and that key's number."""
+    distance = np.zeros((len(q), len(k)), Real)
+    for f in range(len(w)):
+        distance += ((q[:, None, f] - k[None, :, f]) * w[f]) ** 2
+    reference = np.where(kept, distance, np.inf).argmin(1)
+    for _ in range(3):  # the first choice may be a rounded tie of keys that differ
+        relative, condition = np.zeros_like(distance), np.zeros_like(distance)
+        for f in range(len(w)):
+            to_key, to_nearest = q[:, None, f] - k[None, :, f], (q[:, f] - k[reference, f])[:, None]
+            step = (k[reference, f][:, None] - k[None, :, f]) * w[f]
+            relative -= step * ((to_key + to_nearest) * w[f]) / 2
+            condition += np.abs(step) * ((np.abs(to_key) + np.abs(to_nearest)) * abs(w[f])) / 2
+        best = np.where(kept, relative, -np.inf).argmax(1)
+        if not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
+            break
+        reference = best
+    return relative, condition, reference
+
+
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far=FAR):
+    """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
+
+    `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
+    of the arithmetic.
+    """
+    (m, d), (n, c) = q.shape, v.shape
+    out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
+    grads = {
+        "query": Bounded.zeros(m, d),
+        "key": Bounded.zeros(n, d),
+        "value": Bounded.zeros(n, c),
+        "w": Bounded.zeros(d),
+        "key_weight": Bounded.zeros(n),
+    }
+    left_out = a == 0
+    seen = ~np.eye(m, n, dtype=bool) if exclude_self else np.ones((m, n), bool)
+    broken_key = (np.isnan(k).any(1) | np.isnan(a) | (a < 0)) & ~left_out
+    broken_value = np.isnan(v) & ~left_out[:, None]
+    infinite_key = np.isinf(k).any(1)
+    infinite_query = np.isinf(q).any(1)
+    kept = seen & ~(left_out | infinite_key | broken_key) & ~infinite_query[:, None]
+    broken = np.isnan(q).any(1) | (seen & broken_key).any(1) | np.isnan(w).any()
+    empty = ~kept.any(1) & ~broken
+    channel_broken = (seen[:, :, None] & broken_value[None]).any(1)
+    moved = (g != 0).any(1) | (gl != 0)
+    unpromised = (
+        broken | channel_broken.any(1)
+    ) & moved  # what such rows give to gradients is NaN or nothing
+
+    own_finite = np.isfinite(k).all(1) & np.isfinite(v).all(1)
+    k0, v0 = np.where(own_finite[:, None], k, 0), np.where(np.isfinite(v), v, 0)
+    counting = np.flatnonzero(~broken & ~empty)
+    if counting.size and not np.isnan(w).any():
+        rows = _rows(
+            q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
+            seen[counting] & own_finite & ~broken_key, unit, tiny, far,
+        )  # fmt: skip
+        out.value[counting], out.bound[counting] = rows["out"]
+        lse.value[counting], lse.bound[counting] = rows["lse"]
+        # Gradients: rows without a cotangent add nothing, whatever they hold.
+        grads["query"].value[counting], grads["query"].bound[counting] = rows["query"]
+        for name in ("key", "value", "w", "key_weight"):
+            grads[name].value, grads[name].bound = rows[name]
+    out.value[broken | empty], lse.value[broken], lse.value[empty] = np.nan, np.nan, -np.inf
+    out.bound[channel_broken.any(1)] = np.inf
+    out.value[channel_broken], out.bound[channel_broken] = np.nan, 0
+    grads["query"].bound[unpromised] = np.inf
+    if unpromised.any():
+        for name in ("key", "value", "w", "key_weight"):
+            grads[name].bound[...] = np.inf
+    for name in ("key", "value"):
+        grads[name].value[left_out], grads[name].bound[left_out] = 0, 0
+    lost = left_out & ~own_finite
+    grads["key_weight"].value[lost], grads["key_weight"].bound[lost] = 0, 0
+    return out, lse, grads
+
+
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far):
+    m, n = kept.shape
+    d, c = q.shape[1], v.shape[1]
+    relative, condition, reference = _nearest(q, k, w, kept)
+    to_nearest = q - k[reference]
+    depth = ((to_nearest * w) ** 2).sum(1) / 2
+    near = np.minimum(depth, far)
+    e = np.exp(np.where(seen, relative, -np.inf))
+    p = np.where(kept, a * e, 0)
+    total = p.sum(1)
+    p, e = p / total[:, None], e / total[:, None]
+    # Relative error of a term: of its score, of exp2, of the weight; then what a term may lose for being small.
+    grow = 8 + np.sqrt(Real(n))
+    off = unit * (8 + 4 * condition + 4 * near[:, None])
+    small = unit / (8 * n) + 2 * tiny
+    least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
+    normaliser = (p * off).sum(1) + unit * grow
+    off = off + normaliser[:, None]
+
+    out = np.zeros((m, c), Real)
+    pulled, pulled_size, values_size, out_bound = (
+        np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, c), Real),
+    )  # fmt: skip
+    lost = np.minimum(p, small)
+    for x in range(c):
+        out[:, x] = (p * v[None, :, x]).sum(1)
+        deviation = np.abs(v[None, :, x] - out[:, x, None])
+        size = (p * np.abs(v[None, :, x])).sum(1)
+        out_bound[:, x] = (p * deviation * off).sum(1) + unit * grow * size + (lost * deviation).sum(1)
+        weight = np.abs(g[:, x, None])
+        pulled += g[:, x, None] * (v[None, :, x] - out[:, x, None])
+        pulled_size += weight * deviation
+        values_size += weight * (np.abs(v[None, :, x]) + np.abs(out[:, x, None]))
+    pulled += gl[:, None]
+    pulled_size += np.abs(gl)[:, None]
+    pulled_bound = 4 * unit * (values_size + pulled_size) + (np.abs(g) * out_bound).sum(1)[:, None]
+
+    rest = np.log(total)
+    lse = -depth + rest
+    lse_bound = normaliser + unit * (4 + 8 * depth + 2 * np.abs(rest))
+
+    moved = (g != 0).any(1) | (gl != 0)
+    p, e, off = p[moved], e[moved], off[moved]
+    pulled, pulled_size, pulled_bound, lost = (
+        pulled[moved],
+        pulled_size[moved],
+        pulled_bound[moved],
+        lost[moved],
+    )
+    grow_m = 8 + np.sqrt(Real(m))
+    term = p * pulled
+    size = p * pulled_size
+    error = size * off + p * pulled_bound + lost * pulled_size
+    ended = least * pulled_size
+    results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        e_error = (
+            e * (pulled_size * (off + unit * grow_m) + pulled_bound) + np.minimum(e, small) * pulled_size
+        )
+        slope = (e * pulled).sum(0)
+        beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
+        results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
+    gm = np.abs(g[moved])
+    results["value"] = (
+        p.T @ g[moved],
+        (p * (off + unit * grow_m) + lost + least).T @ gm,
+    )
+    query, query_bound = np.zeros((m, d), Real), np.zeros((m, d), Real)
+    key, key_bound = np.zeros((n, d), Real), np.zeros((n, d), Real)
+    dw, dw_bound = np.zeros(d, Real), np.zeros(d, Real)
+    glm = np.abs(gl[moved])
+    for f in range(d):
+        wf = abs(w[f])
+        step = k[None, :, f] - k[reference[moved], f][:, None]
+        nearest = to_nearest[moved, f]
+        to_key = q[moved, f][:, None] - k[None, :, f]
+        both = np.abs(to_key) + np.abs(nearest)[:, None]
+        # A near row may be summed without a reference: sum_j of its terms then cancels to rounding only.
+        cap = np.minimum(np.abs(nearest), np.sqrt(2 * Real(far)) / wf if wf else 0)[:, None]
+        slope = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
+        query[moved, f] = slope
+        query_bound[moved, f] = (
+            wf
+            * (
+                ((error + unit * grow * size) * (np.abs(step) + cap)).sum(1)
+                + 8 * unit * glm * np.abs(nearest)
+            )
+            * wf
+        )
+        key[:, f] = wf * ((term * to_key).sum(0) * wf)
+        key_bound[:, f] = wf * (
+            (error + unit * grow_m * size) * np.abs(to_key) * wf
+            + ended * np.minimum(np.abs(to_key) * wf, 1e6)
+        ).sum(0)
+        squares = step * (to_key + nearest[:, None])
+        dw[f] = w[f] * ((term * squares).sum() - (gl[moved] * nearest**2).sum())
+        dw_bound[f] = wf * (
+            ((error + unit * (grow + grow_m) * size) * (np.abs(step) * both + cap**2)).sum()
+            + 8 * unit * (glm * nearest**2).sum()
+        )
+    results |= {"query": (query, query_bound), "key": (key, key_bound), "w": (dw, dw_bound)}
+    return results
+
+
+def _wide(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy().astype(Real)
+
+
+def _summed_to(result: Bounded, shape: tuple[int, ...]) -> Bounded:
+    """Sums over the dimensions that were broadcast."""
+    for array_name in ("value", "bound"):
+        array = getattr(result, array_name)
+        array = array.sum(tuple(range(array.ndim - len(shape))))
+        axes = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] != 1)
+        setattr(result, array_name, array.sum(axes, keepdims=True).reshape(shape))
+    return result
+
+
+def solve(case) -> dict[str, Bounded]:
+    """Every result of a case by name: out, lse and the gradients of all inputs."""
+    query, key, value, w = case.query, case.key, case.value, torch.as_tensor(case.w)
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape, "w": w.shape}
+    weight = case.key_weight
+    has_channels = True
+    per_query = query.ndim == 1 and key.ndim == 2
+    if query.ndim == 1:
+        has_channels = value.ndim == 2 and not per_query
+        query = query[:, None, None] if per_query else query[:, None]
+        key = key[..., None]
+        value = value if has_channels else value[..., None]
+    elif value.ndim == key.ndim - 1:
+        has_channels, value = False, value[..., None]
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    (m, d), (n, c) = query.shape[-2:], value.shape[-2:]
+    arrays = [
+        np.broadcast_to(_wide(tensor), (*batch, *tensor.shape[-2:])).reshape(-1, *tensor.shape[-2:])
+        for tensor in (query, key, value)
+    ]
+    ws = np.broadcast_to(_wide(w if w.ndim else w[None]), (*batch, d)).reshape(-1, d)
+    ones = torch.ones(n) if weight is None else weight
+    a = np.broadcast_to(_wide(ones), (*batch, n)).reshape(-1, n)
+    elements = len(ws)
+    grad_out, grad_lse = case.grad_out, case.grad_lse
+    g = _wide(grad_out).reshape(elements, m, c)
+    gl = np.zeros((elements, m), Real) if grad_lse is None else _wide(grad_lse).reshape(elements, m)
+    arithmetic = torch.float64 if case.query.dtype == torch.float64 else torch.float32
+    far = FAR
+    if (
+        case.backend == "reference"
+    ):  # the textbook in float64 whatever the dtype, where far rows lose what that loses
+        far, arithmetic = np.inf, torch.float64
+    unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
+    parts = [
+        element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], case.exclude_self, unit, tiny, far)
+        for b in range(elements)
+    ]
+
+    def stacked(results):
+        value = np.stack([r.value for r in results])
+        bound = np.stack([r.bound for r in results])
+        return Bounded(value.reshape(*batch, *value.shape[1:]), bound.reshape(*batch, *bound.shape[1:]))
+
+    found = {"out": stacked([part[0] for part in parts]), "lse": stacked([part[1] for part in parts])}
+    for name in ("out", "lse"):
+        shape = case.grad_out.shape if name == "out" else case.lse_shape()
+        found[name].value, found[name].bound = (
+            x.reshape(shape) for x in (found[name].value, found[name].bound)
+        )
+    canonical = {"query": query.shape, "key": key.shape, "value": value.shape}
+    for name in ("query", "key", "value"):
+        found[name] = _summed_to(stacked([part[2][name] for part in parts]), canonical[name])
+        found[name].value = found[name].value.reshape(shapes[name])
+        found[name].bound = found[name].bound.reshape(shapes[name])
+    found["w"] = _summed_to(stacked([part[2]["w"] for part in parts]), w.shape if w.ndim else (1,))
+    found["w"].value, found["w"].bound = (x.reshape(w.shape) for x in (found["w"].value, found["w"].bound))
+    if weight is not None:
+        found["key_weight"] = _summed_to(stacked([part[2]["key_weight"] for part in parts]), weight.shape)
+    return found
