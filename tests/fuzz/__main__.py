@@ -18,11 +18,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cases import Case, draw
-from judge import Failure, as_python, judge, shrink
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE.parent))  # tests/exact.py
+
+from cases import Case, draw  # noqa: E402
+from judge import Failure, as_python, judge, shrink  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 PATIENCE = 40.0  # seconds that a case may take; Numba compiles in its first ones
 BACKENDS = ("native", "numba", "reference", "triton")
 

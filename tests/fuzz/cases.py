@@ -325,7 +325,9 @@ def draw(rng, backends, methods, entries=("function", "index", "module")) -> Cas
     if backend != "triton" and rng.random() < 0.15:
         if form == "1-D" and w_shape in ((), (1,)) and "index" in entries and rng.random() < 0.7:
             case.entry = "index"
-        elif not w_is_number and key_weight is None and not case.return_lse and "module" in entries:
+        elif (
+            w.ndim and not w_is_number and key_weight is None and not case.return_lse and "module" in entries
+        ):
             case.entry = "module"
     case.situation = ", ".join(
         filter(

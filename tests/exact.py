@@ -52,7 +52,7 @@ def _nearest(q, k, w, kept):
     return relative, condition, reference
 
 
-def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far=FAR):
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes):
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
@@ -88,7 +88,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far=FAR):
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & own_finite & ~broken_key, unit, tiny, far,
+            seen[counting] & own_finite & ~broken_key, unit, tiny, far, boxes,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -110,7 +110,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far=FAR):
     return out, lse, grads
 
 
-def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far):
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
     relative, condition, reference = _nearest(q, k, w, kept)
@@ -124,7 +124,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far):
     # Relative error of a term: of its score, of exp2, of the weight; then what a term may lose for being small.
     grow = 8 + np.sqrt(Real(n))
     off = unit * (8 + 4 * condition + 4 * near[:, None])
-    small = unit / (8 * n) + 2 * tiny
+    small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
     normaliser = (p * off).sum(1) + unit * grow
     off = off + normaliser[:, None]
@@ -138,7 +138,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far):
         out[:, x] = (p * v[None, :, x]).sum(1)
         deviation = np.abs(v[None, :, x] - out[:, x, None])
         size = (p * np.abs(v[None, :, x])).sum(1)
-        out_bound[:, x] = (p * deviation * off).sum(1) + unit * grow * size + (lost * deviation).sum(1)
+        out_bound[:, x] = (
+            (p * deviation * off).sum(1) + unit * grow * size + ((lost + least) * deviation).sum(1)
+        )
         weight = np.abs(g[:, x, None])
         pulled += g[:, x, None] * (v[None, :, x] - out[:, x, None])
         pulled_size += weight * deviation
@@ -188,35 +190,56 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far):
         nearest = to_nearest[moved, f]
         to_key = q[moved, f][:, None] - k[None, :, f]
         both = np.abs(to_key) + np.abs(nearest)[:, None]
-        # A near row may be summed without a reference: sum_j of its terms then cancels to rounding only.
-        cap = np.minimum(np.abs(nearest), np.sqrt(2 * Real(far)) / wf if wf else 0)[:, None]
-        slope = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
-        query[moved, f] = slope
-        query_bound[moved, f] = (
-            wf
-            * (
-                ((error + unit * grow * size) * (np.abs(step) + cap)).sum(1)
-                + 8 * unit * glm * np.abs(nearest)
-            )
-            * wf
-        )
+        # Lengths that rounding may cost where they are longer than the difference: a near row may be summed without a
+        # reference (its terms then cancel to rounding only), and interpolation knows places to rounding of a box.
+        near = np.minimum(np.abs(nearest), np.sqrt(2 * Real(far)) / wf if wf else 0)[:, None]
+        box = boxes / wf if wf else 0
+        query[moved, f] = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
+        query_error = ((error + unit * grow * size) * (np.abs(step) + near + box)).sum(1)
+        query_error += 8 * unit * glm * np.abs(nearest)
+        query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1))
         key[:, f] = wf * ((term * to_key).sum(0) * wf)
-        key_bound[:, f] = wf * (
-            (error + unit * grow_m * size) * np.abs(to_key) * wf
-            + ended * np.minimum(np.abs(to_key) * wf, 1e6)
-        ).sum(0)
-        squares = step * (to_key + nearest[:, None])
-        dw[f] = w[f] * ((term * squares).sum() - (gl[moved] * nearest**2).sum())
-        dw_bound[f] = wf * (
-            ((error + unit * (grow + grow_m) * size) * (np.abs(step) * both + cap**2)).sum()
-            + 8 * unit * (glm * nearest**2).sum()
-        )
+        key_error = ((error + unit * grow_m * size) * (np.abs(to_key) + box)).sum(0)
+        key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0))
+        dw[f] = w[f] * ((term * step * (to_key + nearest[:, None])).sum() - (gl[moved] * nearest**2).sum())
+        lengths = np.abs(step) * both + near**2 + box**2
+        dw_error = ((error + unit * (grow + grow_m) * size) * lengths).sum() + 8 * unit * (
+            glm * nearest**2
+        ).sum()
+        dw_bound[f] = wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0)
     results |= {"query": (query, query_bound), "key": (key, key_bound), "w": (dw, dw_bound)}
     return results
 
 
+def _ends(ended, lengths):
+    """What weights that are not quite zero add, at lengths in bandwidths that are not too long for them."""
+    return ended * np.minimum(np.abs(lengths), 1e6)
+
+
 def _wide(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy().astype(Real)
+    return tensor.detach().double().cpu().numpy().astype(Real)
+
+
+def allowed(found: torch.Tensor, right: Bounded, terms: int) -> np.ndarray:
+    """The largest error of each entry: the bound, the rounding to the dtype of `found`, and what underflow takes."""
+    limits = torch.finfo(found.dtype)
+    floor = limits.smallest_normal * limits.eps * 16 * (4 + terms)
+    return right.bound + 2 * Real(UNIT[found.dtype]) * np.abs(right.value) + floor
+
+
+def assert_accurate(found: torch.Tensor, right: Bounded, what: str = "") -> None:
+    """Every entry within what its own rounding allows."""
+    assert tuple(found.shape) == right.value.shape, (
+        f"{what}: shape {tuple(found.shape)} for {right.value.shape}"
+    )
+    error, bound = np.abs(_wide(found) - right.value), allowed(found, right, found.numel())
+    if (error <= bound).all():  # also of no entries
+        return
+    place = np.unravel_index(np.nanargmax(np.where(error <= bound, -1, error / bound)), error.shape)
+    raise AssertionError(
+        f"{what}: {_wide(found)[place]:.9g} at {tuple(map(int, place))} for {right.value[place]:.9g}, error "
+        f"{error[place]:.3g}, allowed {bound[place]:.3g}"
+    )
 
 
 def _summed_to(result: Bounded, shape: tuple[int, ...]) -> Bounded:
@@ -229,11 +252,18 @@ def _summed_to(result: Bounded, shape: tuple[int, ...]) -> Bounded:
     return result
 
 
-def solve(case) -> dict[str, Bounded]:
-    """Every result of a case by name: out, lse and the gradients of all inputs."""
-    query, key, value, w = case.query, case.key, case.value, torch.as_tensor(case.w)
+def solve(
+    query, key, value, w, key_weight, grad_out, grad_lse=None, exclude_self=False, textbook=False, boxes=0.0
+) -> dict[str, Bounded]:
+    """Every result by name: out, lse, and the gradients of query, key, value, w and (if given) key_weight.
+
+    For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `textbook` the bounds
+    are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is the
+    length, in bandwidths, that fgt interpolates over: distances below it are as good as its rounding.
+    """
+    dtype = query.dtype
+    w = torch.as_tensor(w)
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape, "w": w.shape}
-    weight = case.key_weight
     has_channels = True
     per_query = query.ndim == 1 and key.ndim == 2
     if query.ndim == 1:
@@ -250,21 +280,16 @@ def solve(case) -> dict[str, Bounded]:
         for tensor in (query, key, value)
     ]
     ws = np.broadcast_to(_wide(w if w.ndim else w[None]), (*batch, d)).reshape(-1, d)
-    ones = torch.ones(n) if weight is None else weight
+    ones = torch.ones(n) if key_weight is None else key_weight
     a = np.broadcast_to(_wide(ones), (*batch, n)).reshape(-1, n)
     elements = len(ws)
-    grad_out, grad_lse = case.grad_out, case.grad_lse
     g = _wide(grad_out).reshape(elements, m, c)
     gl = np.zeros((elements, m), Real) if grad_lse is None else _wide(grad_lse).reshape(elements, m)
-    arithmetic = torch.float64 if case.query.dtype == torch.float64 else torch.float32
-    far = FAR
-    if (
-        case.backend == "reference"
-    ):  # the textbook in float64 whatever the dtype, where far rows lose what that loses
-        far, arithmetic = np.inf, torch.float64
+    arithmetic = torch.float64 if dtype == torch.float64 or textbook else torch.float32
+    far = np.inf if textbook else FAR
     unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
     parts = [
-        element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], case.exclude_self, unit, tiny, far)
+        element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, unit, tiny, far, boxes)
         for b in range(elements)
     ]
 
@@ -275,7 +300,9 @@ def solve(case) -> dict[str, Bounded]:
 
     found = {"out": stacked([part[0] for part in parts]), "lse": stacked([part[1] for part in parts])}
     for name in ("out", "lse"):
-        shape = case.grad_out.shape if name == "out" else case.lse_shape()
+        shape = grad_out.shape
+        if name == "lse" and has_channels:
+            shape = shape[:-1]
         found[name].value, found[name].bound = (
             x.reshape(shape) for x in (found[name].value, found[name].bound)
         )
@@ -286,6 +313,6 @@ def solve(case) -> dict[str, Bounded]:
         found[name].bound = found[name].bound.reshape(shapes[name])
     found["w"] = _summed_to(stacked([part[2]["w"] for part in parts]), w.shape if w.ndim else (1,))
     found["w"].value, found["w"].bound = (x.reshape(w.shape) for x in (found["w"].value, found["w"].bound))
-    if weight is not None:
-        found["key_weight"] = _summed_to(stacked([part[2]["key_weight"] for part in parts]), weight.shape)
+    if key_weight is not None:
+        found["key_weight"] = _summed_to(stacked([part[2]["key_weight"] for part in parts]), key_weight.shape)
     return found
