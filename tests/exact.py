@@ -49,6 +49,8 @@ def _nearest(q, k, w, kept):
         if not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
             break
         reference = best
+    # Ties below the precision of long double, which the bounds allow for: none may overflow.
+    relative -= np.maximum(np.where(kept, relative, 0).max(1, keepdims=True), 0)
     return relative, condition, reference
 
 
@@ -122,8 +124,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     total = p.sum(1)
     p, e = p / total[:, None], e / total[:, None]
     # Relative error of a term: of its score, of exp2, of the weight; then what a term may lose for being small.
-    grow = 8 + np.sqrt(Real(n))
-    off = unit * (8 + 4 * condition + 4 * near[:, None])
+    grow = (8 + np.sqrt(Real(n))) * (1 + boxes)
+    off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
     normaliser = (p * off).sum(1) + unit * grow
@@ -133,7 +135,13 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     pulled, pulled_size, values_size, out_bound = (
         np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, c), Real),
     )  # fmt: skip
-    lost = np.minimum(p, small)
+    # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
+    open_ties = (
+        np.where(kept, a * np.exp(np.minimum(relative + Real(2.0) ** -50 * condition, 0)), 0) / total[:, None]
+        - p
+    )
+    open_ties += p * open_ties.sum(1, keepdims=True)
+    lost = np.minimum(p, small) + np.maximum(open_ties, 0)
     for x in range(c):
         out[:, x] = (p * v[None, :, x]).sum(1)
         deviation = np.abs(v[None, :, x] - out[:, x, None])
@@ -161,7 +169,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
         pulled_bound[moved],
         lost[moved],
     )
-    grow_m = 8 + np.sqrt(Real(m))
+    grow_m = (8 + np.sqrt(Real(m))) * (1 + boxes)
     term = p * pulled
     size = p * pulled_size
     error = size * off + p * pulled_bound + lost * pulled_size

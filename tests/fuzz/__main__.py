@@ -26,7 +26,7 @@ from cases import Case, draw  # noqa: E402
 from judge import Failure, as_python, judge, shrink  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-PATIENCE = 40.0  # seconds that a case may take; Numba compiles in its first ones
+PATIENCE = {"numba": 240.0}  # seconds that a case may take; Numba compiles in its first ones
 BACKENDS = ("native", "numba", "reference", "triton")
 
 
@@ -39,8 +39,9 @@ class Worker:
             self._environment |= {"TRITON_INTERPRET": "1"}
         self._process: subprocess.Popen | None = None
 
-    def compute(self, case: Case, patience: float = PATIENCE) -> dict[str, Tensor] | str:
+    def compute(self, case: Case) -> dict[str, Tensor] | str:
         """The results by name, or what went wrong."""
+        patience = PATIENCE.get(case.backend, 40.0)
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "worker.py")],
