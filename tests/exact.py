@@ -18,6 +18,8 @@ Real = np.longdouble
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Half a squared distance, in bandwidths, from which on a row is far: its nearest key's distance may cost nothing then.
 FAR = 64.0
+# What fgt interpolates over, in bandwidths.
+BOXES = 4.0
 
 
 @dataclasses.dataclass
@@ -142,6 +144,11 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     )
     open_ties += p * open_ties.sum(1, keepdims=True)
     lost = np.minimum(p, small) + np.maximum(open_ties, 0)
+    e_lost = np.minimum(e, small)
+    if boxes:  # whose sums are as good as their largest terms
+        within = (unit + Real(2.0) ** -45) * (relative > -32)
+        lost += within * kept * p.max(1, keepdims=True)
+        e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
     for x in range(c):
         out[:, x] = (p * v[None, :, x]).sum(1)
         deviation = np.abs(v[None, :, x] - out[:, x, None])
@@ -162,7 +169,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     lse_bound = normaliser + unit * (4 + 8 * depth + 2 * np.abs(rest))
 
     moved = (g != 0).any(1) | (gl != 0)
-    p, e, off = p[moved], e[moved], off[moved]
+    p, e, off, e_lost = p[moved], e[moved], off[moved], e_lost[moved]
     pulled, pulled_size, pulled_bound, lost = (
         pulled[moved],
         pulled_size[moved],
@@ -177,9 +184,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
 
     with np.errstate(invalid="ignore", over="ignore"):
-        e_error = (
-            e * (pulled_size * (off + unit * grow_m) + pulled_bound) + np.minimum(e, small) * pulled_size
-        )
+        e_error = e * (pulled_size * (off + unit * grow_m) + pulled_bound) + e_lost * pulled_size
         slope = (e * pulled).sum(0)
         beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
         results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
@@ -244,7 +249,8 @@ def assert_accurate(found: torch.Tensor, right: Bounded, what: str = "") -> None
     with np.errstate(invalid="ignore"):
         error = np.abs(_wide(found) - right.value)
     # Beyond all numbers (of left-out keys much nearer than all kept ones) any will do.
-    error = np.where(np.isinf(bound) & ~np.isnan(_wide(found)), 0, error)
+    beyond = np.isinf(right.bound) | (np.abs(right.value) + bound > 0.9 * torch.finfo(found.dtype).max)
+    error = np.where(beyond & ~np.isnan(_wide(found)), 0, error)
     if (error <= bound).all():  # also of no entries
         return
     place = np.unravel_index(np.nanargmax(np.where(error <= bound, -1, error / bound)), error.shape)
@@ -270,8 +276,8 @@ def solve(
     """Every result by name: out, lse, and the gradients of query, key, value, w and (if given) key_weight.
 
     For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `textbook` the bounds
-    are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is the
-    length, in bandwidths, that fgt interpolates over: distances below it are as good as its rounding.
+    are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is BOXES
+    where fgt may compute: distances are known to rounding of such a length there, and sums to that many more units.
     """
     dtype = query.dtype
     w = torch.as_tensor(w)

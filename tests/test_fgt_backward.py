@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from exact import assert_accurate, solve
+from exact import BOXES, assert_accurate, solve
 from fgt_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,7 +146,7 @@ def test_gradients_with_masked_keys(exclude_self, w):
     tensors = query, key, torch.cos(key), torch.tensor(w, dtype=torch.float64), weight
     grad = torch.randn(600, dtype=torch.float64)
     found = fgt_gradients(tensors, grad, exclude_self=exclude_self)
-    right = solve(*tensors, grad, exclude_self=exclude_self, boxes=1.0)
+    right = solve(*tensors, grad, exclude_self=exclude_self, boxes=BOXES)
     for actual, name in zip(found, ("query", "key", "value", "w", "key_weight"), strict=True):
         assert_accurate(actual, right[name], f"gradient of {name}")
     assert not found[1][::3].any() and not found[2][::3].any()

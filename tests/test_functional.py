@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from exact import assert_accurate, solve
+from exact import BOXES, assert_accurate, solve
 from oracle import assert_weights_matter, gradients, scores, textbook
 
 import nwfast
@@ -62,7 +62,7 @@ def check(inputs, backend, exclude_self=False, with_gradients=True, method="auto
     """Values, lse and all gradients (with and without a gradient into lse) against long double."""
     options = dict(exclude_self=exclude_self, method=method)
     dtype = inputs[0].dtype
-    boxes = 0.0 if method == "dense" else 1.0
+    boxes = 0.0 if method == "dense" else BOXES
     out, lse = call(inputs, backend, return_lse=True, **options)
     assert out.dtype == dtype
     assert lse.dtype == arithmetic(dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from cases import Case
-from exact import Real, allowed, solve
+from exact import BOXES, Real, allowed, solve
 from torch import Tensor
 
 
@@ -33,7 +33,7 @@ def judge(case: Case, reply: dict[str, Tensor] | str) -> list[Failure]:
             *(case.query, case.key, case.value, case.w, case.key_weight, case.grad_out, case.grad_lse),
             exclude_self=case.exclude_self,
             textbook=case.backend == "reference",
-            boxes=0.0 if case.method == "dense" else 1.0,
+            boxes=0.0 if case.method == "dense" else BOXES,
         )
         return [f for name, found in reply.items() for f in _compare(name, found, right[name], case)]
 
