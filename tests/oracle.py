@@ -60,23 +60,12 @@ def textbook(query, key, value, w=1.0, key_weight=None, exclude_self=False) -> t
     return out, lse
 
 
-def rough(query, key, value, w=1.0, key_weight=None, exclude_self=False) -> tuple[Tensor, Tensor]:
-    """A baseline for `textbook` in float64: as good a way to compute it, other roundings: qw - kw, not (q - k)w."""
-    w = torch.as_tensor(w, dtype=query.dtype)
-    if query.ndim == 1:
-        features = w.reshape(-1) if w.ndim < 2 else w.squeeze(-1)
-        key_scale = features if key.ndim == 1 else features[:, None]
-        return textbook(query * features, key * key_scale, value, 1.0, key_weight, exclude_self)
-    rows = w.unsqueeze(-2) if w.ndim > 1 else w
-    return textbook(query * rows, key * rows, value, 1.0, key_weight, exclude_self)
-
-
 def gradients(
-    inputs, grad_out, grad_lse=None, exclude_self=False, dtype=torch.float64, function=textbook
+    inputs, grad_out, grad_lse=None, exclude_self=False, dtype=torch.float64
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, w and (if given) key_weight by autograd through the textbook."""
     leaves = [None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    out, lse = function(*leaves, exclude_self=exclude_self)
+    out, lse = textbook(*leaves, exclude_self=exclude_self)
     outputs, cotangents = [out], [grad_out.to(dtype)]
     if grad_lse is not None:
         outputs, cotangents = [out, lse], [grad_out.to(dtype), grad_lse.to(dtype)]
@@ -93,15 +82,6 @@ def assert_weights_matter(query, key, w=1.0, key_weight=None, exclude_self=False
     assert 1.5 < effective.median() < 0.9 * weights.shape[-1], (
         f"{effective.median():.3g} of {weights.shape[-1]} keys"
     )
-
-
-def gradient_scales(query, key, value, w, key_weight, grad_out, grad_lse=None) -> list[float]:
-    """The size of one pair's terms in each gradient, which cancel in the sum and leave their rounding there."""
-    pull = grad_out.abs().max() * value.abs().max() + (0 if grad_lse is None else grad_lse.abs().max())
-    w = torch.as_tensor(w).abs().max()
-    weight = 1.0 if key_weight is None else key_weight.min()
-    scales = pull * w, pull * w, grad_out.abs().max(), pull * query.numel() ** 0.5 / w, pull / weight
-    return [float(scale) for scale in scales]
 
 
 def assert_within_budget(
