@@ -25,7 +25,7 @@ class Precise:
 
 
 def _long(tensor) -> np.ndarray:
-    return torch.as_tensor(tensor).detach().double().numpy().astype(np.longdouble)
+    return torch.as_tensor(tensor, dtype=torch.float64).detach().numpy().astype(np.longdouble)
 
 
 def _float64(array: np.ndarray) -> Tensor:
