@@ -124,7 +124,7 @@ class CarefulBatch {
         // It may lie nearer than all that count by any measure: sums of several rows stay finite in double.
         constexpr Real kMost = 0x1p1000L;
         const Real grad_weight = std::exp2(std::fmin(row.relative[j] - row.top, Real(12000))) / row.total * pull;
-        parts.weight[j] = std::fmin(std::fmax(grad_weight, -kMost), kMost);
+        parts.weight[j] = std::isnan(pull) ? pull : std::fmin(std::fmax(grad_weight, -kMost), kMost);
         continue;
       }
       parts.score[j] = row.weight[j] * pull;
