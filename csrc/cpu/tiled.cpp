@@ -22,12 +22,13 @@ constexpr int64_t kCarefulRows = 16;  // rows whose weights the careful way hold
 using Rows = std::vector<int64_t>;
 
 // The score of its nearest key, in base 2, beyond which a row of R data is not computed in T. Scores are good to about
-// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's.
+// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's. Moments
+// about a far query lose its distance times the rounding of `out`, which is in R.
 template <typename T, typename R>
 double far_score(const Problem& problem) {
   const double features = static_cast<double>(problem.features);
   if (sizeof(T) == 4) return std::fmax(256, 32 * features);
-  return sizeof(R) == 4 ? 0x1p26 : std::fmax(1024, 64 * features);
+  return std::fmax(sizeof(R) == 4 ? 4096 : 1024, 64 * features);
 }
 
 // run(b, serial) for all batch elements; serial where they share out the threads among themselves.
@@ -312,7 +313,7 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
       for (int64_t i = 0; i < rows.rows; ++i) {
         if (task.grad_query) {
           task.grad_query[(b * problem.queries + batch->places[begin + i]) * features + f] =
-              static_cast<R>(-w * (w / unit) * first[i * features + f]);
+              static_cast<R>(-w * ((w / unit) * first[i * features + f]));
         }
         sum += second[i * features + f];
       }
@@ -391,7 +392,7 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
       for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * sum_value[i * channels + c];
       for (int64_t f = 0; f < features; ++f) {
         const double w = batch->w[f];
-        sums.key[j * features + f] += w * (w / batch->unit[f]) * weight * sum_offset[i * features + f];
+        sums.key[j * features + f] += w * ((w / batch->unit[f]) * (weight * sum_offset[i * features + f]));
       }
     }
   });
@@ -440,7 +441,9 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
   over_elements(problem, (n + kKeyTile - 1) / kKeyTile, [&](int64_t b, bool serial) {
     Buffer<double> weight(n);
     bool nearer = false;
-    if (task.grad_key_weight && problem.key_weight.data) {
+    // Left-out keys hold what is their own only where nothing but the gradient of their weight is asked for
+    // (left_out.h); elsewhere they are no nearer than those that count.
+    if (task.grad_key_weight && problem.key_weight.data && !task.grad_key && !task.grad_value) {
       const View& view = problem.key_weight;
       read(view, view.offset(problem.batch, b), n, view.row_stride, weight.get());
       for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;

@@ -94,7 +94,7 @@ class TiledBatch {
       finite_keys_ &= range.finite;
       range.include(column.get(), m);
       largest[f] = near[f] = range.magnitude();
-      const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E);
+      const double scale = std::fabs(w[f]) * kRoot;
       if (largest[f] * scale > kReach) near[f] = std::fmax(near_of(key, n, scale), near_of(column.get(), m, scale));
       if (!range.finite) infinite_ = true;
     }
@@ -124,7 +124,7 @@ class TiledBatch {
   // Scaled by the power of two next below |w| (in units of base-2 scores), or a greater one where squares would
   // underflow. What lies beyond the range then is cut off: no scale is set for all by the extremes of some.
   void scale_feature(int64_t f, double near, double largest, int64_t m, int64_t features) {
-    const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E);
+    const double scale = std::fabs(w[f]) * kRoot;
     int exponent = scale > 0 ? std::ilogb(scale) : largest > 0 ? -std::ilogb(largest) : 0, raise = 0;
     if (scale > 0 && near > 0) raise = std::max(0, Limits<T>::kLow - (exponent + std::ilogb(near)));
     usable &= raise <= Limits<T>::kMostRaise;
