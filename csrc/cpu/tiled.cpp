@@ -1,250 +1,106 @@
 // Any number of features and channels: what surrounds the tiles of tiled_kernels.h.
 //
-// Keys are packed by feature, scaled by powers of two (exactly) so that squared distances stay finite. float32 data
-// is computed in double where a query lies so far from all keys that float32 scores would lose the differences
-// between keys, and where key weights span more than float32 can hold beside the scores.
+// Each row takes the cheapest arithmetic that serves it: float where its nearest key is near, double further away or
+// where float lacks the range, and long double, row by row (tiled_careful.h), where double scores would lose the
+// differences between keys as well. The distance to the nearest key decides, which the forward pass finds and the
+// backward pass reads from the state; data that T does not hold is marked by TiledBatch<T>, for both alike.
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "drivers.h"
+#include "tiled_batch.h"
+#include "tiled_careful.h"
 
 namespace nwfast {
 namespace {
 
-constexpr int64_t kRowTask = 16;  // rows of one parallel task
+constexpr int64_t kRowTask = 16;      // rows of one parallel task
+constexpr int64_t kCarefulRows = 16;  // rows whose weights the careful way holds at once
 
-template <typename T>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr double kLow = 0x1p-30, kHigh = 0x1p45;  // of scaled coordinates
-};
-template <>
-struct Limits<double> {
-  static constexpr double kLow = 0x1p-40, kHigh = 0x1p450;
-};
+using Rows = std::vector<int64_t>;
 
-// float32 scores are good to about 2^-24 times their size: beyond this size in base 2, differences get lost.
-constexpr double kFarScore = 1024;
-constexpr double kWeightRange = 60;  // log2 of the ratio of key weights
-
-bool moves(const View& view, const Batch& batch) {
-  for (int dim = 0; dim < batch.rank; ++dim) {
-    if (view.batch_strides[dim] != 0) return true;
-  }
-  return false;
-}
-
-// Which parts of the value a pass reads.
-enum class Values { kForward, kBackward };
-
-template <typename T>
-class TiledBatch {
- public:
-  void prepare(const Problem& problem, int64_t b, Values layout, bool weigh) {
-    const Batch& batch = problem.batch;
-    TiledData<T>& d = data;
-    d.n = problem.keys;
-    d.features = problem.features;
-    d.channels = problem.channels;
-    d.pitch = padded(d.n);
-    d.channel_pitch = (d.channels + 63) / 64 * 64;
-    pack_coordinates(problem, batch, b);
-    pack_values(problem, problem.value.offset(batch, b), layout);
-    d.log_weight = nullptr;
-    weight_unit = 1;
-    if (problem.key_weight.data) {
-      pack_weights(problem, problem.key_weight.offset(batch, b));
-      if (weigh) d.log_weight = log_weight_.get();
-    }
-    excluded_.allocate(problem.exclude_self ? problem.queries : 0);
-    for (int64_t i = 0; problem.exclude_self && i < problem.queries; ++i) excluded_[i] = i;
-    excluded = problem.exclude_self ? excluded_.get() : nullptr;
-  }
-
-  TiledData<T> data;
-  Buffer<T> query;         // (queries, features), scaled
-  Buffer<double> w, unit;  // (features)
-  Buffer<T> centre;        // (channels)
-  Buffer<Range> values;    // (channels)
-  Buffer<double> weight;   // (keys), divided by weight_unit; empty where there are none
-  double weight_unit = 1;
-  double score_unit = 1;  // what scores must be multiplied by where coordinates had to be shrunk
-  const int64_t* excluded = nullptr;
-
- private:
-  void pack_coordinates(const Problem& problem, const Batch& batch, int64_t b) {
-    const int64_t features = problem.features, n = problem.keys, m = problem.queries;
-    const int64_t key_offset = problem.key.offset(batch, b), query_offset = problem.query.offset(batch, b);
-    w.allocate(features);
-    unit.allocate(features);
-    read(problem.w, problem.w.offset(batch, b), features, problem.w.column_stride, w.get());
-    key_.allocate(features * data.pitch);
-    query.allocate(m * features);
-    Buffer<T> column(m);
-    bool uniform = true;
-    for (int64_t f = 1; f < features; ++f) uniform &= std::fabs(w[f]) == std::fabs(w[0]);
-    Buffer<double> magnitude(features), ideal(features);
-    double largest = 0;
-    for (int64_t f = 0; f < features; ++f) {
-      T* const key = key_.get() + f * data.pitch;
-      read(problem.key, key_offset + f * problem.key.column_stride, n, problem.key.row_stride, key);
-      for (int64_t j = n; j < data.pitch; ++j) key[j] = 0;
-      read(problem.query, query_offset + f * problem.query.column_stride, m, problem.query.row_stride, column.get());
-      for (int64_t i = 0; i < m; ++i) query[i * features + f] = column[i];
-      Range range;
-      range.include(key, n);
-      range.include(column.get(), m);
-      magnitude[f] = range.magnitude();
-      largest = std::fmax(largest, magnitude[f]);
-    }
-    // The power of two nearest below each scale, unless coordinates would leave the range; one for all if all w agree.
-    double highest = 0;
-    for (int64_t f = 0; f < features; ++f) {
-      const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E);
-      const double size = uniform ? largest : magnitude[f];
-      ideal[f] = scale > 0 && std::isfinite(scale) ? std::ldexp(1.0, std::ilogb(scale)) : 1;
-      if (size > 0 && ideal[f] * size < Limits<T>::kLow) {
-        ideal[f] = std::ldexp(1.0, std::ilogb(Limits<T>::kLow) - std::ilogb(size));
-      }
-      highest = std::fmax(highest, ideal[f] * size);
-    }
-    const double shrink =
-        highest > Limits<T>::kHigh ? std::ldexp(1.0, std::ilogb(Limits<T>::kHigh) - std::ilogb(highest)) : 1;
-    score_unit = 1 / shrink / shrink;
-    feature_scale_.allocate(features);
-    for (int64_t f = 0; f < features; ++f) {
-      // Where coordinates are shrunk, so are the scores: all their weight is on the nearest key either way.
-      unit[f] = ideal[f] * shrink;
-      const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E) / ideal[f];
-      feature_scale_[f] = static_cast<T>(std::isinf(scale) ? 1 : scale);
-      T* const key = key_.get() + f * data.pitch;
-      for (int64_t j = 0; j < n; ++j) key[j] = static_cast<T>(key[j] * unit[f]);
-      for (int64_t i = 0; i < m; ++i) query[i * features + f] = static_cast<T>(query[i * features + f] * unit[f]);
-    }
-    data.key = key_.get();
-    data.feature_scale = uniform ? nullptr : feature_scale_.get();
-    data.score_scale = uniform ? feature_scale_[0] * feature_scale_[0] : T(1);
-  }
-
-  void pack_values(const Problem& problem, int64_t offset, Values layout) {
-    const int64_t n = problem.keys, channels = problem.channels;
-    const bool columns = layout == Values::kBackward || channels <= kMaxColumns;
-    values.allocate(channels);
-    centre.allocate(channels);
-    Buffer<T> column(data.pitch);
-    if (columns) {
-      value_columns_.allocate(channels * data.pitch);
-    } else {
-      value_rows_.allocate(n * data.channel_pitch);
-      std::fill(value_rows_.get(), value_rows_.get() + n * data.channel_pitch, T(0));
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      T* const packed = columns ? value_columns_.get() + c * data.pitch : column.get();
-      read(problem.value, offset + c * problem.value.column_stride, n, problem.value.row_stride, packed);
-      values[c] = Range();
-      values[c].include(packed, n);
-      centre[c] = static_cast<T>(values[c].centre());
-      for (int64_t j = 0; j < n; ++j) packed[j] -= centre[c];
-      for (int64_t j = n; j < data.pitch; ++j) packed[j] = 0;
-      if (!columns) {
-        for (int64_t j = 0; j < n; ++j) value_rows_[j * data.channel_pitch + c] = packed[j];
-      }
-    }
-    data.value_columns = columns ? value_columns_.get() : nullptr;
-    data.value_rows = columns ? nullptr : value_rows_.get();
-  }
-
-  void pack_weights(const Problem& problem, int64_t offset) {
-    const int64_t n = problem.keys;
-    weight.allocate(n);
-    log_weight_.allocate(n);
-    read(problem.key_weight, offset, n, problem.key_weight.row_stride, weight.get());
-    double high = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      if (weight[j] < INFINITY) high = std::fmax(high, weight[j]);
-    }
-    if (high > 0) weight_unit = std::ldexp(1.0, std::ilogb(high));
-    for (int64_t j = 0; j < n; ++j) {
-      weight[j] /= weight_unit;
-      log_weight_[j] = static_cast<T>(std::log2(weight[j]));  // NaN for a negative weight
-    }
-  }
-
-  Buffer<T> key_, value_columns_, value_rows_, log_weight_, feature_scale_;
-  Buffer<int64_t> excluded_;
-};
-
-// Whether some query lies far outside the box of all keys, or weights span much: both passes decide alike.
-bool needs_double(const Problem& problem) {
-  const int64_t features = problem.features, n = problem.keys, m = problem.queries;
-  Buffer<double> w(features), distance(m), column(std::max(n, m)), weight(n);
-  const bool batched = moves(problem.key, problem.batch) || moves(problem.query, problem.batch) ||
-                       moves(problem.w, problem.batch) ||
-                       (problem.key_weight.data && moves(problem.key_weight, problem.batch));
-  for (int64_t b = 0; b < (batched ? problem.batch.count : 1); ++b) {
-    read(problem.w, problem.w.offset(problem.batch, b), features, problem.w.column_stride, w.get());
-    std::fill(distance.get(), distance.get() + m, 0.0);
-    for (int64_t f = 0; f < features; ++f) {
-      const double scale = std::fabs(w[f]) * std::sqrt(kHalfLog2E);
-      Range range;
-      read(problem.key, problem.key.offset(problem.batch, b) + f * problem.key.column_stride, n, problem.key.row_stride,
-           column.get());
-      range.include(column.get(), n);
-      read(problem.query, problem.query.offset(problem.batch, b) + f * problem.query.column_stride, m,
-           problem.query.row_stride, column.get());
-      for (int64_t i = 0; i < m; ++i) {
-        const double outside = std::fmax(std::fmax(range.low - column[i], column[i] - range.high), 0.0) * scale;
-        distance[i] += outside * outside;
-      }
-    }
-    for (int64_t i = 0; i < m; ++i) {
-      if (distance[i] > kFarScore && distance[i] < INFINITY) return true;
-    }
-    if (!problem.key_weight.data) continue;
-    read(problem.key_weight, problem.key_weight.offset(problem.batch, b), n, problem.key_weight.row_stride,
-         weight.get());
-    double low = INFINITY, high = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      if (!(weight[j] > 0 && weight[j] < INFINITY)) continue;
-      low = std::fmin(low, weight[j]);
-      high = std::fmax(high, weight[j]);
-    }
-    if (high > 0 && std::log2(high) - std::log2(low) > kWeightRange) return true;
-  }
-  return false;
-}
-
+// The score of its nearest key, in base 2, beyond which a row of R data is not computed in T. Scores are good to about
+// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's. Moments
+// about a far query lose its distance times the rounding of `out`, which is in R.
 template <typename T, typename R>
-void forward_rows(const Problem& problem, const TiledBatch<T>& batch, const Kernels<T>& table, int64_t b, int64_t begin,
-                  const ForwardResult<R>& result) {
-  const int64_t channels = problem.channels;
+double far_score(const Problem& problem) {
+  const double features = static_cast<double>(problem.features);
+  if (sizeof(T) == 4) return std::fmax(256, 32 * features);
+  return std::fmax(sizeof(R) == 4 ? 4096 : 1024, 64 * features);
+}
+
+// run(b, serial) for all batch elements; serial where they share out the threads among themselves.
+template <typename Run>
+void over_elements(const Problem& problem, int64_t blocks, const Run& run) {
+  const double work = static_cast<double>(problem.queries) * static_cast<double>(problem.keys) *
+                      static_cast<double>(problem.features + problem.channels);
+  if (problem.batch.count > blocks) {
+    parallel_blocks(problem.batch.count, work * static_cast<double>(problem.batch.count) < kSerialPairs,
+                    [&](int64_t b) { run(b, true); });
+    return;
+  }
+  for (int64_t b = 0; b < problem.batch.count; ++b) run(b, work < kSerialPairs);
+}
+
+bool finite_w(const Problem& problem, int64_t b) {
+  Buffer<double> w(problem.features);
+  read(problem.w, problem.w.offset(problem.batch, b), problem.features, problem.w.column_stride, w.get());
+  bool finite = true;
+  for (int64_t f = 0; f < problem.features; ++f) finite &= std::isfinite(w[f]);
+  return finite;
+}
+
+// Forward -----------------------------------------------------------------------------------------------------------
+
+template <typename R>
+void fill_nan(const Problem& problem, int64_t row, const ForwardResult<R>& result) {
+  std::fill_n(result.out + row * problem.channels, problem.channels, static_cast<R>(NAN));
+  if (result.lse) result.lse[row] = static_cast<R>(NAN);
+  if (result.state) result.state[2 * row] = result.state[2 * row + 1] = NAN;
+}
+
+// Some rows in T; returns by `left` which of them it does not serve.
+template <typename T, typename R>
+void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b, const int64_t* some, int64_t rows,
+                  char* left, const ForwardResult<R>& result) {
+  const int64_t channels = problem.channels, features = problem.features;
   double total[kRowTask], shift[kRowTask];
+  int64_t excluded[kRowTask];
   Buffer<double> values(kRowTask * channels);
-  TiledRows<T> rows;
-  rows.data = batch.data;
-  rows.rows = std::min(problem.queries - begin, kRowTask);
-  rows.query = batch.query.get() + begin * problem.features;
-  rows.excluded = batch.excluded ? batch.excluded + begin : nullptr;
-  rows.total = total;
-  rows.shift = shift;
-  rows.values = values.get();
-  table.tiled_rows(rows);
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    const int64_t row = b * problem.queries + begin + i;
-    const bool empty = total[i] == 0;
+  Buffer<T> query;
+  TiledRows<T> task;
+  task.data = batch.data;
+  task.rows = rows;
+  task.query = batch.query.get() + some[0] * features;
+  if (some[rows - 1] - some[0] != rows - 1) {
+    query.allocate(rows * features);
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
+    task.query = query.get();
+  }
+  std::copy_n(some, rows, excluded);
+  task.excluded = problem.exclude_self ? excluded : nullptr;
+  task.total = total;
+  task.shift = shift;
+  task.values = values.get();
+  kernels<T>().tiled_rows(task);
+  const double far = far_score<T, R>(problem);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = b * problem.queries + some[i];
+    left[i] = batch.odd[some[i]] || total[i] == 0 || shift[i] > far;
+    if (std::isnan(total[i])) left[i] = batch.odd[some[i]];
+    if (left[i]) continue;
     for (int64_t c = 0; c < channels; ++c) {
       const double mean = values[i * channels + c] / total[i];
       const Range& range = batch.values[c];
       double out = static_cast<double>(batch.centre[c]) + mean;
       if (range.finite) out = std::fmin(std::fmax(out, range.low), range.high);
-      result.out[row * channels + c] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
+      result.out[row * channels + c] = static_cast<R>(std::isnan(mean) ? mean : out);  // fmin and fmax drop NaN
     }
-    if (result.lse) {
-      result.lse[row] = static_cast<R>(log_sum({shift[i] * batch.score_unit, total[i] * batch.weight_unit}));
-    }
+    if (std::isnan(total[i])) shift[i] = NAN;
+    if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift[i], total[i] * batch.weight_unit}));
     if (result.state) {
       result.state[2 * row] = shift[i];
       result.state[2 * row + 1] = total[i] * batch.weight_unit;
@@ -252,201 +108,394 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, const Kern
   }
 }
 
-// run(data, b, block) for all blocks of all batch elements b, with data = prepare(b).
-template <typename T, typename Prepare, typename Run>
-void over_batches(const Problem& problem, int64_t blocks, const Prepare& prepare, const Run& run) {
-  const double work = static_cast<double>(problem.queries) * static_cast<double>(problem.keys) *
-                      static_cast<double>(problem.features + problem.channels);
-  if (problem.batch.count > blocks) {
-    parallel_blocks(problem.batch.count, work * static_cast<double>(problem.batch.count) < kSerialPairs,
-                    [&](int64_t b) {
-                      auto data = prepare(b);
-                      for (int64_t block = 0; block < blocks; ++block) run(*data, b, block);
-                    });
-    return;
-  }
-  for (int64_t b = 0; b < problem.batch.count; ++b) {
-    auto data = prepare(b);
-    parallel_blocks(blocks, work < kSerialPairs, [&](int64_t block) { run(*data, b, block); });
-  }
-}
-
+// Computes what of `rows` T serves, and leaves the others in it.
 template <typename T, typename R>
-void forward_in(const Problem& problem, const ForwardResult<R>& result) {
-  const Kernels<T>& table = kernels<T>();
-  const int64_t blocks = (problem.queries + kRowTask - 1) / kRowTask;
-  over_batches<T>(
-      problem, blocks,
-      [&](int64_t b) {
-        auto batch = std::make_unique<TiledBatch<T>>();
-        batch->prepare(problem, b, Values::kForward, true);
-        return batch;
-      },
-      [&](const TiledBatch<T>& batch, int64_t b, int64_t block) {
-        forward_rows(problem, batch, table, b, block * kRowTask, result);
-      });
+void forward_in(const Problem& problem, int64_t b, bool serial, Rows& rows, const ForwardResult<R>& result) {
+  if (rows.empty()) return;
+  TiledBatch<T> batch;
+  batch.prepare(problem, b, Values::kForward, true);
+  if (!batch.usable) return;
+  std::vector<char> left(rows.size());
+  const int64_t count = static_cast<int64_t>(rows.size());
+  parallel_blocks((count + kRowTask - 1) / kRowTask, serial, [&](int64_t block) {
+    const int64_t begin = block * kRowTask;
+    forward_rows(problem, batch, b, &rows[begin], std::min(kRowTask, count - begin), &left[begin], result);
+  });
+  size_t place = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (left[i]) rows[place++] = rows[i];
+  }
+  rows.resize(place);
 }
 
-// A batch element with what the backward pass needs of each row.
-template <typename T>
-struct BackwardBatch : TiledBatch<T> {
-  Buffer<T> value_grad, offset_grad, inverse_total;
-  Buffer<double> shift;
+template <typename R>
+void careful_forward(const Problem& problem, int64_t b, bool serial, const Rows& rows, const ForwardResult<R>& result) {
+  if (rows.empty()) return;
+  const CarefulBatch batch(problem, b);
+  parallel_blocks(static_cast<int64_t>(rows.size()), serial, [&](int64_t i) {
+    const CarefulBatch::Row weighed = batch.weigh(rows[i]);
+    const int64_t row = b * problem.queries + rows[i];
+    fill_nan(problem, row, result);
+    if (weighed.nan) return;
+    double shift = 0, total = 0;
+    if (weighed.counts) {
+      for (int64_t c = 0; c < problem.channels; ++c) {
+        result.out[row * problem.channels + c] = static_cast<R>(weighed.mean[c]);
+      }
+      constexpr CarefulBatch::Real kMost = std::numeric_limits<double>::max();
+      shift = static_cast<double>(std::fmin(weighed.nearest_score - weighed.top, kMost));
+      total = static_cast<double>(weighed.total);
+    }
+    if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift, total}));
+    if (!result.state) return;
+    result.state[2 * row] = shift;
+    result.state[2 * row + 1] = total;
+  });
+}
+
+template <typename R>
+void forward(const Problem& problem, const ForwardResult<R>& result) {
+  const int64_t m = problem.queries;
+  over_elements(problem, (m + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
+    if (!finite_w(problem, b)) {
+      for (int64_t i = 0; i < m; ++i) fill_nan(problem, b * m + i, result);
+      return;
+    }
+    Rows rows(m);
+    for (int64_t i = 0; i < m; ++i) rows[i] = i;
+    if (sizeof(R) == 4) forward_in<float>(problem, b, serial, rows, result);
+    forward_in<double>(problem, b, serial, rows, result);
+    careful_forward(problem, b, serial, rows, result);
+  });
+}
+
+// Backward ----------------------------------------------------------------------------------------------------------
+
+// What the rows of a batch element are differentiated in.
+struct Plan {
+  Rows single, wide, careful;
+  Rows nan;  // rows that are NaN as a whole and matter: so are all gradients that they add to
+};
+
+// The gradients of one row's results.
+struct RowGrad {
+  RowGrad(int64_t channels) : out(channels) {}
 
   template <typename R>
-  void gather(const Problem& problem, const BackwardTask<R>& task, int64_t b) {
-    const int64_t m = problem.queries, channels = problem.channels, pitch = this->data.channel_pitch;
-    const int64_t grad = task.grad_out.offset(problem.batch, b);
-    const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
-    value_grad.allocate(m * pitch);
-    offset_grad.allocate(m);
-    inverse_total.allocate(m);
-    shift.allocate(m);
-    Buffer<double> g(channels);
-    for (int64_t i = 0; i < m; ++i) {
-      const int64_t row = b * m + i;
-      const double total = task.state[2 * row + 1] / this->weight_unit;
-      const bool empty = total == 0;
-      read(task.grad_out, grad + i * task.grad_out.row_stride, channels, task.grad_out.column_stride, g.get());
-      double g_lse = 0;
+  void read_from(const Problem& problem, const BackwardTask<R>& task, int64_t b, int64_t i) {
+    const View &grad = task.grad_out, &grad_lse = task.grad_lse;
+    read(grad, grad.offset(problem.batch, b) + i * grad.row_stride, problem.channels, grad.column_stride, out.get());
+    lse = 0;
+    if (grad_lse.data) read(grad_lse, grad_lse.offset(problem.batch, b) + i * grad_lse.row_stride, 1, 0, &lse);
+    size = std::fabs(lse);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      if (!(std::fabs(out[c]) <= size)) size = std::fabs(out[c]);  // NaN stays
+    }
+  }
+
+  Buffer<double> out;
+  double lse = 0, size = 0;
+};
+
+template <typename T>
+struct BackwardBatch : TiledBatch<T> {
+  Buffer<T> row_query, value_grad, offset_grad, inverse_total;
+  Buffer<double> shift;
+  Buffer<int64_t> places;  // of the rows' own keys
+  int64_t rows = 0;
+
+  template <typename R>
+  void gather(const Problem& problem, const BackwardTask<R>& task, int64_t b, const Rows& some) {
+    const int64_t m = problem.queries, channels = problem.channels, features = problem.features;
+    const int64_t pitch = this->data.channel_pitch;
+    rows = static_cast<int64_t>(some.size());
+    row_query.allocate(rows * features);
+    value_grad.allocate(rows * pitch);
+    offset_grad.allocate(rows);
+    inverse_total.allocate(rows);
+    shift.allocate(rows);
+    places.allocate(rows);
+    RowGrad grad(channels);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = b * m + some[i];
+      grad.read_from(problem, task, b, some[i]);
       T dot = 0;  // as the kernels sum it, so that it cancels where a row's weight is all on one key
-      if (task.grad_lse.data) read(task.grad_lse, grad_lse + i * task.grad_lse.row_stride, 1, 0, &g_lse);
       for (int64_t c = 0; c < channels; ++c) {
-        value_grad[i * pitch + c] = static_cast<T>(empty ? 0 : g[c]);
+        value_grad[i * pitch + c] = static_cast<T>(grad.out[c]);
         const T mean = static_cast<T>(static_cast<T>(task.out[row * channels + c]) - this->centre[c]);
-        dot = std::fma(mean, static_cast<T>(g[c]), dot);
+        dot = std::fma(mean, static_cast<T>(grad.out[c]), dot);
       }
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
-      offset_grad[i] = static_cast<T>(empty ? 0 : dot - g_lse);
-      inverse_total[i] = static_cast<T>(empty ? 0 : 1 / total);
+      std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
+      offset_grad[i] = static_cast<T>(dot - grad.lse);
+      inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
       shift[i] = task.state[2 * row];
+      places[i] = some[i];
     }
   }
 
   template <typename Task>
-  void fill(const Problem& problem, int64_t begin, Task& rows) const {
-    rows.data = this->data;
-    rows.query = this->query.get() + begin * problem.features;
-    rows.excluded = this->excluded ? this->excluded + begin : nullptr;
-    rows.shift = shift.get() + begin;
-    rows.inverse_total = inverse_total.get() + begin;
-    rows.offset_grad = offset_grad.get() + begin;
-    rows.value_grad = value_grad.get() + begin * this->data.channel_pitch;
+  void fill(const Problem& problem, int64_t begin, Task& task) const {
+    task.data = this->data;
+    task.query = row_query.get() + begin * problem.features;
+    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
+    task.shift = shift.get() + begin;
+    task.inverse_total = inverse_total.get() + begin;
+    task.offset_grad = offset_grad.get() + begin;
+    task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
   }
 };
 
-template <typename T, typename R>
-void query_backward_in(const Problem& problem, const BackwardTask<R>& task) {
-  const Kernels<T>& table = kernels<T>();
-  const int64_t blocks = (problem.queries + kRowTask - 1) / kRowTask, features = problem.features;
-  // One partial sum a block, added in order below.
-  Buffer<double> partial(task.grad_w ? problem.batch.count * blocks * features : 0);
-  over_batches<T>(
-      problem, blocks,
-      [&](int64_t b) {
-        auto batch = std::make_unique<BackwardBatch<T>>();
-        batch->prepare(problem, b, Values::kBackward, true);
-        batch->gather(problem, task, b);
-        return batch;
-      },
-      [&](const BackwardBatch<T>& batch, int64_t b, int64_t block) {
-        const int64_t begin = block * kRowTask;
-        Buffer<double> first(kRowTask * features), second(kRowTask * features);
-        TiledQueryGrad<T> rows;
-        rows.rows = std::min(problem.queries - begin, kRowTask);
-        batch.fill(problem, begin, rows);
-        rows.first = first.get();
-        rows.second = second.get();
-        table.tiled_query_grad(rows);
-        for (int64_t f = 0; f < features; ++f) {
-          const double w = batch.w[f], unit = batch.unit[f];
-          double sum = 0;
-          for (int64_t i = 0; i < rows.rows; ++i) {
-            if (task.grad_query) {
-              task.grad_query[(b * problem.queries + begin + i) * features + f] =
-                  static_cast<R>(-w * (w / unit) * first[i * features + f]);
-            }
-            sum += second[i * features + f];
-          }
-          if (task.grad_w) partial[(b * blocks + block) * features + f] = -(w / unit) / unit * sum;
-        }
-      });
-  if (!task.grad_w) return;
-  for (int64_t b = 0; b < problem.batch.count; ++b) {
-    for (int64_t f = 0; f < features; ++f) {
-      double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += partial[(b * blocks + block) * features + f];
-      task.grad_w[b * features + f] = sum;
+// The arithmetic of each row that adds something. Batches that some row needs are prepared.
+template <typename R>
+struct Element {
+  std::unique_ptr<BackwardBatch<float>> single;
+  std::unique_ptr<BackwardBatch<double>> wide;
+  std::unique_ptr<CarefulBatch> careful;
+  Plan plan;
+
+  // `nearer`: whether keys may lie nearer than all that count, which only double has the range for.
+  Element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool weigh, bool nearer) {
+    const bool finite = finite_w(problem, b);
+    RowGrad grad(problem.channels);
+    if (sizeof(R) == 4 && finite && !nearer) {
+      single = std::make_unique<BackwardBatch<float>>();
+      single->prepare(problem, b, Values::kBackward, weigh);
+      if (!single->usable) single.reset();
     }
+    for (int64_t i = 0; i < problem.queries; ++i) {
+      grad.read_from(problem, task, b, i);
+      const double* const state = task.state + 2 * (b * problem.queries + i);
+      if (grad.size == 0 || (finite && state[1] == 0)) continue;
+      if (!finite || std::isnan(state[1])) {
+        plan.nan.push_back(i);
+      } else if (single && !single->odd[i] && state[0] <= far_score<float, R>(problem) &&
+                 !(grad.size < 0x1p-50 || grad.size > 0x1p40)) {
+        plan.single.push_back(i);
+      } else if (state[0] <= far_score<double, R>(problem)) {
+        plan.wide.push_back(i);
+      } else {
+        plan.careful.push_back(i);
+      }
+    }
+    if (!plan.wide.empty()) {
+      wide = std::make_unique<BackwardBatch<double>>();
+      wide->prepare(problem, b, Values::kBackward, weigh);
+      Rows left;
+      for (const int64_t i : plan.wide) (wide->usable && !wide->odd[i] ? left : plan.careful).push_back(i);
+      plan.wide.swap(left);
+      wide->gather(problem, task, b, plan.wide);
+    }
+    if (single) single->gather(problem, task, b, plan.single);
+    if (!plan.careful.empty()) careful = std::make_unique<CarefulBatch>(problem, b);
+  }
+};
+
+// The gradients of the queries of some rows; adds those of w to grad_w (features), in the order of the rows.
+template <typename T, typename R>
+void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                const BackwardBatch<T>* batch, double* grad_w) {
+  if (!batch || batch->rows == 0) return;
+  const int64_t features = problem.features, blocks = (batch->rows + kRowTask - 1) / kRowTask;
+  Buffer<double> partial(grad_w ? blocks * features : 0);  // one partial sum a block, added in order below
+  parallel_blocks(blocks, serial, [&](int64_t block) {
+    const int64_t begin = block * kRowTask;
+    Buffer<double> first(kRowTask * features), second(kRowTask * features);
+    TiledQueryGrad<T> rows;
+    rows.rows = std::min(batch->rows - begin, kRowTask);
+    batch->fill(problem, begin, rows);
+    rows.first = first.get();
+    rows.second = second.get();
+    kernels<T>().tiled_query_grad(rows);
+    for (int64_t f = 0; f < features; ++f) {
+      const double w = batch->w[f], unit = batch->unit[f];
+      double sum = 0;
+      for (int64_t i = 0; i < rows.rows; ++i) {
+        if (task.grad_query) {
+          task.grad_query[(b * problem.queries + batch->places[begin + i]) * features + f] =
+              static_cast<R>(-w * ((w / unit) * first[i * features + f]));
+        }
+        sum += second[i * features + f];
+      }
+      if (grad_w) partial[block * features + f] = -(w / unit) * (sum / unit);
+    }
+  });
+  for (int64_t i = 0; grad_w && i < blocks * features; ++i) grad_w[i % features] += partial[i];
+}
+
+template <typename R>
+void careful_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                        const Element<R>& element, double* grad_w) {
+  const Rows& rows = element.plan.careful;
+  const int64_t features = problem.features, count = static_cast<int64_t>(rows.size());
+  std::vector<CarefulBatch::Real> partial(count * features);
+  parallel_blocks(count, serial, [&](int64_t i) {
+    RowGrad grad(problem.channels);
+    grad.read_from(problem, task, b, rows[i]);
+    std::vector<CarefulBatch::Real> grad_query(features);
+    const CarefulBatch::Row row = element.careful->weigh(rows[i]);
+    element.careful->differentiate(rows[i], row, grad.out.get(), grad.lse, grad_query.data(), &partial[i * features]);
+    for (int64_t f = 0; task.grad_query && f < features; ++f) {
+      task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
+    }
+  });
+  for (int64_t i = 0; grad_w && i < count * features; ++i) grad_w[i % features] += static_cast<double>(partial[i]);
+}
+
+template <typename R>
+void query_backward(const Problem& problem, const BackwardTask<R>& task) {
+  const int64_t m = problem.queries, features = problem.features;
+  over_elements(problem, (m + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
+    double* const grad_w = task.grad_w ? task.grad_w + b * features : nullptr;
+    if (grad_w) std::fill_n(grad_w, features, 0.0);
+    if (task.grad_query) std::fill_n(task.grad_query + b * m * features, m * features, R(0));
+    const Element<R> element(problem, task, b, true, false);
+    query_side(problem, task, b, serial, element.single.get(), grad_w);
+    query_side(problem, task, b, serial, element.wide.get(), grad_w);
+    careful_query_side(problem, task, b, serial, element, grad_w);
+    for (const int64_t i : element.plan.nan) {
+      if (task.grad_query) std::fill_n(task.grad_query + (b * m + i) * features, features, static_cast<R>(NAN));
+      if (grad_w) std::fill_n(grad_w, features, NAN);
+    }
+  });
+}
+
+// Sums over rows for the keys of a batch element: of p_ij g_i, of u_ij and of u_ij times the derivatives of scores by
+// the key's coordinates; the last two for a unit of key weight or for all of it.
+struct KeySums {
+  std::vector<double> value, weight, key;
+
+  KeySums(const Problem& problem)
+      : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
+};
+
+template <typename T>
+void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums& sums) {
+  if (!batch || batch->rows == 0) return;
+  const int64_t features = problem.features, channels = problem.channels;
+  parallel_blocks((problem.keys + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
+    Buffer<double> sum_value(kKeyTile * channels), sum_offset(kKeyTile * features), sum_weight(kKeyTile);
+    TiledKeyGrad<T> keys;
+    batch->fill(problem, 0, keys);
+    keys.rows = batch->rows;
+    keys.key_begin = block * kKeyTile;
+    keys.key_end = std::min(problem.keys, keys.key_begin + kKeyTile);
+    keys.sum_value = sum_value.get();
+    keys.sum_weight = sum_weight.get();
+    keys.sum_offset = sum_offset.get();
+    kernels<T>().tiled_key_grad(keys);
+    for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
+      const int64_t i = j - keys.key_begin;
+      const double weight = problem.key_weight.data ? batch->weight[j] : 1;
+      sums.weight[j] += sum_weight[i] / batch->weight_unit;
+      if (weight == 0) continue;  // no product of 0 and an overflow
+      for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * sum_value[i * channels + c];
+      for (int64_t f = 0; f < features; ++f) {
+        const double w = batch->w[f];
+        sums.key[j * features + f] += w * ((w / batch->unit[f]) * (weight * sum_offset[i * features + f]));
+      }
+    }
+  });
+}
+
+template <typename R>
+void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                      const Element<R>& element, KeySums& sums) {
+  const Rows& rows = element.plan.careful;
+  const int64_t features = problem.features, channels = problem.channels, n = problem.keys;
+  std::vector<std::unique_ptr<RowGrad>> grads(kCarefulRows);
+  std::vector<CarefulBatch::Row> weighed(kCarefulRows);
+  std::vector<CarefulBatch::KeyParts> parts(kCarefulRows);
+  for (int64_t begin = 0; begin < static_cast<int64_t>(rows.size()); begin += kCarefulRows) {
+    const int64_t count = std::min(kCarefulRows, static_cast<int64_t>(rows.size()) - begin);
+    parallel_blocks(count, serial, [&](int64_t i) {
+      const int64_t row = rows[begin + i];
+      grads[i] = std::make_unique<RowGrad>(channels);
+      grads[i]->read_from(problem, task, b, row);
+      weighed[i] = element.careful->weigh(row);
+      parts[i] = element.careful->differentiate(row, weighed[i], grads[i]->out.get(), grads[i]->lse, nullptr, nullptr);
+    });
+    parallel_blocks((n + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
+      for (int64_t j = block * kKeyTile; j < std::min(n, (block + 1) * kKeyTile); ++j) {
+        for (int64_t i = 0; i < count; ++i) {
+          sums.weight[j] += static_cast<double>(parts[i].weight[j]);
+          if (parts[i].value[j] != 0) {
+            for (int64_t c = 0; c < channels; ++c) {
+              sums.value[j * channels + c] += static_cast<double>(parts[i].value[j] * grads[i]->out[c]);
+            }
+          }
+          if (parts[i].score[j] == 0) continue;
+          for (int64_t f = 0; f < features; ++f) {
+            sums.key[j * features + f] +=
+                static_cast<double>(parts[i].score[j] * element.careful->score_by_key(weighed[i], j, f));
+          }
+        }
+      }
+    });
   }
 }
 
-template <typename T, typename R>
-void key_backward_in(const Problem& problem, const BackwardTask<R>& task) {
-  const Kernels<T>& table = kernels<T>();
-  const int64_t blocks = (problem.keys + kKeyTile - 1) / kKeyTile;
-  const int64_t features = problem.features, channels = problem.channels;
-  over_batches<T>(
-      problem, blocks,
-      [&](int64_t b) {
-        auto batch = std::make_unique<BackwardBatch<T>>();
-        batch->prepare(problem, b, Values::kBackward, false);
-        batch->gather(problem, task, b);
-        return batch;
-      },
-      [&](const BackwardBatch<T>& batch, int64_t b, int64_t block) {
-        Buffer<double> sum_value(kKeyTile * channels), sum_offset(kKeyTile * features), sum_weight(kKeyTile);
-        TiledKeyGrad<T> keys;
-        batch.fill(problem, 0, keys);
-        keys.rows = problem.queries;
-        keys.key_begin = block * kKeyTile;
-        keys.key_end = std::min(problem.keys, keys.key_begin + kKeyTile);
-        keys.sum_value = sum_value.get();
-        keys.sum_weight = sum_weight.get();
-        keys.sum_offset = sum_offset.get();
-        table.tiled_key_grad(keys);
-        for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
-          const int64_t i = j - keys.key_begin, place = b * problem.keys + j;
-          const double weight = problem.key_weight.data ? batch.weight[j] : 1;
-          for (int64_t c = 0; task.grad_value && c < channels; ++c) {
-            task.grad_value[place * channels + c] = static_cast<R>(weight * sum_value[i * channels + c]);
-          }
-          for (int64_t f = 0; task.grad_key && f < features; ++f) {
-            const double w = batch.w[f];
-            task.grad_key[place * features + f] =
-                static_cast<R>(w * (w / batch.unit[f]) * weight * sum_offset[i * features + f]);
-          }
-          if (task.grad_key_weight) task.grad_key_weight[place] = static_cast<R>(sum_weight[i] / batch.weight_unit);
-        }
-      });
+template <typename R>
+void key_backward(const Problem& problem, const BackwardTask<R>& task) {
+  const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
+  over_elements(problem, (n + kKeyTile - 1) / kKeyTile, [&](int64_t b, bool serial) {
+    Buffer<double> weight(n);
+    bool nearer = false;
+    // Left-out keys hold what is their own only where nothing but the gradient of their weight is asked for
+    // (left_out.h); elsewhere they are no nearer than those that count.
+    if (task.grad_key_weight && problem.key_weight.data && !task.grad_key && !task.grad_value) {
+      const View& view = problem.key_weight;
+      read(view, view.offset(problem.batch, b), n, view.row_stride, weight.get());
+      for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
+    }
+    const Element<R> element(problem, task, b, false, nearer);
+    KeySums sums(problem);
+    key_side(problem, serial, element.single.get(), sums);
+    key_side(problem, serial, element.wide.get(), sums);
+    careful_key_side(problem, task, b, serial, element, sums);
+    if (!element.plan.nan.empty()) {
+      for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
+    }
+    constexpr double kMost = std::numeric_limits<R>::max();
+    for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
+      task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
+    }
+    for (int64_t i = 0; task.grad_key && i < n * features; ++i) {
+      task.grad_key[b * n * features + i] = static_cast<R>(sums.key[i]);
+    }
+    for (int64_t j = 0; task.grad_key_weight && j < n; ++j) {
+      const double sum = sums.weight[j];  // a key that is left out may be nearer than all others by any measure
+      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > kMost;
+      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(kMost, sum) : sum);
+    }
+  });
 }
 
 }  // namespace
 
 template <>
 void tiled_forward<double>(const Problem& problem, const ForwardResult<double>& result) {
-  forward_in<double>(problem, result);
+  forward(problem, result);
 }
 template <>
 void tiled_query_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
-  query_backward_in<double>(problem, task);
+  query_backward(problem, task);
 }
 template <>
 void tiled_key_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
-  key_backward_in<double>(problem, task);
+  key_backward(problem, task);
 }
-
 template <>
 void tiled_forward<float>(const Problem& problem, const ForwardResult<float>& result) {
-  needs_double(problem) ? forward_in<double>(problem, result) : forward_in<float>(problem, result);
+  forward(problem, result);
 }
 template <>
 void tiled_query_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
-  needs_double(problem) ? query_backward_in<double>(problem, task) : query_backward_in<float>(problem, task);
+  query_backward(problem, task);
 }
 template <>
 void tiled_key_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
-  needs_double(problem) ? key_backward_in<double>(problem, task) : key_backward_in<float>(problem, task);
+  key_backward(problem, task);
 }
 
 }  // namespace nwfast

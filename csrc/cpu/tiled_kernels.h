@@ -2,7 +2,10 @@
 //
 // Forward: flash-attention's online softmax. For kTiledRows queries and a tile of keys: scores with their maximum,
 // rescale what was summed if the maximum rose, exponentials, then the product with value. Scores and short channels
-// have keys in lanes, many channels have channels in lanes. Backward: weights are recomputed from the saved shift and
+// have keys in lanes, many channels have channels in lanes. Sums over many features are made in blocks, and what those
+// add up to is held in double (in twice double for doubles): scores grow with the number of features, and so would the
+// rounding of a single sum, while the weights depend on small differences between scores. Backward: weights are
+// recomputed from the saved shift and
 // total; the query side walks over tiles of keys for a few rows, the key side over blocks of rows for a tile of keys.
 // Parallel over rows and key tiles in the driver.
 
@@ -18,6 +21,101 @@ constexpr int kQ = kTiledRows;
 // Below all scores, and finite, so that a row without keys never computes inf - inf.
 template <typename T>
 constexpr T kLowestScore = sizeof(T) == 4 ? T(-0x1p120) : T(-0x1p1000);
+
+// From so many features on, scores are summed in blocks of this many.
+constexpr int64_t kFeatureBlock = 16;
+
+// What a tile of scores is held in.
+template <typename T, bool kWide>
+using Score = std::conditional_t<kWide, double, T>;
+
+// A vector of floats as two of doubles, and back.
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
+NWFAST_INLINE void widen(Vec<float> v, Vec<double>& lower, Vec<double>& upper) {
+  HalfFloats half;
+  std::memcpy(&half, &v, sizeof half);
+  lower = __builtin_convertvector(half, Vec<double>);
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  upper = __builtin_convertvector(half, Vec<double>);
+}
+NWFAST_INLINE Vec<float> narrow(Vec<double> lower, Vec<double> upper) {
+  const HalfFloats halves[2] = {__builtin_convertvector(lower, HalfFloats), __builtin_convertvector(upper, HalfFloats)};
+  Vec<float> v;
+  std::memcpy(&v, halves, sizeof v);
+  return v;
+}
+
+// The sum of many vectors.
+template <typename T>
+struct WideSum;
+template <>
+struct WideSum<float> {
+  Vec<double> lower = {}, upper = {};
+
+  NWFAST_INLINE void add(Vec<float> x) {
+    Vec<double> low, high;
+    widen(x, low, high);
+    lower += low;
+    upper += high;
+  }
+  NWFAST_INLINE void store_scores(double factor, const float* log_weight, double* to) const {
+    Vec<double> low = {}, high = {};
+    if (log_weight) widen(load(log_weight), low, high);
+    store<double>(to, lower * factor + low);
+    store<double>(to + kLanes<double>, upper * factor + high);
+  }
+};
+template <>
+struct WideSum<double> {
+  Vec<double> sum = {}, rest = {};  // rest: what rounding took from sum (Knuth's two-sum)
+
+  NWFAST_INLINE void add(Vec<double> x) {
+    const Vec<double> next = sum + x, part = next - sum;
+    rest += (sum - (next - part)) + (x - part);
+    sum = next;
+  }
+  NWFAST_INLINE void store_scores(double factor, const double* log_weight, double* to) const {
+    Vec<double> total = sum + rest;
+    total = select<double>(total == total, total, sum);  // an overflow leaves no rest
+    store<double>(to, total * factor + (log_weight ? load(log_weight) : Vec<double>{}));
+  }
+};
+
+// Scores less `top`, in the dtype that weights are computed in.
+NWFAST_INLINE Vec<float> scores_below(const double* scores, double top, Vec<float>) {
+  return narrow(load(scores) - top, load(scores + kLanes<double>) - top);
+}
+template <typename T>
+NWFAST_INLINE Vec<T> scores_below(const T* scores, T top, Vec<T>) {
+  return load(scores) - top;
+}
+
+// As score_rows below, for many features.
+template <typename T, bool kUniform>
+NWFAST_INLINE void score_rows_wide(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
+                                   int64_t pitch, double* scores) {
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    WideSum<T> total[kQ];
+    for (int64_t block = 0; block < data.features; block += kFeatureBlock) {
+      const int64_t end = block + kFeatureBlock < data.features ? block + kFeatureBlock : data.features;
+      Vec<T> sum[kQ] = {};
+#pragma GCC unroll 4
+      for (int64_t f = block; f < end; ++f) {
+        const Vec<T> key = load(data.key + f * data.pitch + begin + j);
+        for (int r = 0; r < kQ; ++r) {
+          Vec<T> d = query[r][f] - key;
+          if (!kUniform) d = d * data.feature_scale[f];
+          sum[r] += d * d;
+        }
+      }
+      for (int r = 0; r < kQ; ++r) total[r].add(sum[r]);
+    }
+    const T* const log_weight = data.log_weight ? data.log_weight + begin + j : nullptr;
+    for (int r = 0; r < kQ; ++r) {
+      total[r].store_scores(-static_cast<double>(data.score_scale), log_weight, scores + r * pitch + j);
+    }
+  }
+}
 
 // t_ij (not yet shifted) for kQ rows and the keys [begin, begin + count), to scores (kQ, pitch). kFeatures = 0: at run
 // time.
@@ -42,10 +140,13 @@ NWFAST_INLINE void score_rows(const TiledData<T>& data, const T* const* query, i
   }
 }
 
-template <typename T>
+template <typename T, bool kWide>
 void scores_of(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count, int64_t pitch,
-               T* scores) {
-  if (data.feature_scale) {
+               Score<T, kWide>* scores) {
+  if constexpr (kWide) {
+    data.feature_scale ? score_rows_wide<T, false>(data, query, begin, count, pitch, scores)
+                       : score_rows_wide<T, true>(data, query, begin, count, pitch, scores);
+  } else if (data.feature_scale) {
     score_rows<T, 0, false>(data, query, begin, count, pitch, scores);
   } else if (data.features == 1) {
     score_rows<T, 1, true>(data, query, begin, count, pitch, scores);
@@ -123,35 +224,41 @@ NWFAST_INLINE void dot_rows(const T* weights, int64_t pitch, int64_t count, cons
   for (int r = 0; r < kQ; ++r) out[r] = horizontal_sum<T>(sum[r]);
 }
 
-template <typename T>
-void tiled_rows(const TiledRows<T>& task) {
+template <typename T, bool kWide>
+void tiled_rows_in(const TiledRows<T>& task) {
+  using S = Score<T, kWide>;
+  constexpr bool kInPlace = std::is_same_v<S, T>;
   const TiledData<T>& data = task.data;
-  alignas(64) T scores[kQ * kTileKeys];
+  alignas(64) T weights[kQ * kTileKeys];
+  alignas(64) S wide_scores[kInPlace ? 1 : kQ * kTileKeys];
+  S* scores = wide_scores;
+  if constexpr (kInPlace) scores = weights;
   for (int64_t first = 0; first < task.rows; first += kQ) {
     const int rows = static_cast<int>(task.rows - first < kQ ? task.rows - first : kQ);
     const T* query[kQ];
     for (int r = 0; r < kQ; ++r) query[r] = task.query + (first + (r < rows ? r : 0)) * data.features;
     const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
     double total[kQ] = {};
-    T top[kQ];
+    S top[kQ];
     double* values = task.values + first * data.channels;
-    for (int r = 0; r < kQ; ++r) top[r] = kLowestScore<T>;
+    for (int r = 0; r < kQ; ++r) top[r] = kLowestScore<S>;
     for (int64_t i = 0; i < rows * data.channels; ++i) values[i] = 0;
     for (int64_t begin = 0; begin < data.n; begin += kTileKeys) {
       const int64_t left = data.n - begin;
       const int64_t keys = left < kTileKeys ? left : kTileKeys;
       const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-      scores_of(data, query, begin, count, kTileKeys, scores);
+      scores_of<T, kWide>(data, query, begin, count, kTileKeys, scores);
       mask_scores(data.n, begin, count, excluded, rows, kTileKeys, scores);
       for (int r = 0; r < kQ; ++r) {
-        T* row = scores + r * kTileKeys;
-        Vec<T> high = splat<T>(top[r]);
-        for (int64_t j = 0; j < count; j += kLanes<T>) {
-          const Vec<T> score = load(row + j);
-          high = select<T>(score > high, score, high);
+        const S* const row = scores + r * kTileKeys;
+        T* const weight_row = weights + r * kTileKeys;
+        Vec<S> high = splat<S>(top[r]);
+        for (int64_t j = 0; j < count; j += kLanes<S>) {
+          const Vec<S> score = load(row + j);
+          high = select<S>(score > high, score, high);
         }
-        T highest = top[r];
-        for (int i = 0; i < kLanes<T>; ++i) highest = high[i] > highest ? high[i] : highest;
+        S highest = top[r];
+        for (int i = 0; i < kLanes<S>; ++i) highest = high[i] > highest ? high[i] : highest;
         if (highest > top[r]) {
           if (total[r] != 0 && r < rows) {
             const double factor = __builtin_exp2(static_cast<double>(top[r]) - static_cast<double>(highest));
@@ -160,23 +267,22 @@ void tiled_rows(const TiledRows<T>& task) {
           }
           top[r] = highest;
         }
-        const Vec<T> shift = splat<T>(highest);
         Vec<T> sum = {};
         for (int64_t j = 0; j < count; j += kLanes<T>) {
-          const Vec<T> weight = exp2<T>(load(row + j) - shift);
+          const Vec<T> weight = exp2<T>(scores_below(row + j, highest, Vec<T>{}));
           sum += weight;
-          store<T>(row + j, weight);
+          store<T>(weight_row + j, weight);
         }
         total[r] += horizontal_sum<T>(sum);
       }
       if (data.value_columns) {
         for (int64_t c = 0; c < data.channels; ++c) {
           double sums[kQ];
-          dot_rows(scores, kTileKeys, count, data.value_columns + c * data.pitch + begin, sums);
+          dot_rows(weights, kTileKeys, count, data.value_columns + c * data.pitch + begin, sums);
           for (int r = 0; r < rows; ++r) values[r * data.channels + c] += sums[r];
         }
       } else {
-        multiply<T, false>(scores, kTileKeys, keys, data.value_rows + begin * data.channel_pitch, data.channel_pitch,
+        multiply<T, false>(weights, kTileKeys, keys, data.value_rows + begin * data.channel_pitch, data.channel_pitch,
                            values, data.channels, data.channels, rows);
       }
     }
@@ -187,11 +293,17 @@ void tiled_rows(const TiledRows<T>& task) {
   }
 }
 
+template <typename T>
+void tiled_rows(const TiledRows<T>& task) {
+  task.data.features > kFeatureBlock ? tiled_rows_in<T, true>(task) : tiled_rows_in<T, false>(task);
+}
+
 // One row block's view of the backward pass.
 template <typename T>
 struct GradRows {
   const T *query[kQ], *value_grad[kQ];
-  T shift[kQ], inverse_total[kQ], offset_grad[kQ];
+  T inverse_total[kQ], offset_grad[kQ];
+  double shift[kQ];
   const int64_t* excluded;
   int rows;
 
@@ -202,7 +314,7 @@ struct GradRows {
       const int64_t row = first + (r < rows ? r : 0);
       query[r] = task.query + row * task.data.features;
       value_grad[r] = task.value_grad + row * task.data.channel_pitch;
-      shift[r] = static_cast<T>(task.shift[row]);
+      shift[r] = task.shift[row];
       inverse_total[r] = task.inverse_total[row];
       offset_grad[r] = task.offset_grad[row];
     }
@@ -210,8 +322,8 @@ struct GradRows {
   }
 };
 
-// From scores to p_ij (in place) and u_ij for kVectors vectors of keys.
-template <typename T, int kVectors>
+// From scores (already shifted if kShifted) to p_ij (in place) and u_ij for kVectors vectors of keys.
+template <typename T, int kVectors, bool kShifted>
 NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, const T* columns, int64_t pitch,
                          T* weights, T* grads) {
   Vec<T> product[kQ][kVectors] = {};
@@ -227,9 +339,11 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
   for (int r = 0; r < kQ; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       T* const place = weights + r * pitch + v * kLanes<T>;
-      Vec<T> score = load(place) + block.shift[r];
-      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count.
-      const Vec<T> most = splat<T>(Simd<T>::kBias - 1);
+      Vec<T> score = load(place);
+      if (!kShifted) score += static_cast<T>(block.shift[r]);
+      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count. What its weight
+      // is multiplied with stays finite.
+      const Vec<T> most = splat<T>(sizeof(T) == 4 ? 100 : 900);
       score = select<T>(score > most, most, score);
       const Vec<T> weight = exp2<T>(score) * block.inverse_total[r];
       store<T>(place, weight);
@@ -239,21 +353,33 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
 }
 
 // p_ij and u_ij for kQ rows and the keys [begin, begin + count), to weights and grads (kQ, pitch).
-template <typename T>
+template <typename T, bool kWide>
 void weights_and_grads(const TiledData<T>& data, const GradRows<T>& block, int64_t begin, int64_t count, int64_t pitch,
                        T* weights, T* grads) {
-  scores_of(data, block.query, begin, count, pitch, weights);
-  mask_scores(data.n, begin, count, block.excluded, block.rows, pitch, weights);
+  using S = Score<T, kWide>;
+  constexpr bool kInPlace = std::is_same_v<S, T>;
+  alignas(64) S wide_scores[kInPlace ? 1 : kQ * kTileKeys];
+  S* scores = wide_scores;
+  if constexpr (kInPlace) scores = weights;
+  scores_of<T, kWide>(data, block.query, begin, count, pitch, scores);
+  mask_scores(data.n, begin, count, block.excluded, block.rows, pitch, scores);
+  if constexpr (!kInPlace) {
+    for (int r = 0; r < kQ; ++r) {
+      for (int64_t j = 0; j < count; j += kLanes<T>) {
+        store<T>(weights + r * pitch + j, scores_below(scores + r * pitch + j, -block.shift[r], Vec<T>{}));
+      }
+    }
+  }
   const T* const columns = data.value_columns + begin;
   int64_t j = 0;
   for (; j + 2 * kLanes<T> <= count; j += 2 * kLanes<T>) {
-    weigh<T, 2>(data, block, columns + j, pitch, weights + j, grads + j);
+    weigh<T, 2, !kInPlace>(data, block, columns + j, pitch, weights + j, grads + j);
   }
-  if (j < count) weigh<T, 1>(data, block, columns + j, pitch, weights + j, grads + j);
+  if (j < count) weigh<T, 1, !kInPlace>(data, block, columns + j, pitch, weights + j, grads + j);
 }
 
-template <typename T>
-void tiled_query_grad(const TiledQueryGrad<T>& task) {
+template <typename T, bool kWide>
+void tiled_query_grad_in(const TiledQueryGrad<T>& task) {
   const TiledData<T>& data = task.data;
   alignas(64) T weights[kQ * kTileKeys];
   alignas(64) T grads[kQ * kTileKeys];
@@ -267,7 +393,7 @@ void tiled_query_grad(const TiledQueryGrad<T>& task) {
       const int64_t left = data.n - begin;
       const int64_t keys = left < kTileKeys ? left : kTileKeys;
       const int64_t count = (keys + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-      weights_and_grads(data, block, begin, count, kTileKeys, weights, grads);
+      weights_and_grads<T, kWide>(data, block, begin, count, kTileKeys, weights, grads);
       for (int64_t f = 0; f < data.features; ++f) {
         Vec<T> sum[kQ] = {}, square[kQ] = {};
         for (int64_t j = 0; j < count; j += kLanes<T>) {
@@ -289,7 +415,12 @@ void tiled_query_grad(const TiledQueryGrad<T>& task) {
 }
 
 template <typename T>
-void tiled_key_grad(const TiledKeyGrad<T>& task) {
+void tiled_query_grad(const TiledQueryGrad<T>& task) {
+  task.data.features > kFeatureBlock ? tiled_query_grad_in<T, true>(task) : tiled_query_grad_in<T, false>(task);
+}
+
+template <typename T, bool kWide>
+void tiled_key_grad_in(const TiledKeyGrad<T>& task) {
   constexpr int64_t kBlock = 32;  // rows whose weights are held at once
   const TiledData<T>& data = task.data;
   alignas(64) T weights[kBlock * kKeyTile];
@@ -302,8 +433,8 @@ void tiled_key_grad(const TiledKeyGrad<T>& task) {
   for (int64_t first = 0; first < task.rows; first += kBlock) {
     const int64_t block = task.rows - first < kBlock ? task.rows - first : kBlock;
     for (int64_t group = 0; group < block; group += kQ) {
-      weights_and_grads(data, GradRows<T>(task, first + group, first + block), task.key_begin, count, kKeyTile,
-                        weights + group * kKeyTile, grads + group * kKeyTile);
+      weights_and_grads<T, kWide>(data, GradRows<T>(task, first + group, first + block), task.key_begin, count,
+                                  kKeyTile, weights + group * kKeyTile, grads + group * kKeyTile);
     }
     for (int64_t j = 0; j < count; j += kLanes<T>) {
       const int lanes = static_cast<int>(keys - j < kLanes<T> ? keys - j : kLanes<T>);
@@ -336,6 +467,11 @@ void tiled_key_grad(const TiledKeyGrad<T>& task) {
       }
     }
   }
+}
+
+template <typename T>
+void tiled_key_grad(const TiledKeyGrad<T>& task) {
+  task.data.features > kFeatureBlock ? tiled_key_grad_in<T, true>(task) : tiled_key_grad_in<T, false>(task);
 }
 
 }  // namespace NWFAST_ISA
