@@ -32,6 +32,7 @@ struct ScalarRows {
   int64_t n;
   int64_t window_begin, window_end;
   T scale;
+  bool wide;  // products with scale may overflow (in double alone): every row is taken relative to its nearest key
   int64_t rows;
   const T* query;           // (rows)
   const T* nearest;         // k* (rows)
@@ -44,14 +45,17 @@ struct ScalarRows {
 // For the keys [key_begin, key_end) over all rows of all blocks whose windows meet them, with e_ij = 2^t_ij and
 // u_ij = value_grad_i (v_j - mean_i) + lse_grad_i:
 //   sum_i e value_grad_i,   sum_i e u,   sum_i e u (x_i - k_j)
+// Where a key is so much nearer to a row than k* that e overflows (it has no weight), its sums are not finite.
 template <typename T>
 struct ScalarKeys {
   const T* key;    // (n), padded
   const T* value;  // (n), padded
   int64_t n, key_begin, key_end;
   T scale;
+  bool wide;  // as above; rows with a shift of 0 have their query for k*
   int64_t rows;
   const T* query;                               // (rows)
+  const uint8_t* skipped;                       // (rows) those that add nothing, whatever they hold, or null
   const T* nearest;                             // (rows)
   const double* shift;                          // (rows)
   const T* value_grad;                          // (rows)

@@ -275,10 +275,12 @@ double apply_tangents(const Problem& problem, const BackwardTask<T>& task, int64
   for (int64_t begin = first; begin < first + n; begin += kRows) {
     const int64_t rows = std::min(kRows, first + n - begin), row = b * problem.queries + begin;
     read(task.grad_out, task.grad_out.offset(problem.batch, b) + begin * stride, rows, stride, grad);
-    // A row without any key has the tangent 0, but its output is NaN, and so may be the gradient of that.
+    // A row without any key has the tangent 0, but its output is NaN, and so may be the gradient of that. A gradient of
+    // 0 adds nothing, even where the row and its tangent are NaN.
     const auto multiply = [&](const T* tangent, T* to) {
       for (int64_t i = 0; i < rows; ++i) {
-        to[i] = tangent[i] == 0 && std::isnan(task.out[row + i]) ? T(0) : grad[i] * tangent[i];
+        const bool nothing = grad[i] == 0 || (tangent[i] == 0 && std::isnan(task.out[row + i]));
+        to[i] = nothing ? T(0) : grad[i] * tangent[i];
       }
     };
     if (task.grad_query) multiply(task.tangent_q + row, task.grad_query + row);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "mirrored.h"
 #include "simd.h"
 
 namespace nwfast {
@@ -63,14 +64,45 @@ NWFAST_INLINE IntVec<T> valid_lanes(int64_t vector, int64_t n, const int64_t* ex
   return mask;
 }
 
-// How scores are formed: relative to the nearest key, from offsets, or from offsets that need no scaling any more.
-enum class Scores { kFar, kNear, kUnit };
+// How scores are formed: relative to the nearest key, the same where products may overflow, from offsets, or from
+// offsets that need no scaling any more.
+enum class Scores { kFar, kWide, kNear, kUnit };
+constexpr bool relative(Scores mode) { return mode == Scores::kFar || mode == Scores::kWide; }
+template <typename T>
+constexpr Scores kWideScores = sizeof(T) == 8 ? Scores::kWide : Scores::kFar;  // data beyond float is never in float
+
+// x within [-bound, bound]; NaN stays.
+template <typename T>
+NWFAST_INLINE Vec<T> within(Vec<T> x, T bound) {
+  x = select<T>(x > splat<T>(bound), splat<T>(bound), x);
+  return select<T>(x < splat<T>(-bound), splat<T>(-bound), x);
+}
+
+// -(k* - k)(2 x - k* - k) scale^2; offset becomes (k* - k) scale. The second factor has the exact 2 x - k* in two
+// parts: it keeps all digits where k lies as far on the other side of x.
+template <typename T, Scores kMode>
+NWFAST_INLINE Vec<T> relative_score(Vec<T> key, Vec<T> nearest, const Mirrored<Vec<T>>& mirrored, Vec<T> scale,
+                                    Vec<T>& offset) {
+  offset = (nearest - key) * scale;
+  Vec<T> other = ((mirrored.high - key) + mirrored.low) * scale;
+  if (kMode != Scores::kWide) return Vec<T>{} - offset * other;
+  constexpr T kMost = std::numeric_limits<T>::max();
+  offset = within<T>(offset, kMost);
+  other = within<T>(other, kMost);
+  return within<T>(Vec<T>{} - offset * other, std::numeric_limits<T>::max() * T(0x1p-64));
+}
+
+template <typename T>
+NWFAST_INLINE Mirrored<Vec<T>> splat(const Mirrored<T>& mirrored) {
+  return {splat<T>(mirrored.high), splat<T>(mirrored.low)};
+}
 
 template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
 struct ScalarAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
   Vec<T> sums[kRows][kCount];
-  Vec<T> query[kRows], nearest[kRows], mirrored[kRows];  // mirrored: 2 x - k*
+  Vec<T> query[kRows], nearest[kRows];
+  Mirrored<Vec<T>> mirrored[kRows];
 
   NWFAST_INLINE void clear() {
     for (int r = 0; r < kRows; ++r) {
@@ -82,23 +114,33 @@ struct ScalarAccumulator {
   NWFAST_INLINE void add(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded) {
     const Vec<T> scale = splat<T>(task.scale);
     const int64_t j = vector * kLanes<T>;
-    const Vec<T> key = load(task.key + j), value = load(task.value_charge + j);
+    const Vec<T> key = load(task.key + j), charge_of_value = load(task.value_charge + j);
     const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      Vec<T> offset, score;
-      if (kMode == Scores::kFar) {
-        offset = (nearest[r] - key) * scale;
-        score = Vec<T>{} - offset * ((mirrored[r] - key) * scale);
-        // A key of weight 0 may lie nearer than the nearest one that counts.
-        if (kCharged) score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
+      Vec<T> offset, score, value = charge_of_value;
+      if (relative(kMode)) {
+        score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
+        // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
+        const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
+        if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
       } else {
         offset = query[r] - key;
         if (kMode == Scores::kNear) offset = offset * scale;
         score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
-      if (kMasked) weight = select<T>(valid_lanes<T>(vector, task.n, excluded, r), weight, Vec<T>{});
+      if (kMode == Scores::kWide && kOffsets) {
+        const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
+        offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
+      }
+      if (kMasked) {  // whatever the key left out holds
+        const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
+        weight = select<T>(valid, weight, Vec<T>{});
+        value = select<T>(valid, value, Vec<T>{});
+        if (kScores) score = select<T>(valid, score, Vec<T>{});
+        if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
+      }
       sums[r][0] += kCharged ? weight * charge : weight;
       sums[r][1] += weight * value;
       if (kScores) {
@@ -140,7 +182,7 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
     const T x = task.query[row], nearest = task.nearest[row];
     sums.query[r] = splat<T>(x);
     sums.nearest[r] = splat<T>(nearest);
-    sums.mirrored[r] = splat<T>((x - nearest) + x);
+    sums.mirrored[r] = splat<T>(mirrored(x, nearest));
   }
   sums.clear();
   const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
@@ -202,15 +244,17 @@ NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
     bool far = false;
     for (int r = 0; r < rows; ++r) {
       const T offset = (task.query[first + r] - task.nearest[first + r]) * task.scale;
-      const double score = static_cast<double>(offset) * offset;
-      task.shift[first + r] = score;
+      const double score = static_cast<double>(offset) * offset, most = std::numeric_limits<double>::max();
+      task.shift[first + r] = score > most ? most : score;
       far |= score > kFarScore;
       for (int s = 0; s < kScalarSums; ++s) task.sums[(first + r) * kScalarSums + s] = 0;
     }
-    if (!far) {
+    if (!far && !task.wide) {
       for (int r = 0; r < rows; ++r) task.shift[first + r] = 0;
     }
-    if (far) {
+    if (task.wide) {
+      scalar_group_of<T, kRows, kWideScores<T>>(task, first, rows);
+    } else if (far) {
       scalar_group_of<T, kRows, Scores::kFar>(task, first, rows);
     } else if (sizeof(T) == 4 && task.scale == 1) {  // the driver scales float coordinates alone
       scalar_group_of<T, kRows, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task, first, rows);
@@ -297,28 +341,34 @@ struct KeyAccumulator {
     const Vec<T> value_grad = splat<T>(task.value_grad[row]), lse_grad = splat<T>(task.lse_grad[row]);
     const Vec<T> mean = splat<T>(task.mean[row]);
     const Vec<T> nearest = splat<T>(task.nearest[row]);
-    const Vec<T> mirrored = (query - nearest) + query;
+    const Mirrored<Vec<T>> twice = splat<T>(mirrored(task.query[row], task.nearest[row]));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Vec<T> difference = query - key[v];
       Vec<T> score;
-      if (kMode == Scores::kFar) {
-        score = Vec<T>{} - ((nearest - key[v]) * scale) * ((mirrored - key[v]) * scale);
-        score = select<T>(score > splat<T>(Simd<T>::kBias - 1), splat<T>(Simd<T>::kBias - 1), score);
+      if (relative(kMode)) {
+        Vec<T> offset;
+        score = relative_score<T, kMode>(key[v], nearest, twice, scale, offset);
       } else {
         const Vec<T> offset = kMode == Scores::kNear ? difference * scale : difference;
         score = Vec<T>{} - offset * offset;
       }
       Vec<T> weight = exp2<T>(score);
-      if (kExclude) {
-        const int64_t place = task.excluded[row] - j - v * kLanes<T>;
-        if (place >= 0 && place < kLanes<T>) weight[place] = 0;
+      if (relative(kMode)) {
+        const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
+        weight = select<T>(score > splat<T>(Simd<T>::kBias - 1), infinite, weight);
       }
-      sum_value[v] += weight * value_grad;
+      Vec<T> by_value = weight * value_grad;
       // The difference first: it is exactly 0 where a row's weight is all on this key.
-      const Vec<T> u = weight * (value_grad * (value[v] - mean) + lse_grad);
-      sum_weight[v] += u;
-      sum_offset[v] += u * difference;
+      Vec<T> by_weight = weight * (value_grad * (value[v] - mean) + lse_grad);
+      Vec<T> by_offset = by_weight * difference;
+      if (kExclude) {  // whatever the key holds
+        const int64_t place = task.excluded[row] - j - v * kLanes<T>;
+        if (place >= 0 && place < kLanes<T>) by_value[place] = by_weight[place] = by_offset[place] = 0;
+      }
+      sum_value[v] += by_value;
+      sum_weight[v] += by_weight;
+      sum_offset[v] += by_offset;
     }
   }
 
@@ -337,6 +387,7 @@ struct KeyAccumulator {
 
 template <typename T, int kVectors, Scores kMode>
 void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
+  constexpr Scores kShifted = kMode == Scores::kWide ? Scores::kWide : Scores::kFar;
   KeyAccumulator<T, kVectors> sums;
   for (int v = 0; v < kVectors; ++v) {
     sums.key[v] = load(task.key + j + v * kLanes<T>);
@@ -354,15 +405,16 @@ void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
       if (task.excluded) exclude |= task.excluded[row] >= j && task.excluded[row] < end;
     }
     auto local = sums;
-    if (!far && !exclude) {
+    if (!far && !exclude && !task.skipped) {
       for (int64_t row = first; row < last; ++row) local.template add<kMode, false>(task, row, j);
     } else {
       for (int64_t row = first; row < last; ++row) {
+        if (task.skipped && task.skipped[row]) continue;
         if (task.shift[row] > 0) {
           if (exclude) {
-            local.template add<Scores::kFar, true>(task, row, j);
+            local.template add<kShifted, true>(task, row, j);
           } else {
-            local.template add<Scores::kFar, false>(task, row, j);
+            local.template add<kShifted, false>(task, row, j);
           }
         } else if (exclude) {
           local.template add<kMode, true>(task, row, j);
@@ -391,7 +443,9 @@ void scalar_keys(const ScalarKeys<T>& task) {
   for (int64_t i = 0; i < task.key_end - task.key_begin; ++i) {
     task.sum_value[i] = task.sum_weight[i] = task.sum_offset[i] = 0;
   }
-  if (sizeof(T) == 4 && task.scale == 1) {
+  if (task.wide) {
+    scalar_key_groups<T, sizeof(T) == 8 ? Scores::kWide : Scores::kNear>(task);
+  } else if (sizeof(T) == 4 && task.scale == 1) {
     scalar_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
   } else {
     scalar_key_groups<T, Scores::kNear>(task);
