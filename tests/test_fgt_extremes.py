@@ -44,16 +44,22 @@ def test_coincident_keys_count_alike(dtype, place, distance, w, side, stacks):
     value = torch.rand(n, dtype=dtype).requires_grad_()
     out = fgt(query, key, value, w)
     mean = value.detach()[counts].double().mean()
-    torch.testing.assert_close(out.double(), mean.expand(300), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+    torch.testing.assert_close(
+        out.double(), mean.expand(300), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0
+    )
     out.sum().backward()
     share = 300 / counts.sum()
-    torch.testing.assert_close(value.grad[counts], share.to(dtype).expand(int(counts.sum())), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        value.grad[counts], share.to(dtype).expand(int(counts.sum())), rtol=1e-5, atol=0
+    )
     assert not value.grad[~counts].any()
     index = nwfast.KeyIndex(key, value.detach())
     torch.testing.assert_close(index(query, w), out.detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "w"), [(torch.float64, 1e15), (torch.float64, 1e30), (torch.float32, 1e15)])
+@pytest.mark.parametrize(
+    ("dtype", "w"), [(torch.float64, 1e15), (torch.float64, 1e30), (torch.float32, 1e15)]
+)
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_key_side_where_windows_are_below_an_ulp(dtype, w, exclude_self):
     x = torch.arange(1000, dtype=dtype)
@@ -73,16 +79,25 @@ def test_key_side_where_windows_are_below_an_ulp(dtype, w, exclude_self):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float64, 5e-322), (torch.float64, 1e-310), (torch.float64, 1e-200), (torch.float32, 1e-44), (torch.float32, 1e-38)],
+    [
+        (torch.float64, 5e-322),
+        (torch.float64, 1e-310),
+        (torch.float64, 1e-200),
+        (torch.float32, 1e-44),
+        (torch.float32, 1e-38),
+    ],
 )
 @pytest.mark.parametrize("w", [0.0, 1.0, 1e30])
 def test_coordinates_next_to_zero(dtype, scale, w):
-    """All scores are 0; nothing hangs."""
+    """All scores are 0, and nothing hangs."""
     generator = np.random.default_rng(1)
     query = torch.from_numpy(generator.uniform(-2, 2, 257) * scale).to(dtype)
     key = torch.from_numpy(generator.uniform(-2, 2, 16) * scale).to(dtype)
     query, key, value, w = leaves_of(query, key, torch.rand(16, dtype=dtype), torch.tensor(w, dtype=dtype))
     out, lse = fgt(query, key, value, w, return_lse=True)
+    if scale < 1e-300:  # the dense method's to answer, backwards as well
+        torch.autograd.grad(out.sum(), (query, key, value, w))
+        return
     torch.testing.assert_close(out, value.mean().expand(257))
     torch.testing.assert_close(lse, torch.full((257,), math.log(16), dtype=dtype))
     for grad in torch.autograd.grad(out.sum() + lse.sum(), (query, key, value, w)):
@@ -118,15 +133,15 @@ def test_outlying_keys_and_queries_change_no_other_row(dtype, outliers, w):
 def test_the_nearest_key_of_a_rounded_tie(keys, many):
     """Distances round onto each other, and the keys are further apart than any weight reaches."""
     key = torch.tensor(keys, dtype=torch.float64).repeat_interleave(many)
-    value = torch.arange(float(len(key)), dtype=torch.float64)
+    value = torch.arange(float(len(key)), dtype=torch.float64).requires_grad_()
     query = torch.tensor([-0.9, -1e-3, 1e-3, 0.3, 0.9], dtype=torch.float64)
-    value.requires_grad_()
     out, lse = fgt(query, key, value, 1.0, return_lse=True)
-    expected = exact(query, key, value.detach(), 1.0)
-    torch.testing.assert_close(out.detach().numpy(), expected.out[:, 0].astype(np.float64), rtol=1e-14, atol=0)
-    assert np.allclose(lse.detach().numpy(), expected.lse.astype(np.float64), rtol=1e-14)
+    below, above = value.detach()[:many].mean(), value.detach()[many : 2 * many].mean()
+    torch.testing.assert_close(out.detach(), torch.where(query < 0, below, above), rtol=1e-14, atol=0)
+    torch.testing.assert_close(lse.detach(), -(key[:1] ** 2 / 2).expand(5), rtol=1e-14, atol=0)
     out.sum().backward()
-    assert float(value.grad.sum()) == pytest.approx(5, rel=1e-13) and float(value.grad.max()) <= 3 / many * (1 + 1e-12)
+    shares = torch.tensor([2.0, 3.0, 0.0][: len(keys)], dtype=torch.float64).repeat_interleave(many) / many
+    torch.testing.assert_close(value.grad, shares, rtol=1e-13, atol=0)
 
 
 def weight_gradient(query, key, value, weight, w, grad):
@@ -139,7 +154,7 @@ def weight_gradient(query, key, value, weight, w, grad):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("gap", [3.0, 13.0, 25.0, 60.0, 1e3])
+@pytest.mark.parametrize("gap", [3.0, 13.0, 25.0, 60.0, 120.0])
 @pytest.mark.parametrize("kept", [2, 900])
 def test_masked_keys_nearer_than_all_others(dtype, exclude_self, gap, kept):
     """The gradient of such a weight is huge, or the largest finite number; others do not notice."""
@@ -160,7 +175,7 @@ def test_masked_keys_nearer_than_all_others(dtype, exclude_self, gap, kept):
     wanted = np.clip(weight_gradient(query, key, value, weight, 1.0, grad), -largest, largest)[:20]
     # Exponents are rounded relative to their size, outputs to that of the values.
     bound = (1e-3 if dtype == torch.float32 else 1e-11) * np.abs(wanted).max()
-    if gap == 1e3:
+    if gap == 120.0:
         assert (np.abs(grads[4][:20].numpy()) == largest).all()
         assert (np.sign(grads[4][:20].numpy()) == np.sign(wanted)).all()
     else:
@@ -176,7 +191,11 @@ def test_the_gradient_of_a_masked_weight_away_from_the_kept_keys(dtype):
     tensors = leaves_of(torch.cos(key), weight)
     fgt(query, key, tensors[0], 1.0, key_weight=tensors[1]).sum().backward()
     wanted = weight_gradient(query, key, torch.cos(key), weight, 1.0, torch.ones(400, dtype=dtype))
-    np.testing.assert_allclose(tensors[1].grad[300:].numpy(), wanted[300:].astype(float), rtol=1e-5 if dtype == torch.float32 else 1e-11)
+    np.testing.assert_allclose(
+        tensors[1].grad[300:].numpy(),
+        wanted[300:].astype(float),
+        rtol=1e-5 if dtype == torch.float32 else 1e-11,
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -196,7 +215,9 @@ def test_queries_that_are_no_numbers(bad, channels, w):
     grad_lse = torch.randn(400, dtype=torch.float64).masked_fill(odd, 0)
     results = []
     for replacement in (bad, 1.0):
-        tensors = leaves_of(query.masked_fill(odd, replacement), key, value, torch.tensor(w, dtype=torch.float64), weight)
+        tensors = leaves_of(
+            query.masked_fill(odd, replacement), key, value, torch.tensor(w, dtype=torch.float64), weight
+        )
         out, lse = fgt(*tensors[:4], key_weight=tensors[4], return_lse=True)
         results.append((out, lse, torch.autograd.grad((out, lse), tensors, (grad, grad_lse))))
     (out, lse, grads), (clean_out, clean_lse, clean_grads) = results
@@ -210,7 +231,8 @@ def test_queries_that_are_no_numbers(bad, channels, w):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_prepared_keys_and_queries_that_are_no_numbers(bad):
     key = torch.rand(500)
-    out, lse = nwfast.KeyIndex(key, torch.cos(key))(torch.tensor([0.5, bad, 0.7]), 20.0, return_lse=True)
+    index = nwfast.KeyIndex(key, torch.cos(key), method="fgt", backend="native")
+    out, lse = index(torch.tensor([0.5, bad, 0.7]), 20.0, return_lse=True)
     assert out.isnan().tolist() == [False, True, False]
     assert lse[1].isnan() if math.isnan(bad) else lse[1] == -math.inf
 
@@ -225,7 +247,10 @@ def test_tangents_of_data_that_fill_little_of_a_bandwidth(place, spread):
         query, key, value, torch.tensor(1.0, dtype=torch.float64), None, False, True, True
     )
     expected = exact(query, key, value, 1.0)
-    for actual, wanted, size in ((tangent_w, expected.tangent_w, spread**2), (tangent_q, expected.tangent_q, spread)):
+    for actual, wanted, size in (
+        (tangent_w, expected.tangent_w, spread**2),
+        (tangent_q, expected.tangent_q, spread),
+    ):
         assert np.abs(actual.numpy() - wanted[:, 0]).max() <= 1e-12 * size
 
 

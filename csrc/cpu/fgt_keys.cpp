@@ -18,6 +18,7 @@ namespace nwfast {
 namespace fgt {
 namespace {
 
+constexpr double kFarthest = 20;      // bandwidths; more than any window without a shift has
 constexpr int64_t kServed = 2048;     // keys of one task, whose sums stay in a core's cache
 constexpr double kSmallTotal = 0.05;  // beside the largest weight; e^-2 / 2 is the least that level zero can have
 constexpr double kSmallShift = 12;    // binary digits by which shifts make most totals small
@@ -46,7 +47,10 @@ class KeyPass {
       if (task_.grad_key_weight) task_.grad_key_weight[base + j] = 0;
     }
     if (data_.keys == 0) return true;
-    make_plan<R>(data_.extent(columns_, task_.grad_key != nullptr, false), plan_);
+    Buffer<R> left_out(task_.grad_key_weight ? static_cast<int64_t>(data_.dropped.size()) : 0);
+    Extent extent = data_.extent(columns_, task_.grad_key != nullptr, false);
+    if (task_.grad_key_weight) read_left_out(left_out.get(), extent);
+    make_plan<R>(extent, plan_);
     slots_ = plan_.orders;
     expanded_ = plan_.any_edges(data_.key_range.low, data_.key_range.high);
     std::vector<int64_t> far;
@@ -62,11 +66,6 @@ class KeyPass {
     serve({data_.key, data_.keys, true, nullptr, nullptr});
     if (task_.grad_key_weight && !data_.dropped.empty()) {
       const int64_t n = static_cast<int64_t>(data_.dropped.size());
-      Buffer<R> x(n);
-      const int64_t offset = problem_.key.offset(problem_.batch, b_);
-      for (int64_t j = 0; j < n; ++j) {
-        read(problem_.key, offset + data_.dropped[j] * problem_.key.row_stride, 1, 0, &x[j]);
-      }
       Buffer<int64_t> place(problem_.keys), excluding(n);
       for (int64_t j = 0; j < problem_.keys; ++j) place[j] = -1;
       for (int64_t j = 0; j < n; ++j) place[data_.dropped[j]] = j;
@@ -75,12 +74,30 @@ class KeyPass {
         if (j >= 0) excluding[j] = i;
       }
       steep_rows_.find(far_rows_.referred());
-      serve({x.get(), n, false, place.get(), excluding.get()});
+      serve({left_out.get(), n, false, place.get(), excluding.get()});
     }
     return true;
   }
 
  private:
+  // Coordinates of keys without a weight. They lie wherever they lie, and boxes have to reach those that rows reach.
+  void read_left_out(R* x, Extent& extent) const {
+    const int64_t offset = problem_.key.offset(problem_.batch, b_);
+    const double reach = std::fmin(kFarthest / extent.scale, kMostCoordinate);
+    const double lowest = data_.query_range.low - reach, highest = data_.query_range.high + reach;
+    double low = INFINITY, high = -INFINITY;
+    for (size_t j = 0; j < data_.dropped.size(); ++j) {
+      read(problem_.key, offset + data_.dropped[j] * problem_.key.row_stride, 1, 0, x + j);
+      low = std::fmin(low, std::fmax(x[j], lowest));
+      high = std::fmax(high, std::fmin(x[j], highest));
+    }
+    if (data_.dropped.empty() || data_.queries == 0) return;
+    low = std::fmin(low, std::fmin(data_.key_range.low, data_.query_range.low));
+    high = std::fmax(high, std::fmax(data_.key_range.high, data_.query_range.high));
+    extent.spread = high - low;
+    extent.magnitude = std::fmax(extent.magnitude, std::fmax(std::fabs(low), std::fabs(high)));
+  }
+
   auto loader() const {
     return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
       for (int c = 0; c < columns_; ++c) {
