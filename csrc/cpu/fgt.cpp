@@ -1,6 +1,7 @@
 // Drivers of the fast Gauss transform: the forward pass, and the query side of the backward pass.
 
 #include "fgt_element.h"
+#include "fgt_row_gradients.h"
 
 namespace nwfast {
 namespace fgt {
@@ -15,10 +16,10 @@ bool forward_element(const Problem& problem, const ForwardResult<R>& result, int
   const int channels = data.channels;
   if (data.keys == 0) {
     for (int64_t i = 0; i < problem.queries; ++i) empty_row(result, channels, base + i, -INFINITY, 0);
-    return true;
+  } else {
+    forward_rows(element, result, base, serial);
   }
-  forward_rows(element, result, base, serial);
-  for (const int64_t row : data.bad_rows) empty_row(result, channels, base + row, NAN, NAN);
+  finish_odd_rows(data, result, base);
   return true;
 }
 
@@ -27,7 +28,16 @@ bool query_element(const Problem& problem, const BackwardTask<R>& task, int64_t 
   Element<R> element;
   if (!element.prepare(problem, b, task.grad_query, task.grad_w, serial)) return false;
   const Data<R>& data = element.data;
-  if (!data.bad_rows.empty()) return false;
+  const RowGradients<R> gradients(problem, task, b, data);
+  // Rows that add nothing, by their number in the caller's order.
+  std::vector<char> idle(data.infinite_rows.empty() && data.nan_rows.empty() ? 0 : data.queries);
+  for (const int64_t row : data.infinite_rows) idle[row] = 1;
+  for (int64_t i = 0; !data.nan_rows.empty() && i < data.queries; ++i) {
+    if (!gradients.counts(i)) idle[data.original_row(i)] = 1;
+  }
+  for (const int64_t row : data.nan_rows) {
+    if (!idle[row]) return false;
+  }
   const int64_t base = b * problem.queries;
   if (data.keys == 0) {
     for (int64_t i = 0; task.grad_query && i < problem.queries; ++i) task.grad_query[base + i] = 0;
@@ -41,7 +51,7 @@ bool query_element(const Problem& problem, const BackwardTask<R>& task, int64_t 
   Buffer<double> partial(task.grad_w ? data.queries : 0);
   const auto row_gradient = [&](int64_t i, const RowSums& sums) {
     const int64_t original = data.original_row(i);
-    const double total = sums.total();
+    const double total = !idle.empty() && idle[original] ? 0 : sums.total();
     double by_w = 0, by_query = 0;
     for (int c = 0; total > 0 && c < channels; ++c) {
       double g = 0;

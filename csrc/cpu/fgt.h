@@ -48,8 +48,13 @@
 // gathered by each key one by one, or, many rows of a gap with many keys, summed at the compressed keys of an edge and
 // handed on by the transposed interpolation.
 //
-// What is not finite, and scales at which boxes have no exact edges, are the dense drivers' (the functions return
-// false).
+// Keys and queries beyond the range in which boxes have exact edges take no part in expansions; whatever lies there is
+// summed directly. What is not finite, and numbers whose products would leave the range of double, are the dense
+// drivers' (the functions return false).
+//
+// Comparisons of distances are exact (below_is_nearer, score_of): rounded ones may tie, and a key that is taken for the
+// nearest and is not would overflow against the one that is. Bounds of windows are inclusive, since they may round onto
+// the coordinate that they start from.
 
 #pragma once
 
@@ -70,6 +75,9 @@ constexpr int64_t kCrowd = 8;         // points from which on a box has moments
 constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
 constexpr double kLevelZero = 2;      // distance to the nearest key, in bandwidths, up to which no shift is needed
 constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
+// Products of two coordinates and a value, of w and two coordinates and the like stay within the range of double.
+constexpr double kMostCoordinate = 1e60, kLeastCoordinate = 1e-100, kMostScale = 1e60, kMostValue = 1e100;
+constexpr double kMostWeight = 1e290, kLeastWeight = 1e-300;
 
 template <typename T>
 struct Accuracy;
@@ -124,6 +132,12 @@ struct Plan {
   }
   double lower_edge(int64_t b) const { return static_cast<double>(2 * b - 1) * (box / 2); }
   double centre(int64_t b) const { return static_cast<double>(b) * box; }
+  // Whether all boxes within reach of this one have exact edges.
+  bool has_edges(int64_t b) const { return b > reach - 2 * kMostBoxes && b < 2 * kMostBoxes - reach; }
+  // Whether a point between these may lie in such a box.
+  bool any_edges(double low, double high) const {
+    return high / box > -static_cast<double>(kMostBoxes) && low / box < static_cast<double>(kMostBoxes);
+  }
   double to_local() const { return 2 / box; }
 };
 
@@ -143,6 +157,24 @@ template <typename R>
 void make_plan(const Extent& extent, Plan& plan);
 void fill_bounds(Plan& plan);
 void fill_matrices(Plan& plan);
+
+// What a sum of two numbers lacks of the exact one.
+inline double sum_error(double a, double b, double sum) {
+  const double second = sum - a;
+  return (a - (sum - second)) + (b - second);
+}
+
+// Whether x - below <= above - x, exactly.
+inline bool below_is_nearer(double below, double above, double x) {
+  const double sum = below + above;
+  return sum != 2 * x ? sum > 2 * x : sum_error(below, above, sum) >= 0;
+}
+
+// (x - u)^2 - (x - r)^2 to a few roundings of itself, however far x is from both.
+inline double score_of(double x, double r, double u) {
+  const double sum = r + u;
+  return (r - u) * ((2 * x - sum) - sum_error(r, u, sum));
+}
 
 // Steps from place to the first index at or after it with x[index] >= bound; n if there is none.
 template <typename R>

@@ -72,6 +72,10 @@ class Cells {
       if (p > 0) p = gallop(x_, n_, p, plan.lower_edge(plan.box_of(x_[p - 1]) + 1));
       while ((p = next_crowd(plan, p, end)) < end) {
         const int64_t box = plan.box_of(x_[p]);
+        if (!plan.has_edges(box)) {
+          ++p;
+          continue;
+        }
         const double edge = plan.lower_edge(box + 1);
         // Points before p that were passed over may have begun the box: then it is no crowded one.
         if (x_[p + kCrowd - 1] < edge && (p == 0 || x_[p - 1] < plan.lower_edge(box))) {
@@ -250,7 +254,7 @@ class Expansion {
       const int64_t stop = i < last_ ? cells_[i].begin : end_;
       while (p < stop) {
         const int64_t box = plan_.box_of(x_[p]);
-        const int64_t next = std::min(stop, gallop(x_, n_, p, plan_.lower_edge(box + 1)));
+        const int64_t next = std::min(stop, std::max(p + 1, gallop(x_, n_, p, plan_.lower_edge(box + 1))));
         put(box, raw_moments(box, p, next));
         p = next;
       }

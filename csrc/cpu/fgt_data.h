@@ -59,15 +59,17 @@ class Data {
     double w_value = 0;
     read(problem.w, problem.w.offset(problem.batch, b), 1, 0, &w_value);
     w = w_value;
-    if (!(std::fabs(w) < 1e100) || channels > 4096 || queries >= kMostPoints || keys >= kMostPoints) return false;
+    if (!(std::fabs(w) < kMostScale) || channels > 4096 || queries >= kMostPoints || keys >= kMostPoints) return false;
     bool keys_ascend = false;
     key = line(problem.key, problem.key.offset(problem.batch, b), keys, key_);
     key_range = scan(key, keys, serial, &keys_ascend);
-    if (!key_range.finite || key_range.magnitude() > 1e100) return false;
-    if (!read_weights(problem, b)) return false;
-    if (!read_values(problem, b)) return false;
+    if (!key_range.finite || !read_weights(problem, b)) return false;
+    read_values(problem, b);
     order_keys(keys_ascend);
+    if (key_range.magnitude() > kMostCoordinate || !centre_values()) return false;
     if (!prepare_queries(problem.query, problem.query.offset(problem.batch, b), queries, serial)) return false;
+    const double magnitude = std::fmax(key_range.magnitude(), query_range.magnitude());
+    if (magnitude > 0 && magnitude < kLeastCoordinate) return false;
     exclude = problem.exclude_self;
     if (exclude && (keys_moved || rows_moved)) {
       Buffer<int64_t> place(problem.keys);
@@ -91,7 +93,7 @@ class Data {
     query = line(view, offset, queries, query_);
     query_range = scan(query, queries, serial, &ascend);
     if (!query_range.finite) ascend = replace_bad_queries();
-    if (query_range.magnitude() > 1e100 || queries >= kMostPoints) return false;
+    if (query_range.magnitude() > kMostCoordinate || queries >= kMostPoints) return false;
     if (ascend) return true;
     row_order.allocate(queries);
     Buffer<R> sorted(queries);
@@ -165,8 +167,8 @@ class Data {
   Range key_range, query_range;
   bool exclude = false, keys_moved = false, rows_moved = false;
   Buffer<uint32_t> key_order, row_order;
-  std::vector<uint32_t> dropped;  // keys of weight 0 in ascending order, as the caller numbers them
-  std::vector<int64_t> bad_rows;  // whose query is not a finite number
+  std::vector<uint32_t> dropped;                 // keys of weight 0 in ascending order, as the caller numbers them
+  std::vector<int64_t> nan_rows, infinite_rows;  // whose query is not a finite number, as the caller numbers them
 
  private:
   static constexpr int64_t kMostPoints = int64_t{1} << 32;
@@ -196,7 +198,8 @@ class Data {
       query = query_.get();
     }
     query_range = Range();
-    bad_rows.clear();
+    nan_rows.clear();
+    infinite_rows.clear();
     R last = keys > 0 ? key[0] : R(0);
     bool in_order = true;
     for (int64_t i = 0; i < queries; ++i) {
@@ -204,7 +207,7 @@ class Data {
         in_order &= i == 0 || last <= query_[i];
         last = query_[i];
       } else {
-        bad_rows.push_back(i);
+        (query_[i] != query_[i] ? nan_rows : infinite_rows).push_back(i);
         query_[i] = last;
         in_order &= i > 0;
       }
@@ -223,18 +226,18 @@ class Data {
       low = range.high;
       for (int64_t j = 0; j < keys; ++j) low = weight[j] > 0 ? std::fmin(low, weight[j]) : low;
     }
-    if (!(range.high > 0)) return true;     // no key is left
-    if (range.high < 1e-300) return false;  // the factor would overflow
+    some_zero_ = range.low == 0;
+    if (!(range.high > 0)) return true;                                       // no key is left
+    if (range.high < kLeastWeight || range.high > kMostWeight) return false;  // the factor or totals would overflow
     int exponent;
     std::frexp(range.high, &exponent);
     weight_factor = std::ldexp(1.0, -exponent);
     weight_span = std::log(range.high) - std::log(low);
-    some_zero_ = range.low == 0;
     all_one_ = range.low == 1 && range.high == 1;
     return weight_span < 600;
   }
 
-  bool read_values(const Problem& problem, int64_t b) {
+  void read_values(const Problem& problem, int64_t b) {
     const int64_t offset = problem.value.offset(problem.batch, b);
     if (native<R>(problem.value)) {
       value = pointer<R>(problem.value, offset);
@@ -251,9 +254,13 @@ class Data {
       row_stride = channels;
       column_stride = 1;
     }
+  }
+
+  // Of the keys that count. False if their values are not finite, or too large.
+  bool centre_values() {
     centre.assign(channels, 0);
     values.assign(channels, Range());
-    bool finite = true;
+    bool suits = true;
     for (int c = 0; c < channels; ++c) {
       if (row_stride == 1) {
         values[c] = scan(value + c * column_stride, keys, serial_, nullptr);
@@ -265,10 +272,10 @@ class Data {
           values[c].include(block, n);
         }
       }
-      finite &= values[c].finite;
+      suits &= values[c].finite && values[c].magnitude() <= kMostValue;
       centre[c] = static_cast<double>(static_cast<R>(values[c].centre()));
     }
-    return finite;
+    return suits;
   }
 
   // Sorts keys, if need be, and drops those of weight 0.

@@ -26,14 +26,8 @@ class Edge {
       : key_(key), side_(side), terms_(terms), origin_(key[edge]) {
     const double pi = 3.14159265358979323846;
     for (int i = 0; i < terms; ++i) node_[i] = std::cos(pi * (i + 0.5) / terms);
-    int64_t begin, end;
-    if (side == 0) {
-      begin = lower_bound(key, edge, origin_ - depth);
-      end = edge + 1;
-    } else {
-      begin = edge;
-      end = std::max(edge + 1, lower_bound(key, n, origin_ + depth));
-    }
+    int64_t begin = side == 0 ? 0 : edge, end = side == 0 ? edge + 1 : n;
+    (side == 0 ? begin : end) = first_behind(begin, end, [depth](double z) { return z > depth; });
     keys_begin_ = begin;
     keys_end_ = end;
     if (end - begin <= 2 * kDirectKeys) {
@@ -43,12 +37,9 @@ class Edge {
     while (begin < end) {  // from the edge outwards
       const double z = behind(side == 0 ? end - 1 : begin);
       const double number = std::floor(z / (2 * half)), far = (number + 1) * 2 * half;
-      int64_t first = begin, last = end;
-      if (side == 0) {
-        first = std::min(end - 1, begin + lower_bound(key + begin, end - begin, origin_ - far));
-      } else {
-        last = std::max(begin + 1, begin + lower_bound(key + begin, end - begin, origin_ + far));
-      }
+      const int64_t edge_of_box =
+          first_behind(begin, end, [z, far](double other) { return other >= far && other > z; });
+      const int64_t first = side == 0 ? edge_of_box : begin, last = side == 0 ? end : edge_of_box;
       push(first, last, number * 2 * half + half, half, last - first > terms);
       (side == 0 ? end : begin) = side == 0 ? first : last;
     }
@@ -147,6 +138,16 @@ class Edge {
 
  private:
   static constexpr int64_t kSpan = 64;
+
+  // Where among [begin, end) the keys end, seen from the edge, that are not beyond: by their distances, since sums with
+  // those may round onto the edge itself.
+  template <typename Beyond>
+  int64_t first_behind(int64_t begin, int64_t end, const Beyond& beyond) const {
+    const R *const from = key_ + begin, *const to = key_ + end;
+    const auto counts = [&](R u) { return !beyond(std::fabs(origin_ - static_cast<double>(u))); };
+    if (side_ == 1) return std::partition_point(from, to, counts) - key_;
+    return std::partition_point(from, to, [&](R u) { return !counts(u); }) - key_;
+  }
 
   void push(int64_t begin, int64_t end, double centre, double half, bool crowded) {
     boxes_.push_back({begin, end, centre, half, sources(), crowded});

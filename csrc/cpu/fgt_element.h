@@ -24,7 +24,7 @@ struct Element {
   }
 
   void compress(bool serial) {
-    expanded = data.key_range.magnitude() / plan.box < static_cast<double>(kMostBoxes);
+    expanded = plan.any_edges(data.key_range.low, data.key_range.high);
     if (!expanded) return;
     cells.compress(
         plan, data.key, data.keys, data.channels + 1, !data.weight,
@@ -83,7 +83,7 @@ void finish_rows(const FgtKernels<R>& table, const Plan& plan, const Data<R>& da
   }
 }
 
-// A row without any key, or (total NaN) without a query.
+// A row without any key, which one infinitely far away from all of them is as well, or (total NaN) without a query.
 template <typename R>
 void empty_row(const ForwardResult<R>& result, int channels, int64_t row, double lse, double total) {
   for (int c = 0; c < channels; ++c) result.out[row * channels + c] = static_cast<R>(NAN);
@@ -94,6 +94,12 @@ void empty_row(const ForwardResult<R>& result, int channels, int64_t row, double
   }
   if (result.tangent_w) result.tangent_w[row] = static_cast<R>(total);
   if (result.tangent_q) result.tangent_q[row] = static_cast<R>(total);
+}
+
+template <typename R>
+void finish_odd_rows(const Data<R>& data, const ForwardResult<R>& result, int64_t base) {
+  for (const int64_t row : data.infinite_rows) empty_row(result, data.channels, base + row, -INFINITY, 0);
+  for (const int64_t row : data.nan_rows) empty_row(result, data.channels, base + row, NAN, NAN);
 }
 
 // Results of all rows, from row `base` of the result on.

@@ -3,8 +3,7 @@
 
 #pragma once
 
-#include "fgt_row_gradients.h"
-#include "fgt_rows.h"
+#include "fgt_steep_rows.h"
 
 namespace nwfast {
 namespace fgt {
@@ -44,6 +43,13 @@ class FarRows {
       : gradients_(gradients), data_(data), plan_(plan) {}
 
   bool empty() const { return far_.empty(); }
+  std::vector<Referred> referred() const {
+    std::vector<Referred> rows;
+    for (size_t k = 0; k < far_.size(); ++k) {
+      rows.push_back({far_[k], found_[k].level_zero ? static_cast<double>(data_.query[far_[k]]) : found_[k].key});
+    }
+    return rows;
+  }
 
   // Takes rows in ascending order. They are gathered one by one, or summed in groups at compressed keys.
   void sort(std::vector<int64_t> rows, bool serial) {
@@ -111,7 +117,7 @@ class FarRows {
     const int64_t begin = search_down(data_, found_[k].place, *low);
     if (gallop(data_.key, data_.keys, found_[k].place, *high) - begin <= kDirectKeys) return true;
     const int64_t own = data_.excluded(far_[k]);
-    return own >= 0 && std::fabs(x - data_.key[own]) <= std::fabs(x - (found_[k].level_zero ? x : found_[k].key));
+    return own >= 0 && score_of(x, found_[k].level_zero ? x : found_[k].key, data_.key[own]) <= 0;
   }
 
   // Far row k becomes the i-th of those that keys gather.
@@ -151,8 +157,8 @@ class FarRows {
         const int64_t left = found_[k].place - 1, right = found_[k].place, edge = side ? right : left;
         if (edge < 0 || edge >= data_.keys) continue;
         const double x = data_.query[far_[k]], apart = std::fabs(x - data_.key[edge]);
-        const double reference = found_[k].level_zero ? 0 : std::fabs(x - found_[k].key);
-        const double excess = (apart - reference) * (apart + reference) * plan_.scale * plan_.scale / 2;
+        const double reference = found_[k].level_zero ? x : found_[k].key;
+        const double excess = score_of(x, reference, data_.key[edge]) * plan_.scale * plan_.scale / 2;
         if (excess > plan_.log_span + data_.weight_span + 8 - std::fmin(0.0, std::log(gradients_.total_of(far_[k]))))
           continue;
         const int level = level_of(apart * plan_.scale);
@@ -182,7 +188,7 @@ class FarRows {
       const double r = found_[k].level_zero ? x : found_[k].key;
       apart[i] = std::fabs(x - edge);
       // From the edge to the row's own reference.
-      const double score = (r - edge) * ((x - edge) + (x - r));
+      const double score = score_of(x, r, edge);
       const double factor = std::exp(-score * plan_.scale * plan_.scale / 2) / gradients_.total_of(row);
       gradients_.charge_of(row, field.base.data(), one.data());
       for (int c = 0; c < columns_; ++c) charge[c * n + i] = one[c] * factor;
@@ -289,7 +295,7 @@ class FarRows {
   // exp of the score relative to the far row's reference, divided by the row's total; and x - u.
   double weight_between(int64_t k, double u, double* offset) const {
     const double x = data_.query[far_[k]], r = found_[k].level_zero ? x : found_[k].key;
-    const double exponent = -(r - u) * ((x - u) + (x - r)) * plan_.scale * plan_.scale / 2;
+    const double exponent = -score_of(x, r, u) * plan_.scale * plan_.scale / 2;
     *offset = x - u;
     return std::exp(std::fmin(exponent, 690.0)) / gradients_.total_of(far_[k]);
   }

@@ -337,14 +337,16 @@ NWFAST_INLINE void direct_columns(const FgtDirect<T>& task, int column) {
     for (int64_t begin = 0; begin < task.targets; begin += kD) {
       const int64_t left = task.targets - begin;
       const DVec x = load_up_to(task.target + begin, left), reference = load_up_to(task.reference + begin, left);
-      const DVec mirrored = (x - reference) + x;
+      // 2 x - reference and what rounding took of it, which counts where a key lies as far on the other side.
+      const DVec twice = x + x, mirrored = twice - reference, second = mirrored - twice;
+      const DVec rest = (twice - (mirrored - second)) - (reference + second);
+      const bool exact = !any_lane(rest != DVec{});
       IntVec<double> excluded = {};
       if (task.excluded) {
         for (int lane = 0; lane < kD; ++lane) excluded[lane] = lane < left ? task.excluded[begin + lane] - from : -1;
       }
       DVec sums[kSlots][kColumns] = {};
-      for (int64_t j = 0; j < sources; ++j) {
-        const DVec u = splat(source[j]), offset = reference - u, score = offset * (mirrored - u);
+      const auto add = [&](int64_t j, DVec offset, DVec score) __attribute__((always_inline)) {
         DVec exponent = score * factor;
         // A source of tiny charge may be nearer than the reference.
         exponent = select<double>(exponent > splat(1000.0), splat(1000.0), exponent);
@@ -357,6 +359,14 @@ NWFAST_INLINE void direct_columns(const FgtDirect<T>& task, int column) {
           if (kOffsets) sums[1][c] += term * offset;
           if (kScores) sums[kOffsets + 1][c] += term * score;
         }
+      };
+      for (int64_t j = 0; exact && j < sources; ++j) {
+        const DVec u = splat(source[j]), offset = reference - u;
+        add(j, offset, offset * (mirrored - u));
+      }
+      for (int64_t j = 0; !exact && j < sources; ++j) {
+        const DVec u = splat(source[j]), offset = reference - u;
+        add(j, offset, offset * ((mirrored - u) + rest));
       }
       for (int slot = 0; slot < kSlots; ++slot) {
         for (int c = 0; c < kColumns; ++c) {
@@ -389,6 +399,17 @@ void fgt_direct(const FgtDirect<T>& task) {
   if (column < task.columns) direct_moments<T, 1>(task, column);
 }
 
+// (x - u)^2 - (x - reference)^2 for each u, to a few roundings of itself.
+struct MirroredSource {
+  double reference, mirrored, rest;  // 2 x - reference = mirrored + rest, exactly
+
+  MirroredSource(double x, double from) : reference(from), mirrored(2 * x - from) {
+    const double second = mirrored - 2 * x;
+    rest = (2 * x - (mirrored - second)) - (from + second);
+  }
+  NWFAST_INLINE DVec score(DVec u) const { return (splat(reference) - u) * ((splat(mirrored) - u) + splat(rest)); }
+};
+
 template <typename T, int kColumns, bool kOffsets>
 NWFAST_INLINE void gather_columns(const FgtGather<T>& task, int column) {
   const DVec factor = splat(kMinusHalfLog2E * task.scale * task.scale);
@@ -396,8 +417,8 @@ NWFAST_INLINE void gather_columns(const FgtGather<T>& task, int column) {
     const DVec u = load_up_to(task.target + begin, task.targets - begin);
     DVec sums[1 + kOffsets][kColumns] = {};
     for (int64_t i = 0; i < task.sources; ++i) {
-      const double x = task.source[i], reference = task.reference[i];
-      DVec exponent = (splat(reference) - u) * (splat((x - reference) + x) - u) * factor;
+      const double x = task.source[i];
+      DVec exponent = MirroredSource(x, task.reference[i]).score(u) * factor;
       exponent = select<double>(exponent > splat(1000.0), splat(1000.0), exponent);
       const DVec weight = weight_of<T>(exponent);
       const DVec offset = splat(x) - u;
@@ -440,8 +461,8 @@ NWFAST_INLINE void pull(const FgtPull<T>& task) {
     double* const out = task.sums + begin;
     DVec total = {}, pulled = {}, moment = {};
     for (int64_t i = 0; i < task.sources; ++i) {
-      const double x = task.source[i], reference = task.reference[i];
-      DVec exponent = (splat(reference) - u) * (splat((x - reference) + x) - u) * factor;
+      const double x = task.source[i];
+      DVec exponent = MirroredSource(x, task.reference[i]).score(u) * factor;
       exponent = select<double>(exponent > splat(1000.0), splat(1000.0), exponent);
       DVec weight = weight_of<T>(exponent);
       if (task.excluded) weight = select<double>(lanes == task.excluded[i] - begin, DVec{}, weight);

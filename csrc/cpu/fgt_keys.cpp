@@ -18,6 +18,7 @@ namespace nwfast {
 namespace fgt {
 namespace {
 
+constexpr double kFarthest = 20;      // bandwidths; more than any window without a shift has
 constexpr int64_t kServed = 2048;     // keys of one task, whose sums stay in a core's cache
 constexpr double kSmallTotal = 0.05;  // beside the largest weight; e^-2 / 2 is the least that level zero can have
 constexpr double kSmallShift = 12;    // binary digits by which shifts make most totals small
@@ -32,10 +33,11 @@ class KeyPass {
         serial_(serial),
         table_(fgt_kernels<R>()),
         gradients_(problem, task, b, data_),
-        far_rows_(gradients_, data_, plan_) {}
+        far_rows_(gradients_, data_, plan_),
+        steep_rows_(gradients_, data_, plan_) {}
 
   bool run() {
-    if (!data_.prepare(problem_, b_, serial_) || !data_.bad_rows.empty()) return false;
+    if (!data_.prepare(problem_, b_, serial_)) return false;
     channels_ = data_.channels;
     columns_ = channels_ + 1;
     const int64_t base = b_ * problem_.keys;
@@ -45,9 +47,12 @@ class KeyPass {
       if (task_.grad_key_weight) task_.grad_key_weight[base + j] = 0;
     }
     if (data_.keys == 0) return true;
-    make_plan<R>(data_.extent(columns_, task_.grad_key != nullptr, false), plan_);
+    Buffer<R> left_out(task_.grad_key_weight ? static_cast<int64_t>(data_.dropped.size()) : 0);
+    Extent extent = data_.extent(columns_, task_.grad_key != nullptr, false);
+    if (task_.grad_key_weight) read_left_out(left_out.get(), extent);
+    make_plan<R>(extent, plan_);
     slots_ = plan_.orders;
-    expanded_ = data_.key_range.magnitude() / plan_.box < static_cast<double>(kMostBoxes);
+    expanded_ = plan_.any_edges(data_.key_range.low, data_.key_range.high);
     std::vector<int64_t> far;
     near_ = NearRows<R>::promising(data_, plan_) && read_near_rows(far);
     if (!near_) {
@@ -61,11 +66,6 @@ class KeyPass {
     serve({data_.key, data_.keys, true, nullptr, nullptr});
     if (task_.grad_key_weight && !data_.dropped.empty()) {
       const int64_t n = static_cast<int64_t>(data_.dropped.size());
-      Buffer<R> x(n);
-      const int64_t offset = problem_.key.offset(problem_.batch, b_);
-      for (int64_t j = 0; j < n; ++j) {
-        read(problem_.key, offset + data_.dropped[j] * problem_.key.row_stride, 1, 0, &x[j]);
-      }
       Buffer<int64_t> place(problem_.keys), excluding(n);
       for (int64_t j = 0; j < problem_.keys; ++j) place[j] = -1;
       for (int64_t j = 0; j < n; ++j) place[data_.dropped[j]] = j;
@@ -73,12 +73,31 @@ class KeyPass {
         const int64_t j = place[data_.original_row(i)];
         if (j >= 0) excluding[j] = i;
       }
-      serve({x.get(), n, false, place.get(), excluding.get()});
+      steep_rows_.find(far_rows_.referred());
+      serve({left_out.get(), n, false, place.get(), excluding.get()});
     }
     return true;
   }
 
  private:
+  // Coordinates of keys without a weight. They lie wherever they lie, and boxes have to reach those that rows reach.
+  void read_left_out(R* x, Extent& extent) const {
+    const int64_t offset = problem_.key.offset(problem_.batch, b_);
+    const double reach = std::fmin(kFarthest / extent.scale, kMostCoordinate);
+    const double lowest = data_.query_range.low - reach, highest = data_.query_range.high + reach;
+    double low = INFINITY, high = -INFINITY;
+    for (size_t j = 0; j < data_.dropped.size(); ++j) {
+      read(problem_.key, offset + data_.dropped[j] * problem_.key.row_stride, 1, 0, x + j);
+      low = std::fmin(low, std::fmax(x[j], lowest));
+      high = std::fmax(high, std::fmin(x[j], highest));
+    }
+    if (data_.dropped.empty() || data_.queries == 0) return;
+    low = std::fmin(low, std::fmin(data_.key_range.low, data_.query_range.low));
+    high = std::fmax(high, std::fmax(data_.key_range.high, data_.query_range.high));
+    extent.spread = high - low;
+    extent.magnitude = std::fmax(extent.magnitude, std::fmax(std::fabs(low), std::fabs(high)));
+  }
+
   auto loader() const {
     return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
       for (int c = 0; c < columns_; ++c) {
@@ -217,7 +236,6 @@ class KeyPass {
       } else {
         std::memset(sums.near.get(), 0, slots_ * columns_ * pitch * sizeof(double));
       }
-      if (data_.exclude) subtract_own(targets, begin, end, sums.near.get(), pitch);
     }
     load_values(targets, begin, end, sums);
     if (near_ || !far_rows_.empty()) sums.far.allocate((channels_ + slots_) * pitch);
@@ -264,6 +282,7 @@ class KeyPass {
       bool few = !expanded_ || last >= data_.queries ||
                  static_cast<double>(data_.query[last]) > static_cast<double>(u[stop - 1]) + reach;
       const int64_t box = few ? 0 : plan_.box_of(u[j]);
+      few |= !plan_.has_edges(box);
       if (!few) {
         stop = gallop(u, end, j, plan_.lower_edge(box + 1));
         expansion.move_to(box);
@@ -288,6 +307,7 @@ class KeyPass {
         task.sums = sums + (j - begin);
         task.sums_pitch = pitch;
         table_.evaluate(task);
+        if (data_.exclude) subtract_own(targets, j, stop, sums + (j - begin), pitch);
       }
       j = stop;
     }
@@ -297,13 +317,17 @@ class KeyPass {
                   int64_t pitch) const {
     const R* const u = targets.x + first;
     const int64_t begin = gallop(data_.query, data_.queries, window, static_cast<double>(u[0]) - reach);
-    const int64_t end = gallop(data_.query, data_.queries, begin, static_cast<double>(u[n - 1]) + reach);
+    // Up to the bound and on it: it may round onto the key itself.
+    const double bound = std::nextafter(static_cast<double>(u[n - 1]) + reach, INFINITY);
+    const int64_t end = gallop(data_.query, data_.queries, begin, bound);
     double reference[kGroup];
+    int64_t excluded[kGroup];
     for (int64_t k = 0; k < n; ++k) reference[k] = u[k];
+    for (int64_t k = 0; data_.exclude && k < n; ++k) excluded[k] = leaving(targets, first + k) - begin;
     FgtDirect<R> task;
     task.target = u;
     task.reference = reference;
-    task.excluded = nullptr;
+    task.excluded = data_.exclude ? excluded : nullptr;
     task.targets = n;
     task.source = data_.query + begin;
     task.sources = end - begin;
@@ -318,10 +342,15 @@ class KeyPass {
     table_.direct(task);
   }
 
-  // The row that leaves a key out, if it is among those without a shift.
+  // The row that leaves key j out.
+  int64_t leaving(const Targets<R>& targets, int64_t j) const {
+    return targets.weighted ? data_.excluding(j) : targets.excluding[j];
+  }
+
+  // Takes rows that leave keys out from the sums of those, if they are among the rows without a shift.
   void subtract_own(const Targets<R>& targets, int64_t begin, int64_t end, double* sums, int64_t pitch) const {
     for (int64_t j = begin; j < end; ++j) {
-      const int64_t i = targets.weighted ? data_.excluding(j) : targets.excluding[j];
+      const int64_t i = leaving(targets, j);
       const double offset = static_cast<double>(data_.query[i]) - static_cast<double>(targets.x[j]);
       const double d = offset * plan_.scale;
       if (!(std::fabs(d) < 40)) continue;
@@ -338,16 +367,15 @@ class KeyPass {
     const int64_t start = first - sums.begin, pitch = sums.pitch;
     const bool far = near_ || !far_rows_.empty();
     double weight[kBlock], result[kBlock];
-    for (int64_t k = 0; k < n; ++k) weight[k] = targets.weighted && !data_.weight ? 1 : 0;
-    for (int64_t k = 0; targets.weighted && data_.weight && k < n; ++k) weight[k] = data_.weight_of(first + k);
-    for (int c = 0; task_.grad_value && c < channels_; ++c) {
+    for (int64_t k = 0; targets.weighted && k < n; ++k) weight[k] = data_.weight_of(first + k);
+    for (int c = 0; targets.weighted && task_.grad_value && c < channels_; ++c) {
       const double* const near = near_ ? nullptr : sums.near.get() + c * pitch + start;
       for (int64_t k = 0; k < n; ++k) result[k] = near_ ? 0 : near[k];
       for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[c * pitch + start + k];
       for (int64_t k = 0; k < n; ++k) result[k] *= weight[k];
       write(targets, first, n, result, task_.grad_value, channels_, c);
     }
-    for (int slot = 0; slot < slots_; ++slot) {
+    for (int slot = 0; slot < (targets.weighted ? slots_ : 1); ++slot) {
       R* const out = slot ? task_.grad_key : task_.grad_key_weight;
       if (!out) continue;
       const double sign = slot ? -1 : 1;  // from (k_j - x_i)
@@ -357,10 +385,36 @@ class KeyPass {
         const double* const value = sums.value.get() + c * pitch + start;
         for (int64_t k = 0; k < n; ++k) result[k] += sign * value[k] * near[c * pitch + k];
       }
+      if (!targets.weighted) {
+        finish_left_out(targets, first, n, sums, result);
+        write(targets, first, n, result, out, 1, 0);
+        continue;
+      }
       for (int64_t k = 0; far && k < n; ++k) result[k] += sums.far[(channels_ + slot) * pitch + start + k];
       const double square = data_.w * data_.w;
       for (int64_t k = 0; k < n; ++k) result[k] *= slot ? weight[k] * square : data_.weight_factor;
       write(targets, first, n, result, out, 1, 0);
+    }
+  }
+
+  // Gradients of the weights of keys that have none, from what rows without a shift add.
+  void finish_left_out(const Targets<R>& targets, int64_t first, int64_t n, const KeySums& sums, double* result) const {
+    const double largest = static_cast<double>(std::numeric_limits<R>::max());
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t place = first + k - sums.begin;
+      const double* const value = sums.value.get() + place;
+      const double u = targets.x[first + k];
+      bool steep = steep_rows_.any(u);
+      for (int c = 0; c < channels_; ++c) steep |= !(std::fabs(value[c * sums.pitch]) <= kMostValue);
+      if (far_rows_.empty()) {
+        result[k] *= data_.weight_factor;
+      } else if (steep) {
+        const int64_t row = data_.exclude ? leaving(targets, first + k) : -1;
+        result[k] = result[k] * data_.weight_factor + steep_rows_.gradient(u, value, sums.pitch, row);
+      } else {
+        result[k] = (result[k] + sums.far[channels_ * sums.pitch + place]) * data_.weight_factor;
+      }
+      result[k] = result[k] > largest ? largest : result[k] < -largest ? -largest : result[k];
     }
   }
 
@@ -392,6 +446,7 @@ class KeyPass {
   Buffer<double> charge_;  // (columns, queries)
   const RowGradients<R> gradients_;
   FarRows<R> far_rows_;
+  SteepRows<R> steep_rows_;
 };
 
 }  // namespace

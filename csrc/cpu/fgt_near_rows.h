@@ -47,7 +47,8 @@ class NearRows {
     const double slack = (std::fabs(x) + reach) * 4 * std::numeric_limits<R>::epsilon();
     const double low = x - reach - slack, high = x + reach + slack;
     const bool exact = (low > 0 && high <= 2 * low) || (high < 0 && low >= 2 * high);
-    if (!(exact || delta * plan.scale <= kNearAlways) || !(std::fabs(grad) < 1e30 && std::fabs(lse_grad) < 1e30)) {
+    if (!(exact || delta * plan.scale <= kNearAlways) ||
+        !(std::fabs(grad) < kNearMostGrad && std::fabs(lse_grad) < kNearMostGrad)) {
       return false;
     }
     x_[i] = x;

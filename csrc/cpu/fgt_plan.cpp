@@ -8,6 +8,7 @@ namespace {
 
 constexpr double kPi = 3.14159265358979323846;
 constexpr int kTerms[] = {8, 12, 16, 20, 24};
+constexpr double kLeastShare = 1e-12;  // of the largest coordinate, so that edges of boxes are exact
 
 double root_factorial(int n) {
   double product = 1;
@@ -55,7 +56,8 @@ void make_plan(const Extent& extent, Plan& plan) {
     if (!(cost < best)) continue;
     best = cost;
     plan.terms = terms;
-    const double widest = extent.magnitude > 0 ? 4 * extent.magnitude : 1;
+    // Boxes no wider than the data need: offsets within a box have rounding errors of its width.
+    const double widest = extent.magnitude > 0 ? std::fmax(4 * extent.spread, extent.magnitude * kLeastShare) : 1;
     plan.box = short_number(extent.anywhere ? width : std::min(width, widest));
   }
   plan.pitch = static_cast<int>((plan.terms + 7) / 8 * 8);

@@ -107,6 +107,7 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
   if (!data.prepare_queries(query, 0, queries, serial)) return false;
   if (data.keys == 0) {
     for (int64_t i = 0; i < queries; ++i) fgt::empty_row(result, channels, i, -INFINITY, 0);
+    fgt::finish_odd_rows(data, result, 0);
     return true;
   }
   plan.scale = numbers[kScale];
@@ -127,7 +128,7 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
   }
   element.cells.adopt(std::move(cells), prepared.moments, static_cast<int64_t>(channels + 1) * plan.terms);
   fgt::forward_rows(element, result, 0, serial);
-  for (const int64_t row : data.bad_rows) fgt::empty_row(result, channels, row, NAN, NAN);
+  fgt::finish_odd_rows(data, result, 0);
   return true;
 }
 

@@ -32,7 +32,17 @@ class RowGradients {
       total[k] *= data_.weight_factor;
       shifted |= shift[k] != 0;
     }
+    for (int64_t k = 0; !data_.nan_rows.empty() && k < n; ++k) {
+      if (!(total[k] >= 0) && !counts(begin + k)) total[k] = 0;
+    }
     return shifted != 0;
+  }
+
+  // Whether any gradient of the row is not 0. A row whose gradients are adds nothing, whatever it holds.
+  bool counts(int64_t i) const {
+    bool any = lse_grad_of(i) != 0;
+    for (int c = 0; c < data_.channels; ++c) any |= grad_of(i, c) != 0;
+    return any;
   }
 
   void read_means(int64_t begin, int64_t n, int c, double* mean) const {

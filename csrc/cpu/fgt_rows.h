@@ -19,8 +19,12 @@ constexpr int64_t kNearSpread = 48;     // keys between the rows of a vector fro
 constexpr int64_t kAloneKeys = 128;     // the same of a single row, where queries are sparse
 constexpr int64_t kFewKeys = 64;        // just beyond that window
 constexpr double kNearWeightSpan = 40;  // so that the sum of float weights stays far above the least float
-constexpr double kNearLeast = 1e-15;    // scale, whose square and the squares of whose bandwidths are floats
-constexpr int64_t kEvaluated = 512;     // rows whose results are written together
+// Floats do not underflow to 0 where near kernels sum (fgt_near.h), and what far keys add by that must not show.
+constexpr double kNearMost = 1e13;  // bandwidths from 0
+constexpr double kNearMostValue = 1e15;
+constexpr double kNearMostGrad = 1e12;            // divided by the total
+constexpr double kNearLeast = 1e-15;              // scale, whose square and the squares of whose bandwidths are floats
+constexpr int64_t kEvaluated = 512;               // rows whose results are written together
 constexpr int64_t kPaddedRows = kEvaluated + 32;  // kernels write up to 32 rows at a time
 
 // The sums of a row: of exp(.) a_j and exp(.) a_j (v_j - centre), and of these times (r - k_j) and times
@@ -67,21 +71,21 @@ Nearest nearest(const Data<R>& data, const Plan& plan, int64_t i, int64_t hint) 
     found.key = data.key[left];
   } else {
     const double below = data.key[left], above = data.key[right];
-    found.key = x - below <= above - x ? below : above;
+    found.key = below_is_nearer(below, above, x) ? below : above;
   }
   found.level_zero = std::fabs(x - found.key) * plan.scale <= kLevelZero;
   return found;
 }
 
-// The keys that count for a row.
+// The keys that count for a row: those within [*low, *high).
 template <typename R>
 void window_of(const Data<R>& data, const Plan& plan, double x, double key, double* low, double* high) {
   const double span = plan.log_span + data.weight_span, distance = std::fabs(x - key) * plan.scale;
   const double depth =
       plan.scale > 0 ? 2 * span / (std::sqrt(distance * distance + 2 * span) + distance) / plan.scale : INFINITY;
-  *low = (key <= x ? key : x - (key - x)) - depth;
-  *high = (key >= x ? key : x + (x - key)) + depth;
-  *high += std::fabs(*high) * 3e-16 + 1e-300;  // keys up to it, exclusive
+  const double slack = (std::fabs(x) + std::fabs(key)) * 1e-15 + 1e-300;  // what rounding takes of the bounds
+  *low = (key <= x ? key : x - (key - x)) - depth - slack;
+  *high = (key >= x ? key : x + (x - key)) + depth + slack;
 }
 
 // The first key that is not below the bound, searched downwards from place.
@@ -119,9 +123,10 @@ inline int level_of(double distance) {
 template <typename R>
 bool near_suits(const Data<R>& data, const Plan& plan) {
   const double magnitude = std::fmax(data.key_range.magnitude(), data.query_range.magnitude());
+  if (magnitude * plan.scale > kNearMost) return false;
   return data.channels == 1 && data.weight_span < kNearWeightSpan && data.weight_factor < 1e38 &&
          plan.scale > kNearLeast && plan.scale < 1 / kNearLeast && magnitude * plan.scale * plan.scale < 1e36 &&
-         data.values[0].magnitude() < 1e30;
+         data.values[0].magnitude() < kNearMostValue;
 }
 
 template <typename R, typename Finish>
@@ -206,7 +211,7 @@ class RowPass {
       }
       const int64_t box = plan_.box_of(x[i]);
       int64_t stop = gallop(x, end, i, plan_.lower_edge(box + 1));
-      if (std::abs(box) >= 2 * kMostBoxes) {
+      if (!plan_.has_edges(box)) {
         stop = std::max(stop, few);
         direct(i, stop, scratch, far);
         i = stop;
@@ -351,7 +356,7 @@ class RowPass {
       for (int c = 0; c < data_.channels; ++c) sums[(c + 1) * pitch] -= charge * data_.value_of(j, c);
       return charge;
     }
-    const double offset = (x - apart) - u, score = offset * (x - u + apart);
+    const double offset = (x - apart) - u, score = score_of(x, x - apart, u);
     const double weight = std::exp(-std::fmin(1400.0, std::fmax(-1400.0, score * plan_.scale * plan_.scale)) / 2);
     for (int column = 0; column < columns_; ++column) {
       const double charge = weight * data_.weight_of(j) * (column ? data_.value_of(j, column - 1) : 1);
@@ -472,7 +477,9 @@ class RowPass {
         const int64_t edge = side ? found[k].place : found[k].place - 1;
         if (apart < 0) continue;
         if (other >= 0 && apart > other) {  // may be negligible
-          const double excess = (apart - other) * (apart + other) * plan_.scale * plan_.scale / 2;
+          const double x = data_.query[rows[k]], further = data_.key[edge],
+                       nearer = data_.key[side ? edge - 1 : edge + 1];
+          const double excess = score_of(x, nearer, further) * plan_.scale * plan_.scale / 2;
           if (excess > plan_.log_span + data_.weight_span + (data_.exclude ? 8 : 0)) continue;
         }
         const int level = level_of(apart * plan_.scale);
@@ -509,7 +516,7 @@ class RowPass {
       const double* const from = sums + side * size * count;
       const int64_t edge = side ? found.place : found.place - 1;
       if (edge < 0 || edge >= data_.keys || from[0] == 0) continue;
-      const double u = data_.key[edge], offset = reference - u, score = offset * ((x - u) + (x - reference));
+      const double u = data_.key[edge], offset = reference - u, score = score_of(x, reference, u);
       const double exponent = -score * plan_.scale * plan_.scale / 2;
       if (exponent > 500) return false;
       const double factor = std::exp(exponent);
