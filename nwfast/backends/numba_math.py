@@ -6,7 +6,11 @@ dimensions and every layout. float32 and float64 data are told apart by `example
 """
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 from numba import njit, types
@@ -37,8 +41,77 @@ BATCH_ITEMS = 6
 
 # With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
 ROOT = 0.84932180028801904272  # sqrt(log2(e) / 2)
+HALF_LOG2E = 0.72134752044448170368  # log2(e) / 2
 LN2 = 0.69314718055994530942
 ROUND = 6755399441055744.0  # 1.5 * 2^52
+
+# 2^f on [0, 1), from the constant term on: the coefficients of csrc/exp2.h, whose value at 0 is 1.
+EXP2_FLOAT = tuple(
+    np.float32(float.fromhex(c))
+    for c in ("0x1p0", "0x1.62e4bap-1", "0x1.ebdb58p-3", "0x1.c91ce8p-5", "0x1.277856p-7", "0x1.e974fep-10")
+)
+EXP2_DOUBLE = (
+    1.0,
+    0.69314718055994592842,
+    0.24022650695906330204,
+    0.055504108665602253297,
+    0.0096181290995507955717,
+    0.0013333558629566755226,
+    0.00015403512309628660399,
+    0.000015253175055562795993,
+    1.3208367288951140366e-6,
+    1.0253212435721934234e-7,
+    6.559529322770528367e-9,
+    6.2634661462900210149e-10,
+)
+_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_DOUBLE
+
+
+def _say_once(what: str, seen: list[bool]) -> None:
+    if not seen:
+        seen.append(True)
+        warnings.warn(
+            f"nwfast's Numba kernels cannot be cached on disk ({what}), so each process compiles them anew; set "
+            "NUMBA_CACHE_DIR to a folder that can be written",
+            stacklevel=3,
+        )
+
+
+_SAID: list[bool] = []
+
+
+class _Cache:
+    """Numba's cache of one function, without the failures of the disk: what cannot be read is compiled."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, *about: Any) -> Any:
+        try:
+            return self._cache.load_overload(*about)
+        except (OSError, EOFError, UnpicklingError):
+            return None
+
+    def save_overload(self, *about: Any) -> None:
+        try:
+            self._cache.save_overload(*about)
+        except OSError as error:
+            _say_once(str(error), _SAID)
+
+
+def entry(function: Callable) -> Callable:
+    """Compile an entry point; cached on disk where a place for that can be written."""
+    compiled = njit(**EXACT)(function)
+    try:
+        compiled.enable_caching()
+    except (RuntimeError, OSError) as error:  # no folder that can be written
+        _say_once(str(error), _SAID)
+    else:
+        compiled._cache = _Cache(compiled._cache)
+    return compiled
 
 
 @intrinsic
@@ -56,21 +129,21 @@ def pointer(typingctx, address, example):
 def exp2_double(x):
     """2^x for x < 1024, relative error 3e-16; 0 below -1022. Branch-free: loops over it become vector code."""
     x = max(x, -1023.0)
-    shifted = x + ROUND  # rounds to a whole number, which is then in its low bits
-    f = x - (shifted - ROUND)
-    p = 4.4352809446103361611e-10
-    p = p * f + 7.0741056262456593708e-9
-    p = p * f + 1.0178198033328527662e-7
-    p = p * f + 1.3215433089594629037e-6
-    p = p * f + 0.0000152527334899608046
-    p = p * f + 0.00015403530462514613026
-    p = p * f + 0.0013333558146789950323
-    p = p * f + 0.0096181291075883350833
-    p = p * f + 0.055504108664819921483
-    p = p * f + 0.24022650695910156205
-    p = p * f + 0.69314718055994533046
-    p = p * f + 0.9999999999999999971
-    return p * np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
+    whole = np.floor(x)
+    f = x - whole
+    p = _D11 * f + _D10
+    p = p * f + _D9
+    p = p * f + _D8
+    p = p * f + _D7
+    p = p * f + _D6
+    p = p * f + _D5
+    p = p * f + _D4
+    p = p * f + _D3
+    p = p * f + _D2
+    p = p * f + _D1
+    p = p * f + _D0
+    # Adding ROUND leaves a whole number in the low bits.
+    return p * np.int64((np.float64(whole + ROUND).view(np.int64) + 1023) << 52).view(np.float64)
 
 
 @njit(**EXACT)
