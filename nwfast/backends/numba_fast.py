@@ -141,8 +141,8 @@ def survey(example, about, b, centre, low, high):
             most_weight = max(most_weight, a)
             least_weight = min(least_weight, a if a > 0.0 else np.inf)
         ordinary &= 0.0 < most_weight < np.inf
-        # A key that is near and weighs little has terms as large as the ratio.
-        ordinary &= least_weight > (1e-18 if single else 1e-200) * most_weight
+        # Scaled weights are normal numbers: one that became 0 would leave its key out of the choice of the shift.
+        ordinary &= least_weight > (1e-36 if single else 1e-290) * most_weight
         if ordinary:
             exponent = np.ceil(np.log2(most_weight))
             ordinary &= abs(exponent) < 1000.0
