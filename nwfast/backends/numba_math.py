@@ -16,10 +16,18 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .. import constants
+from ..constants import EXP2_FLOOR_DOUBLE, EXP2_FLOOR_FLOAT, HALF_LOG2E, LN2, ROOT
+
+__all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
+
 # Numba's cache looks at the file of an entry point alone; with this digest of all sources in the entry point's closure
 # a changed kernel in another file is a new entry.
 DIGEST = hashlib.sha256(
-    b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("numba*.py")))
+    b"".join(
+        source.read_bytes()
+        for source in (*sorted(Path(__file__).parent.glob("numba*.py")), Path(constants.__file__))
+    )
 ).hexdigest()
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
@@ -39,32 +47,12 @@ BATCHES = (
 )
 BATCH_ITEMS = 6
 
-# With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
-ROOT = 0.84932180028801904272  # sqrt(log2(e) / 2)
-HALF_LOG2E = 0.72134752044448170368  # log2(e) / 2
-LN2 = 0.69314718055994530942
+# With w scaled by ROOT the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
 ROUND = 6755399441055744.0  # 1.5 * 2^52
 
-# 2^f on [0, 1), from the constant term on: the coefficients of csrc/exp2.h, whose value at 0 is 1.
-EXP2_FLOAT = tuple(
-    np.float32(float.fromhex(c))
-    for c in ("0x1p0", "0x1.62e4bap-1", "0x1.ebdb58p-3", "0x1.c91ce8p-5", "0x1.277856p-7", "0x1.e974fep-10")
-)
-EXP2_DOUBLE = (
-    1.0,
-    0.69314718055994592842,
-    0.24022650695906330204,
-    0.055504108665602253297,
-    0.0096181290995507955717,
-    0.0013333558629566755226,
-    0.00015403512309628660399,
-    0.000015253175055562795993,
-    1.3208367288951140366e-6,
-    1.0253212435721934234e-7,
-    6.559529322770528367e-9,
-    6.2634661462900210149e-10,
-)
-_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_DOUBLE
+# 2^f on [0, 1), from the constant term on.
+EXP2_FLOAT = tuple(np.float32(coefficient) for coefficient in EXP2_FLOOR_FLOAT)
+_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_FLOOR_DOUBLE
 
 
 def _say_once(what: str, seen: list[bool]) -> None:
