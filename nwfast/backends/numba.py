@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from . import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
+from . import numba_left_out as left_out_keys
 from . import numba_math as place
 from . import numba_units as units
+from .numba_rows import EMPTY, FAR
 
 _EXAMPLE = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _SERIAL = 60_000  # pairs below which a hand-over to other threads costs more than it saves
@@ -37,6 +39,7 @@ def forward(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
+    key, value = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
     call = _Call(query, key, value, w, key_weight, exclude_self)
     rows = (*call.batch, call.m)
     out = torch.empty((*rows, call.c), dtype=call.dtype)
@@ -75,6 +78,9 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
+    left_out = left_out_keys.places(key_weight)
+    held = key, value
+    key, value = left_out_keys.anchored(key, value, left_out)
     call = _Call(query, key, value, w, key_weight, exclude_self)
     about, dtype = call.about, call.dtype
 
@@ -126,7 +132,79 @@ def backward(
         if needs & NEEDS_KEY_WEIGHT:
             about[place.GRAD_WEIGHT] = grad_weight.data_ptr()
         call.run(units.backward_keys, call.n, units.TILE)
+    if keys_wanted and left_out is not None:
+        for gradient in (grad_key, grad_value):
+            if gradient.numel():
+                gradient.masked_fill_(left_out[..., None], 0)
+        if needs & NEEDS_KEY_WEIGHT:
+            computed = grad_out, grad_lse, out, state, rows, means, kinds
+            _fill_left_out(grad_weight, left_out, query, key, *held, w, exclude_self, computed)
     return grad_query, grad_key, grad_value, grad_w, grad_weight
+
+
+def _fill_left_out(
+    grad_weight: Tensor,
+    left_out: Tensor,
+    query: Tensor,
+    anchored: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    exclude_self: bool,
+    computed: tuple,
+) -> None:
+    """Fill the gradients of weights (*B, N) of 0 from what `backward_rows` found of each row."""
+    *batch, n = grad_weight.shape
+    m, d, c = query.shape[-2], query.shape[-1], value.shape[-1]
+
+    def whole(tensor: Tensor, *sizes: int) -> Tensor:
+        return tensor.expand(*batch, *sizes)
+
+    grad_out, grad_lse, out, state, rows, means, kinds = computed
+    rows, means, kinds = rows.reshape(*batch, m, 3), means.reshape(*batch, m, c), kinds.reshape(*batch, m)
+    left_out, finite = whole(left_out, n), whole(left_out_keys.finite(key, value), n)
+    key, value, anchored = whole(key, n, d), whole(value, n, c), whole(anchored, n, d)
+    query, w = whole(query, m, d), whole(w, d)
+    most = torch.finfo(grad_weight.dtype).max
+    for at in np.ndindex(*batch):
+        which = (left_out[at] & finite[at]).nonzero()[:, 0]
+        grad_weight[at].masked_fill_(left_out[at], 0)
+        active = (kinds[at] != EMPTY).nonzero()[0]
+        if not len(which) or not len(active):
+            continue
+        x, mean = query[at].double().numpy()[active], out[at].double().numpy()[active]
+        shift, total = state[at].numpy()[active].T
+        # Scores of rows that are near their keys are absolute; of others, relative to the key that the kernel chose.
+        reference, base = x.copy(), shift - np.log2(total)
+        far = (kinds[at][active] == FAR).nonzero()[0]
+        if len(far):
+            origin, top, total = rows[at][active[far]].T
+            reference[far] = anchored[at].double().numpy()[origin.astype(np.int64)]
+            base[far] = np.where(origin >= 0, -top - np.log2(total), np.nan)
+            mean[far] = means[at][active[far]]
+        through_lse = None if grad_lse is None else grad_lse[at].double().numpy()[active]
+        about = left_out_keys.rows_of(
+            x,
+            reference,
+            base,
+            grad_out[at].double().numpy()[active],
+            through_lse,
+            mean,
+            w[at].double().numpy(),
+        )
+        own = np.full(len(which), -1)
+        if exclude_self:
+            place = np.full(n, -1)
+            place[active] = np.arange(len(active))
+            own = place[which.numpy()]
+        result = np.empty(len(which))
+        keys = key[at][which].double().numpy(), value[at][which].double().numpy()
+
+        def run(first: int, last: int, about=about, keys=keys, own=own, result=result) -> None:
+            left_out_keys.weights(*about, *keys, own, result, first, last)
+
+        run_units(run, len(which), len(which) * len(active) * d < _SERIAL)
+        grad_weight[at][which] = torch.from_numpy(result).clamp(-most, most).to(grad_weight.dtype)
 
 
 def _sum_for_w(gradient: np.ndarray, batch: tuple[int, ...], w: Tensor) -> Tensor:

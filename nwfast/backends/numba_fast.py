@@ -14,6 +14,8 @@ from numba.extending import overload
 
 from .numba_math import (
     EXACT,
+    EXP2_FLOAT,
+    HALF_LOG2E,
     KEY,
     KEY_D,
     KEY_N,
@@ -34,20 +36,15 @@ from .numba_math import (
 )  # fmt: skip
 
 TILE = 512
-HALF_LOG2E = 0.72134752044448170368  # log2(e) / 2
+FEATURES = 15  # summed at once, a multiple of 3
 ABSENT = 1e30  # the score of a key that is left out: its term is 0
 LEAST_TOTAL = 2.0**-16
 
 _float = np.float32
 _HIGH = _float(HALF_LOG2E)
 _LOW = _float(HALF_LOG2E - float(_HIGH))
-_MOST = _float(176.5)
-_C0, _C1, _C2 = _float(1.0000000716546416382), _float(0.69314696706526492761), _float(0.24022119723969178047)
-_C3, _C4, _C5 = (
-    _float(0.05550713272875391178),
-    _float(0.0096755413310213911451),
-    _float(0.0013276472167819943329),
-)
+_MOST = _float(176.0)  # the power of 2 is that of 0 here
+_C0, _C1, _C2, _C3, _C4, _C5 = EXP2_FLOAT
 _BIAS, _SHIFT = np.int32(127), np.int32(23)
 
 
@@ -61,7 +58,7 @@ def gauss_float(s):
     """exp(-s / 2) in float32: degree 5, and log2(e) / 2 in two parts, since its rounding would bias all terms."""
     s = min(s, _MOST)
     x = s * _HIGH
-    whole = np.rint(x)
+    whole = np.ceil(x)
     f = (whole - x) - s * _LOW
     p = _C5 * f + _C4
     p = p * f + _C3
@@ -89,8 +86,9 @@ def survey(example, about, b, centre, low, high):
     """Look over the data of batch element b before its rows are summed.
 
     Fills, per channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
-    makes equal values exact); and, per tile and feature, the bounds of the keys. Returns (ordinary, exponent): whether
-    the data are fit for the fast kernels, and the power of 2 that brings the largest weight to at most 1.
+    makes equal values exact); and, per tile and feature, the bounds of the keys. Returns (ordinary, exponent, spread,
+    reach, unit): whether the data are fit for the fast kernels, the power of 2 that brings the largest weight to at
+    most 1, and bounds: of centred values, of coordinates (at least 1), of the distances that matter (at most 1).
     """
     n, n_features, n_channels = about[N], about[D], about[C]
     key, value = pointer(about[KEY], example), pointer(about[VALUE], example)
@@ -99,10 +97,11 @@ def survey(example, about, b, centre, low, high):
     at_a, at_w = offset(about, b, 3), offset(about, b, 4)
     single = example.itemsize == 4
     largest_allowed = 1e15 if single else 1e100
-    largest = 0.0
+    largest, spread, narrowest = 0.0, 0.0, 0.0
     ordinary = True
     for f in range(n_features):
         bandwidth = abs(float(w[at_w + f * about[W_D]]))
+        narrowest = max(narrowest, bandwidth)
         ordinary &= bandwidth < (1e12 if single else 1e100)
         for tile in range((n + TILE - 1) // TILE):
             at = at_k + f * about[KEY_D] + tile * TILE * about[KEY_N]
@@ -126,20 +125,35 @@ def survey(example, about, b, centre, low, high):
             least, most = min(least, v), max(most, v)
             finite &= v == v
         # Terms flushed to 0 must not matter, whatever they are multiplied with.
-        ordinary &= finite and max(-float(least), float(most)) < (1e18 if single else 1e150)
+        ordinary &= finite and max(-float(least), float(most)) < (1e18 if single else 1e80)
         centre[c] = least if least > 0 else (most if most < 0 else 0)
+        spread = max(spread, max(float(most) - float(centre[c]), float(centre[c]) - float(least)))
+    unit = min(1.0, 1.0 / narrowest) if narrowest > 0.0 else 1.0
+    if largest > 0.0:
+        unit = min(unit, largest)
+    ordinary &= in_range(spread, unit, 1.0, single)
     exponent = 0.0
     if about[WEIGHT] != 0:
-        most_weight = 0.0
+        most_weight, least_weight = 0.0, np.inf
         for j in range(n):
             a = float(weight[at_a + j * about[WEIGHT_N]])
             ordinary &= a >= 0.0
             most_weight = max(most_weight, a)
+            least_weight = min(least_weight, a if a > 0.0 else np.inf)
         ordinary &= 0.0 < most_weight < np.inf
+        # Scaled weights are normal numbers: one that became 0 would leave its key out of the choice of the shift.
+        ordinary &= least_weight > (1e-36 if single else 1e-290) * most_weight
         if ordinary:
             exponent = np.ceil(np.log2(most_weight))
             ordinary &= abs(exponent) < 1000.0
-    return ordinary, exponent
+    return ordinary, exponent, spread, max(1.0, largest), unit
+
+
+@njit(**EXACT)
+def in_range(size, unit, reach, single):
+    """Whether products of the size with two distances neither overflow nor lose digits below the normal numbers."""
+    least, most = (1e-30, 1e30) if single else (1e-250, 1e250)
+    return size == 0.0 or (least < size * unit * unit and size * reach * reach < most)
 
 
 @njit(**EXACT)
@@ -183,8 +197,31 @@ def box_score(q, w, low, high):
 
 
 @njit(**EXACT)
-def tile_scores(q, keys, w, n, s):
-    """s_j = |(q - k_j) w|^2, the difference first: scaled numbers would have lost its digits."""
+def add_features(q, keys, w, first, last, n, s):
+    """Add ((q - k_j) w)^2 of the features first .. last, a multiple of 3, to s_j."""
+    for f in range(first, last, 3):
+        a, b, c = keys[f], keys[f + 1], keys[f + 2]
+        for j in range(n):
+            x, y, z = (q[f] - a[j]) * w[f], (q[f + 1] - b[j]) * w[f + 1], (q[f + 2] - c[j]) * w[f + 2]
+            s[j] += x * x + y * y + z * z
+
+
+@njit(**EXACT)
+def add_exactly(s, part, rest, n):
+    """s_j += part_j and rest_j += what that rounds away."""
+    for j in range(n):
+        total = s[j] + part[j]
+        added = total - s[j]
+        rest[j] += (s[j] - (total - added)) + (part[j] - added)
+        s[j] = total
+
+
+@njit(**EXACT)
+def tile_scores(q, keys, w, n, s, part, rest):
+    """s_j = |(q - k_j) w|^2, the difference first: scaled numbers would have lost its digits.
+
+    Many features are summed by blocks (`part`, `rest`: scratch), for one sum over all would lose digits to rounding.
+    """
     n_features = len(q)
     start = n_features % 3
     if start == 0:
@@ -204,11 +241,17 @@ def tile_scores(q, keys, w, n, s):
         for j in range(n):
             x, y = (q[0] - a[j]) * w[0], (q[1] - b[j]) * w[1]
             s[j] = x * x + y * y
-    for f in range(start, n_features, 3):
-        a, b, c = keys[f], keys[f + 1], keys[f + 2]
-        for j in range(n):
-            x, y, z = (q[f] - a[j]) * w[f], (q[f + 1] - b[j]) * w[f + 1], (q[f + 2] - c[j]) * w[f + 2]
-            s[j] += x * x + y * y + z * z
+    first_block = min(n_features, start + FEATURES)
+    add_features(q, keys, w, start, first_block, n, s)
+    if first_block == n_features:
+        return
+    rest[:n] = 0
+    for first in range(first_block, n_features, FEATURES):
+        part[:n] = 0
+        add_features(q, keys, w, first, min(n_features, first + FEATURES), n, part)
+        add_exactly(s, part, rest, n)
+    for j in range(n):
+        s[j] += rest[j]
 
 
 @njit(**EXACT)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from . import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
 from . import numba as dense
+from . import numba_fgt_left_out as masked
 from .numba_fgt_data import Data
 from .numba_fgt_index import compress, predict
 from .numba_fgt_plan import DOUBLE, SINGLE, make_plan
 from .numba_fgt_rows import Rows
 from .numba_fgt_steps import query_side
-from .numba_fgt_transpose import key_side
+from .numba_fgt_transpose import Targets, key_side
+from .numba_left_out import anchored, places
 
 __all__ = ["backward", "compress", "forward", "output", "predict"]
 
@@ -74,7 +76,7 @@ def forward(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
-    batch = _Batch(query, key, value, w, key_weight)
+    batch = _Batch(query, *anchored(key, value, places(key_weight)), w, key_weight)
     return _run(batch, exclude_self, True, True, tangent_w, tangent_q)
 
 
@@ -90,7 +92,7 @@ def output(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out and, if asked for, lse and tangents of canonical inputs: see `nwfast.backends`."""
-    batch = _Batch(query, key, value, w, key_weight)
+    batch = _Batch(query, *anchored(key, value, places(key_weight)), w, key_weight)
     out, found_lse, _, by_w, by_q = _run(batch, exclude_self, lse, False, tangent_w, tangent_q)
     return out, found_lse, by_w, by_q
 
@@ -137,7 +139,7 @@ def _forward(data: Data, batch: _Batch, results: list[np.ndarray], orders: int) 
         rows = Rows(
             data.row_order, data.own, data.centre, out, lse, state, by_w, by_q, _NO_ROWS, _NONE, _NONE, _NONE
         )
-        plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query)
+        plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query, unevenness=data.unevenness)
         query_side(data, plan, batch.accuracy, rows, orders)
     for missing, fill in (
         (data.infinite_rows if len(data.key) else slice(None), (np.nan, -np.inf, 0.0, 0.0, 0.0)),
@@ -164,6 +166,9 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
+    left_out = places(key_weight)
+    held = key, value
+    key, value = anchored(key, value, left_out)
     batch = _Batch(query, key, value, w, key_weight)
     shape, m, n, c, dtype = batch.shape, batch.m, batch.n, batch.c, batch.dtype
     keys_needed = needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT)
@@ -190,14 +195,15 @@ def backward(
     grad_weight, grad_w = wanted(NEEDS_KEY_WEIGHT, n), by_product[3]
     sums = np.zeros((max(1, int(np.prod(shape))), 1))
     needs = keys_needed | (0 if products else rows_needed)
-    for index, (place, parts) in enumerate(batch):
+    keys_held = _Batch(query, *held, w, key_weight)
+    for index, ((place, parts), (_, parts_held)) in enumerate(zip(batch, keys_held, strict=True)):
         saved = grad_out[place], None if grad_lse is None else grad_lse[place], out[place], state[place]
         data = _prepare(parts, exclude_self)
         if data is None:
             full = dense.backward(
                 saved[0],
                 saved[1],
-                *_canonical(parts),
+                *_canonical(parts_held),
                 *saved[2:],
                 torch.empty(0),
                 torch.empty(0),
@@ -205,7 +211,7 @@ def backward(
                 needs,
             )
         else:
-            full = _backward(data, parts, batch, saved, exclude_self, needs)
+            full = _backward(data, parts, parts_held, batch, saved, exclude_self, needs)
         for whole, part in zip(
             (grad_query, grad_key, grad_value, grad_weight), (*full[:3], full[4]), strict=True
         ):
@@ -217,8 +223,20 @@ def backward(
     return grad_query, grad_key, grad_value, grad_w, grad_weight
 
 
+def _has_gradient(grad_out: np.ndarray, grad_lse: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which of these rows get a gradient that is not 0."""
+    found = (grad_out[rows] != 0).any(1)
+    return found | (grad_lse[rows] != 0) if len(grad_lse) else found
+
+
 def _backward(
-    data: Data, parts: list, batch: _Batch, saved: tuple, exclude_self: bool, needs: int
+    data: Data,
+    parts: list,
+    parts_held: list,
+    batch: _Batch,
+    saved: tuple,
+    exclude_self: bool,
+    needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `backward`, for one batch element; the gradient of w is its sum over the rows."""
     grad_out, grad_lse = saved[0].double().contiguous().numpy(), _NONE
@@ -231,7 +249,7 @@ def _backward(
     if keys_needed:
         by_key, by_value, by_weight = np.zeros(batch.n), np.zeros((batch.n, batch.c)), np.zeros(batch.n)
     if len(data.key) and len(data.query):
-        plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query)
+        plan = make_plan(batch.accuracy, abs(data.w), data.key, data.query, unevenness=data.unevenness)
         if needs & (NEEDS_QUERY | NEEDS_W):
             # Of the dtypes of the forward pass, or the kernels would be compiled anew.
             none = torch.empty(0, dtype=batch.dtype).numpy()
@@ -241,12 +259,24 @@ def _backward(
         if keys_needed:
             saved_rows = grad_out, grad_lse, saved[2].double().numpy(), saved[3].numpy()
             by_key, by_value, by_weight = key_side(
-                data, plan, batch.accuracy, parts, saved_rows, exclude_self, bool(needs & ~NEEDS_VALUE)
+                data,
+                plan,
+                batch.accuracy,
+                Targets(data, exclude_self),
+                saved_rows,
+                parts[2],
+                parts[4],
+                bool(needs & ~NEEDS_VALUE),
             )
-    if len(data.nan_rows) and len(data.key):
-        by_query[data.nan_rows if len(by_query) else _NO_ORDER] = np.nan
+            if needs & NEEDS_KEY_WEIGHT and len(data.key) < batch.n:
+                masked.fill(by_weight, data, batch.accuracy, parts_held, saved_rows, exclude_self)
+    spoilt = data.nan_rows[_has_gradient(grad_out, grad_lse, data.nan_rows)]
+    if len(spoilt) and len(data.key):
+        by_query[spoilt if len(by_query) else _NO_ORDER] = np.nan
         by_w += np.nan
-        by_key, by_value, by_weight = by_key + np.nan, by_value + np.nan, by_weight + np.nan
+        counts = slice(None) if parts[4] is None else (parts[4] != 0).numpy()
+        for part in (by_key, by_value, by_weight):
+            part[counts if len(part) else _NO_ORDER] = np.nan
     return tuple(
         torch.from_numpy(np.asarray(part)) if needs & flag else torch.empty(0)
         for part, flag in (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .numba_math import EXACT, SUMS
+from .numba_math import EXACT, SUMS, entry
 
 BLOCK = 256  # points at once, so that what is held of them stays in the first cache
 PAD = 16  # vector loops have no rest where their lengths are multiples of this
@@ -70,7 +70,7 @@ def lower_bound(numbers, bound):
 def compile_cut(digest: str) -> Callable:
     """The entry point that cuts sorted points into boxes."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def cut(x, inverse, number, start):
         """Fill the numbers of the occupied boxes and where their points start; return how many they are.
 
@@ -95,7 +95,7 @@ def compile_cut(digest: str) -> Callable:
 def compile_choose(digest: str) -> Callable:
     """The entry point that chooses the boxes of queries that are worth a series."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def choose(
         rows,
         row_start,
@@ -267,7 +267,7 @@ def first_polynomials(x, centre, scale, n, doubled, p, q):
 def compile_moments(digest: str) -> Callable:
     """The entry point for Chebyshev moments, sum_j charge_j T_n(mark_j), of the pieces of tasks of `group` each."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def moments(x, charges, start, stop, centre, scale, group, result, first, last):
         digest  # noqa: B018
         columns, terms = result.shape[1], result.shape[2]
@@ -405,7 +405,7 @@ def translate(boxes, reaches, number, moments, matrices, orders, series):
 def compile_series(digest: str) -> Callable:
     """The entry point for the power series of target boxes; tasks take GROUP boxes each."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def box_series(boxes, reaches, number, moments, matrices, orders, series, first, last):
         digest  # noqa: B018
         begin, end = first * GROUP, min(last * GROUP, len(boxes))

@@ -16,8 +16,8 @@ import numpy as np
 from numba import njit
 
 from .numba_fgt_boxes import BLOCK, box_of, end_of_box
-from .numba_fgt_rows import HALF_LOG2E, finish_rows
-from .numba_math import EXACT, SUMS, exp2_double
+from .numba_fgt_rows import finish_rows
+from .numba_math import EXACT, HALF_LOG2E, SUMS, entry, exp2_double
 
 CHUNK = 1024  # rows of a task
 DIRECT = 384  # keys that a row visits one by one in any case
@@ -276,7 +276,7 @@ def empty_row(rows, r):
 def compile_careful(digest: str) -> Callable:
     """The entry point for chunks of the rows `which`."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def careful_rows(
         rows,
         which,
@@ -429,7 +429,7 @@ def compile_careful(digest: str) -> Callable:
 def compile_crowds(digest: str) -> Callable:
     """The entry point that finds the crowded boxes of the windows of rows, level by level."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def crowds(key, windows, levels, inverse, level, start, stop, number, count):
         """Append the crowded boxes of rows (all of one level, in order); return how many there are then, or -1.
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from .numba_fgt_boxes import Charges
 
 LARGEST = 1e100  # of coordinates, values and w: products of three stay finite
+MOST_BANDWIDTHS = 1e145  # of coordinates: their squares are finite
+EVEN = 1e4  # values so many times as far from the middle as others elsewhere are no cause for care
+GROUP_OF_VALUES = 8
 LEAST_WEIGHT = 2.0**-1000  # of the largest weight: the factor that makes it 1 is finite
 MOST_SPAN = 600.0  # of the logarithms of weights: ratios stay normal numbers
 
@@ -37,6 +40,8 @@ class Data:
         (3, C): what was subtracted from values, their minima and maxima.
     nan_rows, infinite_rows : np.ndarray
         The caller's places of queries that are not finite.
+    uneven, unevenness : list of int, float
+        Channels with values so much larger than others that errors relative to them would drown these, and by how much.
     """
 
     key: np.ndarray
@@ -47,6 +52,8 @@ class Data:
     own: np.ndarray
     nan_rows: np.ndarray
     infinite_rows: np.ndarray
+    uneven: list[int]
+    unevenness: float
     exponent = 0
 
     def __init__(self, key: Tensor, value: Tensor, key_weight: Tensor | None, w: float):
@@ -58,7 +65,7 @@ class Data:
         """False where the dense kernels have to serve: numbers that are not finite, or too large."""
         x, values = _array(key), _array(value)
         ordered, low, high = _order_and_bounds(x)
-        if not (abs(self.w) < LARGEST and low > -LARGEST and high < LARGEST):
+        if not (abs(self.w) < LARGEST and self._within(low, high)):
             return False
         self.channels = values.shape[1]
         # By channel: along the rows of a matrix with one column numpy is slow.
@@ -79,9 +86,8 @@ class Data:
                 if math.log(most) - math.log(least) > MOST_SPAN or most < LEAST_WEIGHT:
                     return False
                 self.exponent = math.frexp(most)[1]
-        # A median, since the mean of an outlier and the rest would cost the rest their digits.
-        some = np.sort(values[:: max(1, len(values) // 255)], axis=0)
-        middle = some[(len(some) - 1) // 2].astype(np.float64)
+        # The value nearest to 0 if all have one sign, else 0: to subtract it costs no value its digits.
+        middle = np.where(bounds[0] > 0, bounds[0], np.minimum(bounds[1], 0.0))
         self.centre = np.concatenate((middle[None], bounds))
         self.key_order = np.empty(0, np.int64)
         if not ordered:
@@ -93,8 +99,27 @@ class Data:
             x, values = x[self.key_order], values[self.key_order]
             weight = weight[self.key_order] if len(weight) else weight
         self.key = x
+        self._compare_sizes(values, middle, bounds)
         self.charges = Charges(values, weight, middle, 2.0**-self.exponent, np.empty((0, 0)))
         return True
+
+    def _within(self, low: float, high: float) -> bool:
+        """Whether coordinates are small enough for sums and products of them."""
+        largest = max(-low, high)
+        return largest < LARGEST and largest * abs(self.w) < MOST_BANDWIDTHS
+
+    def _compare_sizes(self, values: np.ndarray, middle: np.ndarray, bounds: np.ndarray) -> None:
+        """Find channels whose largest values would drown others elsewhere: sizes of some neighbours, by groups."""
+        self.uneven, self.unevenness = [], 1.0
+        if not len(values):
+            return
+        some = np.abs(values[:: max(1, len(values) // 2048)] - middle)
+        groups = np.add.reduceat(some, np.arange(0, len(some), GROUP_OF_VALUES if len(some) > 256 else 1))
+        least = np.where(groups > 0, groups, np.inf).min(0)
+        ratio = np.maximum(np.abs(bounds - middle).max(0) / least, 1.0)
+        self.uneven = (ratio > EVEN).nonzero()[0].tolist()
+        if self.uneven:
+            self.unevenness = float(ratio.max())
 
     @functools.cached_property
     def charge(self) -> np.ndarray:
@@ -128,7 +153,7 @@ class Data:
             self.nan_rows, self.infinite_rows = np.isnan(x).nonzero()[0], np.isinf(x).nonzero()[0]
             x = x[good]
             ordered, low, high = _order_and_bounds(x)
-        if not (low > -LARGEST and high < LARGEST):
+        if not self._within(low, high):
             return False
         if not ordered:
             order = places_in_order(x)
@@ -143,7 +168,8 @@ class Data:
                 self.own = place[rows]
             else:
                 self.own = rows.copy()
-        return True
+        # To take an own key off again costs the digits of its value.
+        return not (exclude_self and self.uneven)
 
 
 def ready(charge: np.ndarray, dtype: np.dtype) -> Charges:

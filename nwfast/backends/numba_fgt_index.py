@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from . import numba as dense
@@ -16,8 +15,9 @@ from .numba import run_units
 from .numba_fgt_data import Data, as_double, places_in_order
 from .numba_fgt_plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan, no_plan
 from .numba_fgt_rows import Rows
-from .numba_fgt_steps import cut, moments_of, sum_with_care, translated
-from .numba_math import DIGEST, EXACT, LN2
+from .numba_fgt_steps import cut, decline_drowned, moments_of, sum_with_care, translated
+from .numba_left_out import anchored, places
+from .numba_math import DIGEST, LN2, entry
 
 FEW = 96  # keys within reach up to which a box gets no series
 ROWS = 4096  # queries of a task
@@ -29,7 +29,7 @@ NEAR, CAREFUL = 0, 1
 def compile_lookup(digest: str) -> Callable:
     """The entry point for blocks of queries in any order."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def lookup(
         query,
         width,
@@ -100,7 +100,8 @@ def compress(key: Tensor, value: Tensor, key_weight: Tensor | None, w: Tensor | 
     if key.dtype in (torch.float16, torch.bfloat16):
         key, value = key.float(), value.float()
         key_weight = None if key_weight is None else key_weight.float()
-    data = Data(key.reshape(-1), value.reshape(len(value), -1), key_weight, w)
+    key, value = anchored(key.reshape(-1, 1), value.reshape(len(value), -1), places(key_weight))
+    data = Data(key.reshape(-1), value, key_weight, w)
     about = torch.zeros(9, dtype=torch.float64)
     about[W], about[SINGLE_PRECISION] = w, single
     if not data.usable:
@@ -118,7 +119,7 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
     nothing = np.empty(0, np.int64), np.empty((0, 1 + data.channels, 4)), np.empty(0)
     if not len(data.key):
         return no_plan(4, 0.0), *nothing
-    plan = make_plan(accuracy, abs(data.w), data.key, data.key[:0], wide=True)
+    plan = make_plan(accuracy, abs(data.w), data.key, data.key[:0], wide=True, unevenness=data.unevenness)
     if not plan.width:
         return plan, *nothing
     keys = cut(data.key, plan)
@@ -138,6 +139,7 @@ def _series(data: Data, accuracy: Accuracy) -> tuple[Plan, np.ndarray, np.ndarra
     for o in range(-reach, reach + 1):
         place = np.minimum(np.searchsorted(keys.number, number - o), len(keys.number) - 1)
         bound += np.where(keys.number[place] == number - o, mass[place], 0.0) * plan.error[o + reach]
+    decline_drowned(data, plan, accuracy, keys, number, bound)
     every, columns = np.arange(len(keys.number)), 1 + data.channels
     moments = moments_of(data.key, data.charges, columns, keys, every, plan, plan.terms)
     series = translated(number, np.full(len(number), reach), keys.number, moments, plan, 0)

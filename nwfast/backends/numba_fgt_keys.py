@@ -21,8 +21,7 @@ from .numba_fgt_careful import (
     window_start,
     window_stop,
 )
-from .numba_fgt_rows import HALF_LOG2E
-from .numba_math import EXACT, LN2, exp2_double
+from .numba_math import EXACT, HALF_LOG2E, LN2, entry, exp2_double
 
 LARGEST = 350.0 / LN2  # of exponents above the row's total: a masked key may be nearer than all others
 
@@ -30,7 +29,7 @@ LARGEST = 350.0 / LN2  # of exponents above the row's total: a masked key may be
 def compile_near_keys(digest: str) -> Callable:
     """The entry point that fills values and slopes (columns, keys) from the series of the rows' boxes."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def near_keys(
         key,
         owner,
@@ -75,10 +74,21 @@ def compile_near_keys(digest: str) -> Callable:
     return near_keys
 
 
+@njit(**EXACT)
+def total_relative_to(key, weight, star, own, q, w):
+    """The sum of weights times exp(-w^2 (d^2 - d*^2) / 2) over all keys but `own`."""
+    total, distance = 0.0, q - key[star]
+    for j in range(len(key)):
+        if j != own:
+            z = (key[star] - key[j]) * ((q - key[j]) + distance)
+            total += weight[j] * exp2_double(min(-HALF_LOG2E * w * w * z, LARGEST))
+    return total
+
+
 def compile_key_windows(digest: str) -> Callable:
     """The entry point that finds the window of each careful row among all keys, k*, and the scale of its charges."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def key_windows(
         which,
         x,
@@ -90,6 +100,7 @@ def compile_key_windows(digest: str) -> Callable:
         exponent,
         log_span,
         shift,
+        total,
         windows,
         nearest,
         factor,
@@ -99,7 +110,8 @@ def compile_key_windows(digest: str) -> Callable:
     ):
         """weighted, weight: keys that have a weight, in order; key: all, also those of weight 0.
 
-        factor: brings totals relative to the saved shift to totals relative to k*.
+        factor: brings totals relative to the saved shift to totals relative to k*. Of a shift so large that a
+        difference from it has no digits, the total is summed anew, unless both are those of this key.
         """
         digest  # noqa: B018
         for chunk in range(first, last):
@@ -118,7 +130,14 @@ def compile_key_windows(digest: str) -> Callable:
                 nearest[index] = weighted[star]
                 distance = q - weighted[star]
                 here = HALF_LOG2E * (w * distance) * (w * distance) - exponent
-                factor[index] = exp2_double(here - shift[index])
+                apart, unit = here - shift[index], 2.0**-52 * abs(here)
+                if abs(apart) <= 8 * unit:
+                    factor[index] = 1.0
+                elif unit < 1e-13:
+                    factor[index] = exp2_double(min(apart, 1000.0))
+                else:
+                    skip = own[r] if len(own) > 0 else -1
+                    factor[index] = total_relative_to(weighted, weight, star, skip, q, w) / total[index]
                 margin = -2 * np.log(weight[star])
                 limit = (2 * log_span + margin) / (w * w)
                 place_all = first_at_least(key, place_all, q)
@@ -157,7 +176,7 @@ def give(key, start, stop, own, q, nearest, square, charge, index, values, slope
 def compile_careful_keys(digest: str) -> Callable:
     """The entry point that adds the careful rows' terms to chunks of keys, but those of crowded boxes."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def careful_keys(
         key, x, own, which, nearest, windows, lowest, highest, levels, box_start, box_stop, by_level, charge, w,
         size, values, slopes, first, last
@@ -210,7 +229,7 @@ def compile_careful_keys(digest: str) -> Callable:
 def compile_box_keys(digest: str) -> Callable:
     """The entry point that adds the terms of careful rows of one level to the keys of its crowded boxes."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def box_keys(
         key, owner, x, rows, nearest, windows, lowest, highest, charge, index_of, box_start, box_stop, box_centre,
         box_half, node, node_charge, w, values, slopes, first, last

@@ -12,6 +12,7 @@ import numpy as np
 
 TERMS = (8, 12, 16, 20, 24)
 MOST_BOXES = 2**44  # from 0: their edges are exact numbers
+LEAST_HALF = 1e-150  # of the width of one box, whose inverse has to be finite
 ONE_BOX = (
     0.35  # half width in bandwidths up to which all data goes in one box with matrices from the power series
 )
@@ -75,20 +76,28 @@ def short_number(x: float) -> float:
 
 
 def make_plan(
-    accuracy: Accuracy, scale: float, key: np.ndarray, query: np.ndarray, wide: bool = False
+    accuracy: Accuracy,
+    scale: float,
+    key: np.ndarray,
+    query: np.ndarray,
+    wide: bool = False,
+    unevenness: float = 1.0,
 ) -> Plan:
-    """The cheapest grid for these sorted coordinates and inverse bandwidth |w|; wide: for queries anywhere."""
+    """The cheapest grid for these sorted coordinates and inverse bandwidth |w|; wide: for queries anywhere.
+
+    unevenness: how many times larger than most the largest values are, so that smaller weights count.
+    """
     low, high = float(key[0]), float(key[-1])
     if len(query):
         low, high = min(low, float(query[0])), max(high, float(query[-1]))
     n, m = len(key), len(query)
-    log_span = math.log(n / (0.01 * accuracy.accept))
+    log_span = math.log(n / (0.01 * accuracy.accept)) + math.log(unevenness)
     spread = high / 2 - low / 2
     if wide and scale == 0:
         spread = 1e100
     if spread * scale <= ONE_BOX and not (wide and scale):
         # no smaller than the data needs, but not 0
-        half = spread if spread > 0 else (1.0 if scale <= ONE_BOX else ONE_BOX / scale)
+        half = max(spread, LEAST_HALF) if spread > 0 else (1.0 if scale <= ONE_BOX else ONE_BOX / scale)
         terms = accuracy.one_box_terms
         matrix = near_matrix(terms, half * scale)
         error = np.array([8e-16 if accuracy is DOUBLE else 1e-10])

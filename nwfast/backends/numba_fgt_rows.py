@@ -11,9 +11,8 @@ import numpy as np
 from numba import njit
 
 from .numba_fgt_boxes import PAD, evaluate, padded, to_marks
-from .numba_math import EXACT, LN2, exp2_double
+from .numba_math import EXACT, HALF_LOG2E, LN2, ROUND, entry, exp2_double
 
-HALF_LOG2E = 0.5 / LN2
 HELD = 512  # rows of some boxes that get their results together
 LEAST_TOTAL = 2.3e-308  # a normal number
 
@@ -55,7 +54,7 @@ def log2_of(x, n, result):
         bits = np.float64(x[i]).view(np.int64)
         exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
         m = np.int64(bits - (exponent << 52)).view(np.float64)
-        whole = np.int64(exponent + 0x4338000000000000).view(np.float64) - 6755399441055744.0
+        whole = np.int64(exponent + 0x4338000000000000).view(np.float64) - ROUND
         z = (m - 1.0) / (m + 1.0)
         y = z * z
         p = 1 / 23
@@ -210,7 +209,7 @@ def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm
 def compile_rows(digest: str) -> Callable:
     """The entry point for the tasks first .. last of `group` pieces each."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def near_rows(
         rows,
         x,

@@ -153,7 +153,26 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
         reaches,
         bound,
     )
+    if data.uneven:
+        decline_drowned(data, plan, accuracy, keys, queries.number, bound)
+        reaches[:], needed[:] = len(plan.error) // 2, True
     return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], reaches, bound)
+
+
+def decline_drowned(
+    data: Data, plan: Plan, accuracy: Accuracy, keys: Boxes, number: np.ndarray, bound: np.ndarray
+) -> None:
+    """Set the bound of boxes `number` to inf where errors relative to large values may drown small ones."""
+    reach = len(plan.error) // 2
+    for channel in data.uneven:
+        size = np.add.reduceat(np.abs(data.charge[1 + channel]), keys.start[:-1])
+        error, least = np.full(len(number), plan.tail * size.sum()), np.zeros(len(number))
+        for apart in range(-reach, reach + 1):
+            place = np.minimum(np.searchsorted(keys.number, number - apart), len(keys.number) - 1)
+            there = np.where(keys.number[place] == number - apart, size[place], 0.0)
+            error += there * plan.error[apart + reach]
+            least += there * plan.least_kernel[apart + reach]
+        bound[~(error <= accuracy.accept * least)] = np.inf
 
 
 def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: int) -> None:

@@ -17,6 +17,7 @@ from .numba_fgt_plan import Accuracy, Plan, node_charges, nodes
 from .numba_fgt_steps import (
     KEY_CHUNK,
     NO_CROWDS,
+    NO_FLOATS,
     NO_PLACES,
     SLAB,
     Boxes,
@@ -54,71 +55,88 @@ class _Rows:
         self.with_keys = with_keys
 
 
-class _Keys:
-    """All keys, also those of weight 0, sorted; owner: the sorted row that leaves each out, own: the reverse."""
+class Targets:
+    """Sorted keys that get gradients; owner: the sorted row that leaves each out, own: the reverse, -1 for none.
 
-    def __init__(self, data: Data, parts: list, exclude_self: bool):
-        _, key, _, _, _ = parts
+    Those that have a weight, or those at the caller's places `which`, where `key` are.
+    """
+
+    def __init__(
+        self, data: Data, exclude_self: bool, which: np.ndarray | None = None, key: np.ndarray = NO_FLOATS
+    ):
         self.order, self.key, self.own, self.owner = data.key_order, data.key, data.own, NO_PLACES
-        if len(data.key) < data.count:
-            self.order = places_in_order(key.contiguous().numpy())
-            self.key = key.contiguous().numpy()[self.order]
+        if which is not None:
+            sort = places_in_order(key)
+            self.order, self.key = which[sort], key[sort]
         if exclude_self:
             rows = data.row_order if len(data.row_order) else np.arange(len(data.query))
-            place = np.arange(data.count)
-            if len(self.order):
-                place[self.order] = np.arange(data.count)
+            place = np.full(data.count, -1)
+            place[self.order if which is not None or len(self.order) else slice(None)] = np.arange(
+                len(self.key)
+            )
             self.own = place[rows]
-            self.owner = np.full(data.count, -1)
-            self.owner[self.own] = np.arange(len(rows))
+            self.owner = np.full(len(self.key), -1)
+            owned = (self.own >= 0).nonzero()[0]
+            self.owner[self.own[owned]] = owned
 
 
 def key_side(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
-    parts: list,
+    keys: Targets,
     saved: tuple,
-    exclude_self: bool,
+    value: torch.Tensor,
+    key_weight: torch.Tensor | None,
     through_keys: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of key (N), value (N, C) and key_weight (N), in the caller's order; saved: g, g of lse, out, state."""
-    keys, rows = _Keys(data, parts, exclude_self), _Rows(data, saved, through_keys)
-    values, slopes = np.zeros((2, *rows.charge.shape[:1], data.count))
+    """Gradients of key (N), value (N, C) and key_weight (N), in the caller's order, 0 for keys that are no targets.
+
+    saved: g, g of lse, out, state.
+    """
+    rows = _Rows(data, saved, through_keys)
+    values, slopes = np.zeros((2, len(rows.charge), len(keys.key)))
     careful = _near_field(data, plan, accuracy, keys, rows, values, slopes)
     which = (careful & rows.with_keys).nonzero()[0]
-    if len(which):
+    if len(which) and len(keys.key):
         _careful_field(data, plan, accuracy, keys, rows, which, values, slopes)
-    return _gradients(data, parts, keys, values, slopes, through_keys)
+    return _gradients(data, keys, value, key_weight, values, slopes, through_keys)
 
 
 def _gradients(
-    data: Data, parts: list, keys: _Keys, values: np.ndarray, slopes: np.ndarray, through_keys: bool
+    data: Data,
+    keys: Targets,
+    value: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    values: np.ndarray,
+    slopes: np.ndarray,
+    through_keys: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From the sums at sorted keys."""
-    _, _, value, _, key_weight = parts
     order = torch.from_numpy(keys.order)
     totals, bends = torch.from_numpy(values), torch.from_numpy(slopes)
     channels = value.shape[1]
     by_value = totals[:channels]
     pull, push = totals[-1], bends[-1]
+    moved = len(order) > 0 or len(keys.key) < data.count
     if through_keys:
         for c in range(channels):
-            v = value[:, c].double() if not len(order) else value[order, c].double()
+            v = value[:, c].double() if not moved else value[order, c].double()
             v = v - float(data.centre[0, c])
             pull = torch.addcmul(pull, totals[c], v)
             push = torch.addcmul(push, bends[c], v)
     scale = 2.0**-data.exponent
     if key_weight is not None:
-        weight = key_weight.double() if not len(order) else key_weight[order].double()
+        weight = key_weight.double() if not moved else key_weight[order].double()
         weight = weight * scale
         by_value, push = by_value * weight, push * weight
     pull = pull * scale
-    results = push, by_value.T, pull
-    if len(order):
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        results = push[back], by_value.T[back], pull[back]
+    results: tuple[torch.Tensor, ...] = push, by_value.T, pull
+    if moved:
+        wholes = tuple(part.new_zeros((data.count, *part.shape[1:])) for part in results)
+        for whole, part in zip(wholes, results, strict=True):
+            whole[order] = part
+        results = wholes
     return tuple(part.numpy() for part in results)  # type: ignore[return-value]
 
 
@@ -126,7 +144,7 @@ def _near_field(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
-    keys: _Keys,
+    keys: Targets,
     rows: _Rows,
     values: np.ndarray,
     slopes: np.ndarray,
@@ -142,7 +160,20 @@ def _near_field(
     boxes = Boxes(near.queries.number, near.queries.start)
     charges = ready(charge, data.query.dtype)
     moments = moments_of(data.query, charges, len(charge), boxes, near.chosen, plan, plan.terms)
-    targets = cut(keys.key, plan)
+    # Keys further from all queries than the reach get nothing; their numbers of boxes may be beyond all bounds.
+    first_key, last_key = 0, len(keys.key)
+    if not plan.one_box:
+        most = (len(plan.error) // 2 + 1) * plan.width
+        ends = float(data.query[0]) - most, float(data.query[-1]) + most
+        first_key, last_key = np.searchsorted(as_double(keys.key), ends)
+    key, part = keys.key[first_key:last_key], slice(first_key, last_key)
+    owner = keys.owner[part] if len(keys.owner) else NO_PLACES
+    if not len(key):
+        return ~served
+    whole_values, whole_slopes = values, slopes
+    if len(key) < len(keys.key):
+        values, slopes = np.zeros((2, len(charge), len(key)))
+    targets = cut(key, plan)
     sources = near.queries.number[near.chosen]
     reaches = np.full(SLAB, len(plan.error) // 2)
     for at in range(0, len(targets.number), SLAB):
@@ -150,10 +181,10 @@ def _near_field(
         pieces = pieces_of(number, start[:-1], start[1:], plan)
         series = translated(number, reaches, sources, moments, plan, 0)
 
-        def run(first: int, last: int, pieces=pieces, series=series) -> None:
+        def run(first: int, last: int, pieces=pieces, series=series, values=values, slopes=slopes) -> None:
             units.near_keys(
-                keys.key,
-                keys.owner,
+                key,
+                owner,
                 data.query,
                 charge,
                 pieces.box,
@@ -171,6 +202,8 @@ def _near_field(
             )
 
         run_units(run, -(-len(pieces.box) // pieces.group))
+    if values is not whole_values:
+        whole_values[:, part], whole_slopes[:, part] = values, slopes
     return ~served
 
 
@@ -178,7 +211,7 @@ def _careful_field(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
-    keys: _Keys,
+    keys: Targets,
     rows: _Rows,
     which: np.ndarray,
     values: np.ndarray,
@@ -187,7 +220,7 @@ def _careful_field(
     """Add what the rows `which` give to the keys of their windows."""
     windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
     nearest, factor = np.empty(len(which)), np.empty(len(which))
-    shift = rows.shift[which]
+    shift, total = rows.shift[which], rows.total[which]
     query, key, weighted = as_double(data.query), as_double(keys.key), as_double(data.key)
 
     def find(first: int, last: int) -> None:
@@ -202,6 +235,7 @@ def _careful_field(
             float(data.exponent),
             plan.log_span,
             shift,
+            total,
             windows,
             nearest,
             factor,

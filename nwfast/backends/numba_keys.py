@@ -25,6 +25,7 @@ from .numba_math import (
     D,
     M,
     N,
+    entry,
     pointer,
 )  # fmt: skip
 from .numba_rows import FAR, NEAR, effective_state, load_queries, load_w, project
@@ -82,6 +83,7 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
     grad_key, grad_value = np.empty((n_features, n), dtype), np.empty((n_channels, n), dtype)
     grad_weight = np.empty(n, dtype)
     s, p, projected = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
+    rest = np.empty(n, dtype)
     w, gradients = np.empty(n_features, dtype), np.empty(n_channels, dtype)
     queries, fit = np.empty((ROWS_AT_ONCE, n_features), dtype), np.empty(ROWS_AT_ONCE, np.bool_)
     load_w(example, about, b, w)
@@ -105,7 +107,7 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
             if n_features == 1:
                 tile_terms_unshifted(q, keys, w, n, p)
             else:
-                tile_scores(q, keys, w, n, s)
+                tile_scores(q, keys, w, n, s, p, rest)
                 shift = dtype.type(top)
                 for j in range(n):
                     p[j] = gauss(s[j] - shift)
@@ -158,7 +160,7 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
 def compile_backward(digest: str) -> Callable:
     """The entry point for grad_key, grad_value and grad_key_weight; see numba_units for the digest."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def backward_keys(example, about, first, last):
         digest  # noqa: B018
         tiles = (about[N] + TILE - 1) // TILE
@@ -176,7 +178,7 @@ def compile_backward(digest: str) -> Callable:
             stop = min(start + TILE, n)
             count = stop - start
             if b != surveyed:
-                ordinary, exponent = survey(example, about, b, centre, low, high)
+                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
                 surveyed = b
             by_key, by_value, by_weight = (
                 np.zeros((n_features, count)),

@@ -6,16 +6,28 @@ dimensions and every layout. float32 and float64 data are told apart by `example
 """
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .. import constants
+from ..constants import EXP2_FLOOR_DOUBLE, EXP2_FLOOR_FLOAT, HALF_LOG2E, LN2, ROOT
+
+__all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
+
 # Numba's cache looks at the file of an entry point alone; with this digest of all sources in the entry point's closure
 # a changed kernel in another file is a new entry.
 DIGEST = hashlib.sha256(
-    b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("numba*.py")))
+    b"".join(
+        source.read_bytes()
+        for source in (*sorted(Path(__file__).parent.glob("numba*.py")), Path(constants.__file__))
+    )
 ).hexdigest()
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
@@ -35,10 +47,59 @@ BATCHES = (
 )
 BATCH_ITEMS = 6
 
-# With w scaled by this root the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
-ROOT = 0.84932180028801904272  # sqrt(log2(e) / 2)
-LN2 = 0.69314718055994530942
+# With w scaled by ROOT the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
 ROUND = 6755399441055744.0  # 1.5 * 2^52
+
+# 2^f on [0, 1), from the constant term on.
+EXP2_FLOAT = tuple(np.float32(coefficient) for coefficient in EXP2_FLOOR_FLOAT)
+_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_FLOOR_DOUBLE
+
+
+def _say_once(what: str, seen: list[bool]) -> None:
+    if not seen:
+        seen.append(True)
+        warnings.warn(
+            f"nwfast's Numba kernels cannot be cached on disk ({what}), so each process compiles them anew; set "
+            "NUMBA_CACHE_DIR to a folder that can be written",
+            stacklevel=3,
+        )
+
+
+_SAID: list[bool] = []
+
+
+class _Cache:
+    """Numba's cache of one function, without the failures of the disk: what cannot be read is compiled."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, *about: Any) -> Any:
+        try:
+            return self._cache.load_overload(*about)
+        except (OSError, EOFError, UnpicklingError):
+            return None
+
+    def save_overload(self, *about: Any) -> None:
+        try:
+            self._cache.save_overload(*about)
+        except OSError as error:
+            _say_once(str(error), _SAID)
+
+
+def entry(function: Callable) -> Callable:
+    """Compile an entry point; cached on disk where a place for that can be written."""
+    compiled = njit(**EXACT)(function)
+    try:
+        compiled.enable_caching()
+    except (RuntimeError, OSError) as error:  # no folder that can be written
+        _say_once(str(error), _SAID)
+    else:
+        compiled._cache = _Cache(compiled._cache)
+    return compiled
 
 
 @intrinsic
@@ -56,21 +117,21 @@ def pointer(typingctx, address, example):
 def exp2_double(x):
     """2^x for x < 1024, relative error 3e-16; 0 below -1022. Branch-free: loops over it become vector code."""
     x = max(x, -1023.0)
-    shifted = x + ROUND  # rounds to a whole number, which is then in its low bits
-    f = x - (shifted - ROUND)
-    p = 4.4352809446103361611e-10
-    p = p * f + 7.0741056262456593708e-9
-    p = p * f + 1.0178198033328527662e-7
-    p = p * f + 1.3215433089594629037e-6
-    p = p * f + 0.0000152527334899608046
-    p = p * f + 0.00015403530462514613026
-    p = p * f + 0.0013333558146789950323
-    p = p * f + 0.0096181291075883350833
-    p = p * f + 0.055504108664819921483
-    p = p * f + 0.24022650695910156205
-    p = p * f + 0.69314718055994533046
-    p = p * f + 0.9999999999999999971
-    return p * np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
+    whole = np.floor(x)
+    f = x - whole
+    p = _D11 * f + _D10
+    p = p * f + _D9
+    p = p * f + _D8
+    p = p * f + _D7
+    p = p * f + _D6
+    p = p * f + _D5
+    p = p * f + _D4
+    p = p * f + _D3
+    p = p * f + _D2
+    p = p * f + _D1
+    p = p * f + _D0
+    # Adding ROUND leaves a whole number in the low bits.
+    return p * np.int64((np.float64(whole + ROUND).view(np.int64) + 1023) << 52).view(np.float64)
 
 
 @njit(**EXACT)

@@ -54,26 +54,47 @@ from .numba_math import (
     pointer,
 )  # fmt: skip
 
-# Products of two numbers clamped to this stay finite, so that 0 * inf cannot occur.
-HUGE = 1e150
-# The largest score above the row's top that a masked key may have (its gradient is finite then); as in the reference.
-CLAMP = 350.0 / LN2
+CLAMP = 1000.0  # of exponents in base 2
+MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
+HUGE = 1e300  # scores beyond are as good as infinite
+SMALL = 2.0**-520  # of its square all products of two finite numbers are finite
+LEAST_DISTANCE = 4e307  # sums of four coordinates below stay finite
 
 
 @njit(**EXACT)
-def clamp(x):
-    """Limit x to -HUGE .. HUGE."""
-    return min(max(x, -HUGE), HUGE)
+def limited(x):
+    """The nearest finite number, so that 0 * inf cannot occur."""
+    return min(max(x, -MOST), MOST)
+
+
+@njit(**EXACT)
+def parts_of_score(q, k, k0, w):
+    """-((q - k)^2 - (q - k0)^2) w^2 as two terms of a sum, the second times SMALL^2 where it is huge."""
+    near, far = limited((k0 - k) * w), limited(((q - k) + (q - k0)) * w)
+    product = near * far
+    if abs(product) < HUGE:
+        return -product, 0.0
+    return 0.0, -(near * SMALL) * (far * SMALL)
+
+
+@njit(**EXACT)
+def sum_of_score(score, huge):
+    """The sum of both terms over the features, at most HUGE."""
+    if huge != 0.0:
+        score += (huge / SMALL) / SMALL
+    return min(max(score, -HUGE), HUGE)
 
 
 @njit(**EXACT)
 def relative_score(q, key, place, key_d, origin, w):
     """Base-2 score of the key at `place` minus that of the key at `origin`."""
-    score = 0.0
+    score, huge = 0.0, 0.0
     for f in range(len(q)):
         k, k0 = float(key[place + f * key_d]), float(key[origin + f * key_d])
-        score -= clamp((k0 - k) * w[f]) * clamp(((q[f] - k) + (q[f] - k0)) * w[f])
-    return score
+        more, much_more = parts_of_score(q[f], k, k0, w[f])
+        score += more
+        huge += much_more
+    return sum_of_score(score, huge)
 
 
 @njit(**EXACT)
@@ -104,7 +125,7 @@ def scores_of_one(q, k, origin, w, x):
     k0 = k[origin]
     d0 = q - k0
     for j in range(len(k)):
-        x[j] = -clamp((k0 - k[j]) * w) * clamp(((q - k[j]) + d0) * w)
+        x[j] = -min(max(limited((k0 - k[j]) * w) * limited(((q - k[j]) + d0) * w), -HUGE), HUGE)
 
 
 @njit(**EXACT)
@@ -119,15 +140,29 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
     origin = 0
     while terms[origin] != best:
         origin += 1
-    scores_of_one(q, k, origin, w, terms)
-    if skip >= 0:
-        terms[skip] = -np.inf
-    scratch[:] = terms
-    top = fold(scratch, n, True)
+    top = 1.0
+    while top > 0.0:  # distances that round to one number: again from the key that is nearest in truth
+        scores_of_one(q, k, origin, w, terms)
+        if skip >= 0:
+            terms[skip] = -np.inf
+        scratch[:] = terms
+        top = fold(scratch, n, True)
+        if top > 0.0:
+            before, origin = origin, 0
+            while terms[origin] != top:
+                origin += 1
+            if origin == before:
+                break
     for j in range(n):
         terms[j] = exp2_double(terms[j] - top)
-    t = clamp((q - k[origin]) * w)
-    return origin, top, t * t - top, blocked_sum(terms, n)
+    return origin, top, squared(q - k[origin], w) - top, blocked_sum(terms, n)
+
+
+@njit(**EXACT)
+def squared(distance, w):
+    """(distance w)^2, at most MOST."""
+    t = limited(distance * w)
+    return min(t * t, MOST)
 
 
 @njit(**SUMS)
@@ -146,53 +181,56 @@ def blocked_sum(x, n):
 def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weighted, skip, terms):
     """Fill terms with a_j 2^(score_j - top); return (index of k*, top, shift, total).
 
-    total is 0 for a row without keys and NaN where the reference gives NaN; then k* is -1.
+    k* is the nearest key, told by comparisons that do not round two distances to one. total is 0 for a row without
+    keys, or infinitely far from all, and NaN where there is a number that makes the row NaN; then k* is -1.
     """
     n_features = len(q)
-    if n_features == 1 and not weighted and abs(q[0]) < HUGE and abs(w[0]) < np.inf and n - (skip >= 0) > 0:
-        k, finite = np.empty(n), True
-        for j in range(n):
-            k[j] = float(key[at + j * key_n])
-            finite &= abs(k[j]) < HUGE
-        if finite:
-            return one_feature_terms(q[0], w[0], k, skip, terms, np.empty(n))
-    unit = 0.0
+    valid, infinite = True, False
     for f in range(n_features):
-        unit = max(unit, abs(w[f]))
-    unit = 1.0 / unit if unit > 0.0 else 1.0
-    origin, best, invalid, kept = -1, np.inf, False, 0
+        valid &= abs(w[f]) < np.inf and q[f] == q[f]
+        infinite |= abs(q[f]) == np.inf
+    if n_features == 1 and not weighted and valid and abs(q[0]) < LEAST_DISTANCE and n - (skip >= 0) > 0:
+        keys, finite = np.empty(n), True
+        for j in range(n):
+            keys[j] = q[0] if j == skip else float(key[at + j * key_n])
+            finite = finite and abs(keys[j]) < LEAST_DISTANCE
+        if finite:
+            return one_feature_terms(q[0], w[0], keys, skip, terms, np.empty(n))
+    origin, kept = -1, 0
     for j in range(n):
         if j == skip:
             continue
-        square = 0.0
-        for f in range(n_features):
-            t = (q[f] - float(key[at + j * key_n + f * key_d])) * (w[f] * unit)
-            square += t * t
-        invalid |= square != square
         if weighted:
             a = float(weight[weight_at + j * weight_n])
-            invalid |= not a >= 0.0
             if a == 0.0:
                 continue
+            valid &= a > 0.0
         kept += 1
-        if square < best:
-            origin, best = j, square
+        place, reached = at + j * key_n, not infinite
+        for f in range(n_features):
+            k = float(key[place + f * key_d])
+            reached &= abs(k) < np.inf
+            # A feature without a bandwidth knows no infinite distance.
+            valid &= k == k and (infinite or abs(k) < np.inf or w[f] != 0.0)
+        if reached and (origin < 0 or relative_score(q, key, place, key_d, at + origin * key_n, w) > 0.0):
+            origin = j
     if kept == 0:
         return -1, 0.0, 0.0, 0.0
-    if invalid or origin < 0:
-        return -1, 0.0, 0.0, np.nan if invalid else 0.0
+    if not valid or origin < 0:
+        return -1, 0.0, 0.0, 0.0 if valid else np.nan
 
     top = -np.inf
     origin_at = at + origin * key_n
     for j in range(n):
-        score = relative_score(q, key, at + j * key_n, key_d, origin_at, w)
-        kept_j = j != skip
-        if weighted:
-            a = float(weight[weight_at + j * weight_n])
-            kept_j &= a > 0.0
-            score += float(math.frexp(a)[1]) if kept_j else 0.0
-        terms[j] = score if kept_j else -np.inf
-        top = max(top, terms[j])
+        score, kept_j = -np.inf, j != skip
+        if weighted and kept_j:
+            kept_j = float(weight[weight_at + j * weight_n]) > 0.0
+        if kept_j:
+            score = relative_score(q, key, at + j * key_n, key_d, origin_at, w)
+            if weighted:
+                score += float(math.frexp(float(weight[weight_at + j * weight_n]))[1])
+        terms[j] = score
+        top = max(top, score)
     total = 0.0
     for first in range(0, n, 256):
         part = 0.0
@@ -204,9 +242,14 @@ def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weigh
         total += part
     shift = -top
     for f in range(n_features):
-        t = clamp((q[f] - float(key[origin_at + f * key_d])) * w[f])
-        shift += t * t
-    return origin, top, shift, total
+        shift += squared(q[f] - float(key[origin_at + f * key_d]), w[f])
+    return origin, top, min(shift, MOST), total
+
+
+@njit(**EXACT)
+def lse_of(total, shift):
+    """The log of the sum, ln 2 (log2(total) - shift); -inf where the shift is as large as it can be."""
+    return LN2 * (np.log2(total) - shift) if shift < MOST else -np.inf
 
 
 @njit(**EXACT)
@@ -229,16 +272,17 @@ def minus(x, y):
 
 
 @njit(**SUMS)
-def row_mean(terms, total, value, at, step, n):
-    """sum_j terms_j v_j / total of one channel."""
-    centre = centre_of(value, at, step, n)
+def row_mean(terms, total, value, at, step, n, skip):
+    """sum_j terms_j v_j / total of one channel; the row's own key is left out whatever it holds."""
+    centre, share = centre_of(value, at, step, n), 1.0 / total
     mean = 0.0
     for first in range(0, n, 1024):
         part = 0.0
         for j in range(first, min(first + 1024, n)):
-            part += terms[j] * minus(float(value[at + j * step]), centre)
+            if j != skip:
+                part += (terms[j] * share) * minus(float(value[at + j * step]), centre)
         mean += part
-    return centre + mean / total
+    return centre + mean
 
 
 @njit(**EXACT)
@@ -290,7 +334,7 @@ def forward_rows(example, about, unit, first, last):
             terms,
         )
         state[2 * row], state[2 * row + 1] = shift, total
-        lse[row] = LN2 * (np.log2(total) - shift)
+        lse[row] = lse_of(total, shift)
         if origin < 0:
             for c in range(n_channels):
                 out[row * n_channels + c] = np.nan
@@ -301,21 +345,22 @@ def forward_rows(example, about, unit, first, last):
                 tangent_q[row] = spread
             continue
         for c in range(n_channels):
-            mean = row_mean(terms, total, value, at_v + c * about[VALUE_C], about[VALUE_N], n)
+            mean = row_mean(terms, total, value, at_v + c * about[VALUE_C], about[VALUE_N], n, skip)
             out[row * n_channels + c] = mean
             if about[TANGENT_W] != 0 or about[TANGENT_Q] != 0:
                 k0 = float(key[at_k + origin * about[KEY_N]])
                 by_q, by_w = 0.0, 0.0
                 for j in range(n):
-                    if terms[j] != 0.0:
+                    if terms[j] != 0.0 and j != skip:
                         k = float(key[at_k + j * about[KEY_N]])
-                        part = terms[j] * (float(value[at_v + j * about[VALUE_N]]) - mean) * (k0 - k)
+                        part = (terms[j] / total) * (float(value[at_v + j * about[VALUE_N]]) - mean)
+                        part *= limited((k0 - k) * plain_w)
                         by_q += part
-                        by_w += part * ((q[0] - k) + (q[0] - k0))
+                        by_w += part * limited((q[0] - k) + (q[0] - k0))
                 if about[TANGENT_W] != 0:
-                    tangent_w[row] = -plain_w * (by_w / total)
+                    tangent_w[row] = -by_w
                 if about[TANGENT_Q] != 0:
-                    tangent_q[row] = -plain_w * (plain_w * (by_q / total))
+                    tangent_q[row] = -plain_w * by_q
 
 
 @njit(**EXACT)
@@ -366,7 +411,7 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
             means[row * n_channels + c] = np.nan
             if origin >= 0:
                 at = at_v + c * about[VALUE_C]
-                means[row * n_channels + c] = row_mean(terms, total, value, at, about[VALUE_N], n)
+                means[row * n_channels + c] = row_mean(terms, total, value, at, about[VALUE_N], n, skip)
                 g = float(grad_out[row * n_channels + c])
                 for j in range(n):
                     pull[j] += g * (float(value[at + j * about[VALUE_N]]) - means[row * n_channels + c])
@@ -380,16 +425,17 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
                 k0 = float(key[at_k + origin * about[KEY_N] + f * about[KEY_D]])
                 by_q = by_w = 0.0
                 for j in range(n):
-                    if terms[j] != 0.0:
+                    if terms[j] != 0.0 and j != skip:
                         k = float(key[at_k + j * about[KEY_N] + f * about[KEY_D]])
-                        d = q[f] - k
+                        p, d = terms[j] / total, limited(q[f] - k)
                         # sum_j p_j <g, v_j - out> = 0: that part may be taken relative to k*.
-                        by_q += terms[j] * (pull[j] * (k0 - k) + through_lse * d)
-                        by_w += terms[j] * (pull[j] * (k0 - k) * (d + (q[f] - k0)) + through_lse * d * d)
-                by_q, by_w = by_q / total, by_w / total
+                        part = p * pull[j] * limited((k0 - k) * plain_w[f])
+                        rest = p * through_lse * limited(d * plain_w[f])
+                        by_q += part + rest
+                        by_w += part * limited(d + (q[f] - k0)) + rest * d
             if about[GRAD_QUERY] != 0:
-                grad_query[row * n_features + f] = -plain_w[f] * (plain_w[f] * by_q)
-            grad_w[f] -= plain_w[f] * by_w
+                grad_query[row * n_features + f] = -plain_w[f] * by_q
+            grad_w[f] -= by_w
 
 
 @njit(**EXACT)
@@ -415,8 +461,7 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
         w[f] = plain_w[f] * ROOT
     for j in range(first, last):
         place = at_k + j * about[KEY_N]
-        a, exponent = 1.0, 0.0
-        mantissa = 1.0
+        a, mantissa, exponent = 1.0, 1.0, 0.0
         if about[WEIGHT] != 0:
             a = float(weight[at_a + j * about[WEIGHT_N]])
             mantissa, exponent = math.frexp(a)
@@ -431,7 +476,8 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
                 origin_at = at_k + int(rows[3 * row]) * about[KEY_N]
                 score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
                 p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
-                by_weight = exp2_double(min(score, CLAMP)) / total
+                # Of a key that is near and of little weight the second is exact where the first overflows.
+                by_weight = exp2_double(score) / total if score < CLAMP else p / a
             else:
                 p = np.nan
             pull = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
@@ -444,8 +490,8 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
                         - means[row * n_channels + c]
                     )
             if wanted:
-                grad_weight[j - first] += by_weight * pull
+                grad_weight[j - first] += limited(by_weight * pull)
                 if p != 0.0:
                     for f in range(n_features):
-                        d = q[f] - float(key[place + f * about[KEY_D]])
-                        grad_key[f, j - first] += p * pull * d * plain_w[f] * plain_w[f]
+                        d = limited((q[f] - float(key[place + f * about[KEY_D]])) * plain_w[f])
+                        grad_key[f, j - first] += d * (p * pull) * plain_w[f]

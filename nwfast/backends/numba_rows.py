@@ -12,6 +12,7 @@ from .numba_fast import (
     TILE,
     box_score,
     gauss,
+    in_range,
     least_of,
     pack,
     products4,
@@ -50,13 +51,14 @@ from .numba_math import (
     M,
     N,
     W,
+    entry,
     exp2_double,
     offset,
     pointer,
 )  # fmt: skip
 
 QUERY_BLOCK = 256
-NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows: for the fast kernels, for the robust ones, without any key
+NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows: for the fast kernels, for the robust ones, without any gradient
 
 
 @njit(**EXACT)
@@ -82,7 +84,7 @@ def load_w(example, about, b, w):
 
 
 @njit(**EXACT)
-def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p):
+def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p, rest):
     """Terms p of one tile relative to the lower of `top` and the tile's least score, which is returned."""
     absent = 0 <= mine < n
     if len(q) == 1:
@@ -91,7 +93,7 @@ def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p):
             p[mine] = 0
         top = 0.0
     else:
-        tile_scores(q, keys, w, n, s)
+        tile_scores(q, keys, w, n, s, p, rest)
         if absent:
             s[mine] = ABSENT
         if weighted:
@@ -152,7 +154,7 @@ def sum_rows(
     size = min(n, TILE)
     keys, values = np.empty((n_features, size), example.dtype), np.empty((n_channels, size), example.dtype)
     weights = np.empty(size if weighted else 0, example.dtype)
-    s, p = np.empty(size, example.dtype), np.empty(size, example.dtype)
+    s, p, rest = np.empty(size, example.dtype), np.empty(size, example.dtype), np.empty(size, example.dtype)
     projected = np.empty(size if through_gradients else 0, example.dtype)
     sums[:] = 0.0
     tops[:] = 0.0 if n_features == 1 else np.inf
@@ -173,7 +175,7 @@ def sum_rows(
                 row[0] += float(total)
                 row[1] += float(product)
                 continue
-            top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p)
+            top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p, rest)
             if top >= ABSENT:
                 continue
             if top < tops[r]:
@@ -235,7 +237,7 @@ def effective_state(shift, total, exponent, n_features):
 def compile_forward(digest: str) -> Callable:
     """The entry point for out, lse, state and tangents; see numba_units for the digest."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def forward(example, about, first, last):
         digest  # noqa: B018
         tiles = (about[N] + TILE - 1) // TILE
@@ -259,7 +261,7 @@ def compile_forward(digest: str) -> Callable:
             stop = min(start + QUERY_BLOCK, about[M])
             count = stop - start
             if b != surveyed:
-                ordinary, exponent = survey(example, about, b, centre, low, high)
+                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
                 surveyed = b
             if ordinary:
                 load_queries(example, about, b, start, stop, queries, fit)
@@ -309,7 +311,7 @@ def compile_forward(digest: str) -> Callable:
 def compile_backward(digest: str) -> Callable:
     """The entry point for grad_query, each unit's sum for w, and what numba_keys needs of each row."""
 
-    @njit(cache=True, **EXACT)
+    @entry
     def backward_rows(example, about, first, last):
         digest  # noqa: B018
         tiles = (about[N] + TILE - 1) // TILE
@@ -333,14 +335,14 @@ def compile_backward(digest: str) -> Callable:
         rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
         kinds = pointer(about[KINDS], np.empty(0, np.int8))
         unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
-        surveyed, ordinary, exponent = -1, False, 0.0
+        surveyed, ordinary, exponent, spread, reach, least = -1, False, 0.0, 0.0, 1.0, 1.0
         for unit in range(first, last):
             b = unit // blocks
             start = (unit % blocks) * QUERY_BLOCK
             stop = min(start + QUERY_BLOCK, about[M])
             count = stop - start
             if b != surveyed:
-                ordinary, exponent = survey(example, about, b, centre, low, high)
+                ordinary, exponent, spread, reach, least = survey(example, about, b, centre, low, high)
                 surveyed = b
             grad_w[:] = 0.0
             load_queries(example, about, b, start, stop, queries, fit)
@@ -349,16 +351,25 @@ def compile_backward(digest: str) -> Callable:
                 row = b * about[M] + start + r
                 top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
                 near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
-                level = 0.0
+                level, most, silent = 0.0, 0.0, True
                 for c in range(n_channels):
                     g = float(grad_out[row * n_channels + c])
                     gradients[r, c] = g
                     level += g * (float(out[row * n_channels + c]) - float(centre[c]))
-                    near &= abs(g) < 1e18
+                    most = max(most, abs(g))
+                    silent &= g == 0.0
                 levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
+                near &= in_range(most, 1.0, 1.0, single)
+                size = most * spread
                 if about[GRAD_LSE] != 0:
-                    near &= abs(float(grad_lse[row])) < 1e18
-                empty = state[2 * row + 1] == 0.0
+                    size += abs(float(grad_lse[row]))
+                    silent &= float(grad_lse[row]) == 0.0
+                far = reach
+                for f in range(n_features):
+                    far = max(far, abs(float(queries[r, f])))
+                near &= in_range(size, least, far, single)
+                # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
+                empty = silent or state[2 * row + 1] == 0.0
                 kinds[row] = EMPTY if empty else (NEAR if near else FAR)
                 fit[r] = near and not empty
             if moments and ordinary:

@@ -6,14 +6,12 @@ Only these are cached on disk, everything else is compiled into them.
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from . import numba_keys, numba_rows
 from .numba_fast import TILE
 from .numba_math import (
     BATCH,
     DIGEST,
-    EXACT,
     GRAD_OUT,
     GRAD_QUERY,
     GRAD_W,
@@ -21,6 +19,7 @@ from .numba_math import (
     TANGENT_Q,
     TANGENT_W,
     M,
+    entry,
     pointer,
 )
 from .numba_rows import QUERY_BLOCK
@@ -29,7 +28,7 @@ __all__ = ["QUERY_BLOCK", "TILE", "backward_keys", "backward_rows", "backward_ta
 
 
 def _compile_tangents(digest: str) -> Callable:
-    @njit(cache=True, **EXACT)
+    @entry
     def backward_tangents(example, about):
         """grad_query and the sum for w of each batch element, as products with the tangents (D = C = 1)."""
         digest  # noqa: B018
@@ -39,7 +38,7 @@ def _compile_tangents(digest: str) -> Callable:
         for b in range(about[BATCH]):
             by_w = 0.0
             for row in range(b * about[M], (b + 1) * about[M]):
-                empty = state[2 * row + 1] == 0.0
+                empty = grad_out[row] == 0 or state[2 * row + 1] == 0.0  # 0 times NaN adds nothing
                 if about[GRAD_QUERY] != 0:
                     grad_query[row] = example.dtype.type(0) if empty else grad_out[row] * tangent_q[row]
                 if about[GRAD_W] != 0 and not empty:
