@@ -221,8 +221,8 @@ def _canonical_w(w: Any, query: Tensor) -> Tensor:
     """The inverse bandwidth with a dimension at least, in the dtype of query, or in float32 beside half precision."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not isinstance(w, Tensor):
-        if getattr(w, "shape", None) == () and callable(getattr(w, "item", None)):
-            w = w.item()  # numpy
+        if not isinstance(w, _NUMBERS) and getattr(w, "shape", None) == () and hasattr(w, "item"):
+            w = w.item()  # an array of numpy
         if isinstance(w, bool) or not isinstance(w, _NUMBERS):
             raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
         number: Any = w
