@@ -7,8 +7,9 @@ pass without the state that only gradients of keys, values and key weights need.
 
 One call is routed by what surrounds it:
 
-* forward-mode AD (jvp, jacfwd, dual tensors), or compiling a functorch transform: the plain-PyTorch reference. No
-  kernel computes jvps, and inside a transform compilation would drop an autograd.Function's formula;
+* forward-mode AD (jvp, jacfwd, dual tensors), compiling a functorch transform, or export to ONNX: the plain-PyTorch
+  reference. No kernel computes jvps, inside a transform compilation would drop an autograd.Function's formula, and
+  ONNX has no such operators;
 * compiling otherwise: the operator, which carries a fake and an autograd formula;
 * eager, nothing to differentiate: the operator, below autograd;
 * eager, reverse mode: an autograd.Function around the same operators, at half the cost of the operator's own formula;
@@ -64,7 +65,7 @@ def nadaraya_watson(
     """
     compiling = is_captured()
     functorch, forward_mode = torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
-    if forward_mode or kernel == "reference" or (compiling and functorch):
+    if forward_mode or kernel == "reference" or (compiling and (functorch or _is_for_onnx())):
         if forward_mode and not compiling:
             derivatives.require_memory("forward-mode derivative", query, key, value)
         out, lse = reference.forward(query, key, value, w, key_weight, exclude_self)
@@ -156,6 +157,13 @@ def predict(kernel: str, compressed: list[Tensor], query: Tensor, drop: int) -> 
                 return None
             raise
     return _drop(out, drop).to(query.dtype), _drop(lse, drop - 1)
+
+
+def _is_for_onnx() -> bool:
+    """Whether the program is for ONNX, which knows torch's own operators alone."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:

@@ -283,10 +283,24 @@ def test_export_of_the_module_is_for_all_sizes(native, how):
     dim = torch.export.Dim
     m, n = (dim("m", min=2), dim("n", min=2)) if how == "named" else [getattr(dim, how)] * 2
     x = torch.rand(50)
-    program = torch.export.export(net, (x, x + 1, x), dynamic_shapes=({0: m}, {0: n}, {0: n}))
+    program = torch.export.export(net, (x, x + 1, x.cos()), dynamic_shapes=({0: m}, {0: n}, {0: n}))
     for size in (2, 3, 4095, 4096, 10000):
         query, key, value = torch.rand(7), torch.rand(size), torch.rand(size)
         assert_same(program.module()(query, key, value), net(query, key, value), 1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_to_onnx_has_operators_of_torch_alone(native, monkeypatch, strict):
+    """ONNX knows no others. Its own packages need not be there: torch tells that the export is for it by a flag."""
+    from torch.onnx._internal.exporter import _flags
+
+    net = nwfast.NWKernelRegression(w=2.0)
+    x, y = torch.rand(5), torch.rand(6)
+    monkeypatch.setattr(_flags, "_is_onnx_exporting", True)
+    program = torch.export.export(net, (x, y, y.cos()), strict=strict)
+    monkeypatch.undo()
+    assert not any("nwfast" in name for name in nodes(program.graph_module))
+    assert_same(program.module()(x, y, y), net(x, y, y), 1e-5)
 
 
 def test_make_fx_traces_the_operator(backend):
