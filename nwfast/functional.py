@@ -131,8 +131,8 @@ def nadaraya_watson(
     Under autocast, half-precision inputs are computed in float32 too, and so are returned. Differentiable in query,
     key, value, w and key_weight, twice in all of them (the second derivative builds (M, N) matrices); works under
     torch.compile(fullgraph=True), torch.export and torch.func; torch.onnx.export writes down the plain-PyTorch
-    reference, if it is given the module or function itself, not a program that torch.export made. A row that has no key left (all weights 0, or
-    exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
+    reference, if it is given the module or function itself, not a program that torch.export made. A row that has no
+    key left (all weights 0, or exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
 
     References
     ----------
