@@ -41,7 +41,8 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-format: setup  ## rewrite the sources as lint wants them
+format: setup  ## rewrite the sources as lint wants them, and the header of constants
+	$(BIN)/python csrc/write_constants.py
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)

@@ -6,12 +6,10 @@
 
 #include <cmath>
 
+#include "constants.h"
 #include "host_device.h"
 
 namespace nwfast {
-
-constexpr double kLn2 = 0.69314718055994530942;
-constexpr double kHalfLog2E = 0.72134752044448170368;  // base-2 scores are -kHalfLog2E (w d)^2
 
 struct SoftmaxState {
   double shift, total;

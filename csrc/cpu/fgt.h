@@ -75,15 +75,15 @@ template <typename T>
 struct Accuracy;
 template <>
 struct Accuracy<float> {
-  static constexpr double kTruncation = 1e-9;  // of expansions, relative to the mass of a box
-  static constexpr double kAccept = 2e-8;      // of a row's total: beyond this error bound it is summed with care
-  static constexpr double kLargestHalf = 1.5;  // half width of a box, in bandwidths
+  static constexpr double kTruncation = kTruncationFloat;  // of expansions, relative to the mass of a box
+  static constexpr double kAccept = kAcceptFloat;  // of a row's total: beyond this error bound it is summed with care
+  static constexpr double kLargestHalf = 1.5;      // half width of a box, in bandwidths
   static constexpr int kFarTerms = 16;
 };
 template <>
 struct Accuracy<double> {
-  static constexpr double kTruncation = 2e-15;
-  static constexpr double kAccept = 1e-13;
+  static constexpr double kTruncation = kTruncationDouble;
+  static constexpr double kAccept = kAcceptDouble;
   static constexpr double kLargestHalf = 1;
   static constexpr int kFarTerms = 24;
 };

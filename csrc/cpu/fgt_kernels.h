@@ -297,51 +297,20 @@ void fgt_evaluate(const FgtEvaluate<T>& task) {
   }
 }
 
-constexpr double kMinusHalfLog2E = -0.72134752044448170368;
+constexpr double kMinusHalfLog2E = -kHalfLog2E;
 
 // 2^t for t within (-infinity, 1000] in double, accurate to what results of type T show: 5e-9 for float, rounding for
-// double. Below -1021 the result is 0. Coefficients interpolate (2^f - 1) / f at Chebyshev nodes
-// of [-1/2, 1/2], so that equal scores weigh exactly 1.
-template <typename T>
-struct WeightPolynomial;
-template <>
-struct WeightPolynomial<float> {
-  static constexpr int kDegree = 6;
-  static constexpr double kCoefficients[kDegree + 1] = {1.0,
-                                                        0.69314718802622878106,
-                                                        0.24022650760568126945,
-                                                        0.055503571142190778186,
-                                                        0.0096180825572778514913,
-                                                        0.0013390863364671234381,
-                                                        0.00015453162945120690177};
-};
-template <>
-struct WeightPolynomial<double> {
-  static constexpr int kDegree = 11;
-  static constexpr double kCoefficients[kDegree + 1] = {1.0,
-                                                        0.69314718055994530942,
-                                                        0.2402265069591009822,
-                                                        0.055504108664821594339,
-                                                        0.0096181291076068885273,
-                                                        0.001333355814641693531,
-                                                        0.00015403530441736050155,
-                                                        0.000015252733829836118394,
-                                                        1.3215442587921689653e-6,
-                                                        1.0178062445845773521e-7,
-                                                        7.0725859492692236999e-9,
-                                                        4.4549605981865183938e-10};
-};
+// double. Below -1021 the result is 0.
 template <typename T>
 NWFAST_INLINE DVec weight_of(DVec t) {
-  typedef WeightPolynomial<T> Polynomial;
+  typedef Exp2Round<T> Polynomial;
   const IntVec<double> counts = t >= splat(-1021.0);
   t = select<double>(counts, t, splat(-1021.0));
   const DVec rounded = t + Simd<double>::kRound;
   const DVec fraction = t - (rounded - Simd<double>::kRound);
-  DVec p =
-      fraction * Polynomial::kCoefficients[Polynomial::kDegree] + Polynomial::kCoefficients[Polynomial::kDegree - 1];
+  DVec p = fraction * Polynomial::coefficient(Polynomial::kDegree) + Polynomial::coefficient(Polynomial::kDegree - 1);
 #pragma GCC unroll 16
-  for (int i = Polynomial::kDegree - 2; i >= 0; --i) p = p * fraction + Polynomial::kCoefficients[i];
+  for (int i = Polynomial::kDegree - 2; i >= 0; --i) p = p * fraction + Polynomial::coefficient(i);
   return (DVec)(((IntVec<double>)p + ((IntVec<double>)rounded << 52)) & counts);  // p lies in [0.7, 1.5]
 }
 
@@ -535,7 +504,7 @@ NWFAST_INLINE DVec logarithm(DVec x) {
   for (int k = kTerms - 1; k >= 1; --k) p = p * square + 1.0 / (2 * k + 1);
   // The integer as a double, by the bits of 1.5 * 2^52.
   const DVec e = (DVec)((Int)splat(Simd<double>::kRound) + exponent) - Simd<double>::kRound;
-  return e * 0.69314718055994530942 + (s * (square * p) + s) * 2.0;
+  return e * kLn2 + (s * (square * p) + s) * 2.0;
 }
 
 template <typename T>

@@ -86,8 +86,8 @@ NWFAST_INLINE float least_lane<float>(Vec<float> v) {
 // operations: a few of them have to fit into the processor's schedule at a time.
 NWFAST_INLINE Vec<double> near_weight(Vec<double> t) { return weight_of<double>(t); }
 NWFAST_INLINE Vec<float> near_weight(Vec<float> t) {
-  typedef WeightPolynomial<float> Polynomial;
-  const auto coefficient = [](int i) { return static_cast<float>(Polynomial::kCoefficients[i]); };
+  typedef Exp2Round<float> Polynomial;
+  const auto coefficient = [](int i) { return static_cast<float>(Polynomial::coefficient(i)); };
   const Vec<float> least = splat(-125.0f);
 #if NWFAST_LEVEL == 256
   t = _mm256_max_ps(t, least);

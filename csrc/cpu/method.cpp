@@ -95,7 +95,7 @@ bool linear_is_faster(const Problem& problem) {
   read(problem.w, problem.w.offset(problem.batch, 0), 1, 0, &w);
   if (!sample.finite() || !std::isfinite(w)) return false;
   const double scale = std::fabs(w) * std::sqrt(kHalfLog2E);
-  const double negligible = (wide ? 57 : 27) + std::log2(n);
+  const double negligible = (wide ? kNegligibleDouble : kNegligibleFloat) + std::log2(n);
   const double radius = scale > 0 ? std::sqrt(negligible) / scale : INFINITY;
   const double window = n * sample.within(radius);
   const double spacing = std::fmax(1, n / m);  // keys between two queries, about

@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "drivers.h"
+#include "left_out.h"
 
 namespace nwfast {
 namespace {
@@ -230,7 +231,8 @@ struct Wanted {
 };
 
 Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
-  const Problem& problem = call.problem;
+  const WithoutLeftOut kept(call.problem, false);
+  const Problem& problem = kept.problem();
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t m = call.query_rows(), channels = problem.channels;
@@ -331,8 +333,20 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 }
 
 template <typename T>
-void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w, int64_t needs,
-                  const Gradients& gradients, bool linear) {
+void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
+  if (linear && fgt_query_backward(problem, task)) return;
+  scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
+}
+
+template <typename T>
+void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
+  if (linear && fgt_key_backward(problem, task)) return;
+  scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
+}
+
+template <typename T>
+void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTask<T>& task, const Tensor& w,
+                  int64_t needs, const Gradients& gradients, bool linear) {
   task.grad_query = data<T>(std::get<0>(gradients));
   task.grad_key = data<T>(std::get<1>(gradients));
   task.grad_value = data<T>(std::get<2>(gradients));
@@ -346,13 +360,21 @@ void run_backward(const Problem& problem, BackwardTask<T>& task, const Tensor& w
     check(tangents || task.state);
     if (tangents) {
       apply_tangents(problem, task);
-    } else if (!linear || !fgt_query_backward(problem, task)) {
-      scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
+    } else {
+      run_query_backward(kept.problem(), task, linear);
     }
   }
-  if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight)) &&
-      !(linear && fgt_key_backward(problem, task))) {
-    scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
+  if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight))) {
+    run_key_backward(kept.problem(), task, linear);
+    if (kept.any()) {
+      // A pass of its own, so that what left-out keys hold reaches the gradient of their weight and no other.
+      BackwardTask<T> weights = task;
+      Buffer<T> own(task.grad_key_weight ? problem.batch.count * problem.keys : 0);
+      weights.grad_key = weights.grad_value = nullptr;
+      weights.grad_key_weight = own.get();
+      if (task.grad_key_weight) run_key_backward(WithoutLeftOut(problem, true).problem(), weights, linear);
+      settle_left_out(problem, task, own.get());
+    }
   }
   const Tensor& sum = std::get<3>(gradients);
   if (!(needs & kW) || sum.numel() == 0) return;
@@ -379,7 +401,8 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
                    bool exclude_self, int64_t needs) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
   const Problem& problem = call.problem;
-  const bool linear = is_linear(method, problem);
+  const WithoutLeftOut kept(problem, false);
+  const bool linear = is_linear(method, kept.problem());
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   int64_t w_sizes[kMaxRank + 2] = {0};
@@ -403,7 +426,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
     task.state = data<double>(whole[1]);
     task.tangent_w = data<T>(whole[2]);
     task.tangent_q = data<T>(whole[3]);
-    run_backward(problem, task, w, needs, gradients, linear);
+    run_backward(problem, kept, task, w, needs, gradients, linear);
   };
   wide ? run(double()) : run(float());
   return gradients;
@@ -448,7 +471,8 @@ Seven compress_as(const Problem& problem) {
 
 Seven compress(const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight) {
   check(key.dim() == 1 && w.numel() == 1);
-  Problem problem = call_of(key, key, value, w, key_weight, false).problem;
+  const WithoutLeftOut kept(call_of(key, key, value, w, key_weight, false).problem, false);
+  Problem problem = kept.problem();
   problem.queries = 0;
   return problem.key.dtype == Dtype::kDouble ? compress_as<double>(problem) : compress_as<float>(problem);
 }

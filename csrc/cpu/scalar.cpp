@@ -26,13 +26,13 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr double kLow = 0x1p-30, kHigh = 0x1p50;  // of the scale, where coordinates lie within (-2^9, 2^9)
-  static constexpr double kNegligible = 27;                // a weight of 2^-27 is below the rounding error
-  static constexpr double kWeightRange = 60;               // log2 of the ratio of key weights that fits beside scores
+  static constexpr double kNegligible = kNegligibleFloat;
+  static constexpr double kWeightRange = 60;  // log2 of the ratio of key weights that fits beside scores
 };
 template <>
 struct Limits<double> {
   static constexpr double kLow = 0x1p-40, kHigh = 0x1p480;
-  static constexpr double kNegligible = 57;
+  static constexpr double kNegligible = kNegligibleDouble;
   static constexpr double kWeightRange = 900;
 };
 

@@ -12,9 +12,9 @@
 namespace nwfast {
 
 constexpr int kScalarThreads = 128;
-constexpr int kScalarTile = 128;         // keys, or rows, staged at once; their sums go to a second set of accumulators
-constexpr double kFarScore = 32;         // a row whose total is below 2^-kFarScore is far
-constexpr double kNegligibleScore = 27;  // a weight of 2^-27 is below the rounding error
+constexpr int kScalarTile = 128;  // keys, or rows, staged at once; their sums go to a second set of accumulators
+constexpr double kFarScore = 32;  // a row whose total is below 2^-kFarScore is far
+constexpr double kNegligibleScore = kNegligibleFloat;
 
 // Which of a thread's rows take their powers from the polynomial: every kPolynomialShare-th. A pair with the
 // exponential unit takes 8 cycles of it and 6 issue slots, with the polynomial 15 slots: at a share of an eighth both

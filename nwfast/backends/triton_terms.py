@@ -15,10 +15,12 @@ not cancel where they must; products to be fused are written as tl.fma.
 import triton
 import triton.language as tl
 
-ROOT = tl.constexpr(0.84932180028801904272)  # sqrt(log2(e) / 2): base-2 scores are -(ROOT w d)^2
+from .. import constants
+
+ROOT = tl.constexpr(constants.ROOT)  # base-2 scores are -(ROOT w d)^2
 # Near scores are -HALF_LOG2E (w d)^2: w itself is exact, where the rounding of ROOT w would bias every score alike.
-HALF_LOG2E = tl.constexpr(0.72134752044448170368)
-LN2 = tl.constexpr(0.69314718055994530942)
+HALF_LOG2E = tl.constexpr(constants.HALF_LOG2E)
+LN2 = tl.constexpr(constants.LN2)
 # Clamped to this, factors in float64 have finite products, so that 0 * inf cannot occur.
 HUGE = tl.constexpr(1e150)
 # The largest exponent above a row's own that the gradient of a masked key may have; finite in float32.

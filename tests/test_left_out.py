@@ -1,0 +1,216 @@
+"""Keys that are left out do not matter, whatever they hold; nor do rows whose results nobody uses."""
+
+import math
+
+import pytest
+import torch
+
+import nwfast
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# Leading dimensions, D and C; with one feature by every method of the backend.
+FORMS = pytest.mark.parametrize(
+    ("batch", "features", "channels"),
+    [((), 1, 1), ((3,), 1, 1), ((), 1, 12), ((), 2, 1), ((2,), 3, 4), ((), 20, 1)],
+    ids=str,
+)
+HELD = (math.nan, math.inf, -math.inf, 1e30)
+M, N = 30, 40
+
+
+def methods(backend, features):
+    return nwfast.backends.METHODS.get(backend, ("dense",)) if features == 1 else ("dense",)
+
+
+def draw(batch, features, channels, dtype):
+    """Query, key, value, w and key weights, two in five of them 0."""
+    query = torch.rand(*batch, M, features, dtype=dtype)
+    key, value = torch.rand(*batch, N, features, dtype=dtype), torch.randn(*batch, N, channels, dtype=dtype)
+    weight = torch.rand(*batch, N, dtype=dtype) + 0.5
+    weight[torch.rand(*batch, N) < 0.4] = 0
+    weight[..., 0] = 0  # the first key, and a run at the end as in padded batches
+    weight[..., -5:] = 0
+    weight[..., 1] = 1
+    return query, key, value, torch.tensor(3.0, dtype=dtype), weight
+
+
+def results(inputs, grad_out, grad_lse=None, **options):
+    """Out, lse and the gradients of query, key, value, w and key_weight."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out, lse = nwfast.nadaraya_watson(*leaves[:4], key_weight=leaves[4], return_lse=True, **options)
+    loss = (out * grad_out).sum() + (0 if grad_lse is None else (lse * grad_lse).sum())
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def spoil(tensor, left_out):
+    """A copy in which some of the left-out rows hold what must not matter, in one place or in all of them."""
+    tensor = tensor.clone()
+    for place, held in enumerate(HELD):
+        chosen = left_out & (torch.rand(left_out.shape) < 0.4)
+        tensor[..., :1][chosen] = held
+        if place % 2:
+            tensor[chosen] = held
+    return tensor
+
+
+@DTYPES
+@FORMS
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_what_keys_of_weight_zero_hold(backend, batch, features, channels, with_lse, dtype):
+    """To the bit, in results and gradients; their own gradients are 0, that of the weight where it is not defined."""
+    query, key, value, w, weight = draw(batch, features, channels, dtype)
+    left_out = weight == 0
+    grad_out = torch.randn(*batch, M, channels, dtype=dtype)
+    grad_lse = torch.randn(*batch, M, dtype=dtype) if with_lse else None
+    spoilt_key, spoilt_value = spoil(key, left_out), spoil(value, left_out)
+    spoilt = ~(spoilt_key.isfinite().all(-1) & spoilt_value.isfinite().all(-1))
+    for method in methods(backend, features):
+        options = {"backend": backend, "method": method}
+        clean = results((query, key, value, w, weight), grad_out, grad_lse, **options)
+        found = results((query, spoilt_key, spoilt_value, w, weight), grad_out, grad_lse, **options)
+        for name, a, b in zip(("out", "lse", "query", "key", "value", "w"), clean, found, strict=False):
+            assert a.isfinite().all() and torch.equal(a, b), (method, name)
+        assert not found[3][left_out].any() and not found[4][left_out].any()
+        assert torch.equal(found[6][~left_out], clean[6][~left_out])
+        assert found[6].isfinite().all() and not found[6][spoilt].any()
+
+
+@DTYPES
+@FORMS
+def test_keys_of_weight_zero_are_as_if_absent(backend, batch, features, channels, dtype):
+    query, key, value, w, weight = draw((), features, channels, dtype)
+    kept = weight != 0
+    for method in methods(backend, features):
+        options = {"backend": backend, "method": method}
+        grad_out = torch.randn(M, channels, dtype=dtype)
+        found = results((query, spoil(key, ~kept), spoil(value, ~kept), w, weight), grad_out, **options)
+        right = results((query, key[kept], value[kept], w, weight[kept]), grad_out, **options)
+        for place in (3, 4, 6):
+            found[place] = found[place][kept]
+        for name, a, b in zip(("out", "lse", "q", "k", "v", "w", "weight"), found, right, strict=True):
+            scale = float(b.abs().max()) + 1
+            torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * scale, msg=name)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+def test_the_gradient_of_a_weight_of_zero(backend, features, dtype):
+    """It is the true one: what the key would do if it counted a little; finite where it would be beyond the dtype."""
+    inside = torch.linspace(0, 1, 300, dtype=torch.float64)
+    for place, w in ((-2.0, 1.0), (0.5, 30.0), (-0.5, 8.0), (3.0, 2.0)):
+        key = torch.cat([inside, torch.tensor([place], dtype=torch.float64)])[:, None].expand(-1, features)
+        value = torch.cat([torch.sin(5 * inside), torch.tensor([2.0], dtype=torch.float64)])
+        query, weight = torch.linspace(-0.2, 1, 50, dtype=torch.float64)[:, None].expand(-1, features), None
+        weight = torch.ones(301, dtype=torch.float64)
+        weight[-1] = 0
+        scores = -((query[:, None] - key) ** 2).sum(-1) * w**2 / 2
+        p = (scores - torch.logsumexp(scores[:, :-1], -1, keepdim=True)).exp()
+        out = p[:, :-1] @ value[:-1]
+        terms = p * (value - out[:, None])
+        for method in methods(backend, features):
+            leaf = weight.to(dtype).requires_grad_()
+            inputs = (tensor.to(dtype) for tensor in (query, key, value))
+            fitted = nwfast.nadaraya_watson(*inputs, w, key_weight=leaf, backend=backend, method=method)
+            (found,) = torch.autograd.grad(fitted.sum(), leaf)
+            error = (found.double() - terms.sum(0)).abs()
+            assert (error <= 256 * torch.finfo(dtype).eps * (terms.abs().sum(0) + 1e-3)).all(), (
+                place,
+                method,
+            )
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+@pytest.mark.parametrize("apart", [13.0, 60.0, 1e4, 1e9])
+def test_a_key_of_weight_zero_nearer_than_all_others(backend, features, apart, dtype):
+    """No product of 0 and an overflow: not in gradients of w, query, key and value, nor in that of key_weight."""
+    key = torch.tensor([0.0, apart, apart * 1.01], dtype=dtype)[:, None].expand(-1, features)
+    value = torch.tensor([3.0, 1.0, 2.0], dtype=dtype)[:, None]
+    query, weight = torch.zeros(1, features, dtype=dtype), torch.tensor([0.0, 1.0, 1.0], dtype=dtype)
+    w = torch.tensor(1.0, dtype=dtype)
+    grad = torch.ones(1, 1, dtype=dtype)
+    for method in methods(backend, features):
+        options = {"backend": backend, "method": method}
+        found = results((query, key, value, w, weight), grad, grad[:, 0], **options)
+        right = results((query, key[1:], value[1:], w, weight[1:]), grad, grad[:, 0], **options)
+        assert all(result.isfinite().all() for result in found), method
+        assert not found[3][0].any() and not found[4][0].any()
+        for place in (3, 4, 6):
+            found[place] = found[place][1:]
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=64 * torch.finfo(dtype).eps, atol=0)
+
+
+@DTYPES
+@FORMS
+@pytest.mark.parametrize("held", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_what_the_own_key_holds(backend, where, held, batch, features, channels, dtype):
+    """exclude_self: in its own row it does not count; others that count it are NaN, unless it is infinitely far."""
+    key, value = torch.rand(*batch, M, features, dtype=dtype), torch.randn(*batch, M, channels, dtype=dtype)
+    query = key + 0.01
+    spoilt_key, spoilt_value = key.clone(), value.clone()
+    (spoilt_key if where == "key" else spoilt_value)[..., 7, :] = held
+    cotangent = torch.zeros(*batch, M, channels, dtype=dtype)
+    cotangent[..., 7, :] = 1
+    for method in methods(backend, features):
+
+        def run(key, value, method=method):
+            leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+            out = nwfast.nadaraya_watson(*leaves, 3.0, exclude_self=True, backend=backend, method=method)
+            return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+        clean, found = run(key, value), run(spoilt_key, spoilt_value)
+        scale = 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found[0][..., 7, :], clean[0][..., 7, :], rtol=scale, atol=scale)
+        for a, b in zip(found[1:], clean[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=scale * float(b.abs().max()))
+        others = torch.arange(M) != 7
+        if not (where == "key" and math.isinf(held)):
+            assert not found[0][..., others, :].isfinite().any()
+
+
+@DTYPES
+@FORMS
+@pytest.mark.parametrize("held", [math.nan, math.inf, -math.inf])
+def test_rows_that_nobody_uses(backend, held, batch, features, channels, dtype):
+    """Padded queries: a row with a gradient of zero adds nothing, even if it is NaN itself."""
+    query, key, value, w, weight = draw(batch, features, channels, dtype)
+    padded = query.clone()
+    padded[..., -4:, :] = held
+    grad_out, grad_lse = torch.randn(*batch, M, channels, dtype=dtype), torch.randn(*batch, M, dtype=dtype)
+    grad_out[..., -4:, :], grad_lse[..., -4:] = 0, 0
+    for method in methods(backend, features):
+        for cotangents in ((grad_out, None), (grad_out, grad_lse)):
+            options = {"backend": backend, "method": method}
+            clean = results((query, key, value, w, weight), *cotangents, **options)
+            found = results((padded, key, value, w, weight), *cotangents, **options)
+            assert found[0][..., -4:, :].isnan().all()
+            used = torch.arange(M) < M - 4
+            assert not found[2][..., ~used, :].any()
+            pairs = [
+                (a[..., used, :], b[..., used, :]) for a, b in zip(found[:3:2], clean[:3:2], strict=True)
+            ]
+            for a, b in pairs + list(zip(found[3:], clean[3:], strict=True)):
+                scale = 64 * torch.finfo(dtype).eps * float(b.abs().max())
+                torch.testing.assert_close(a, b, rtol=0, atol=scale)
+
+
+@DTYPES
+@FORMS
+def test_a_bandwidth_that_is_not_a_number(backend, batch, features, channels, dtype):
+    """Everything that depends on it is NaN, gradients too; an infinite one makes NaN as well."""
+    query, key, value, _, _ = draw(batch, features, channels, dtype)
+    for method in methods(backend, features):
+        for held in (math.nan, math.inf, -math.inf):
+            leaves = [
+                tensor.clone().requires_grad_()
+                for tensor in (query, key, value, torch.tensor(held, dtype=dtype))
+            ]
+            out, lse = nwfast.nadaraya_watson(*leaves, backend=backend, method=method, return_lse=True)
+            assert out.isnan().all() and lse.isnan().all(), (method, held)
+            alone = nwfast.nadaraya_watson(*leaves, backend=backend, method=method)
+            assert alone.isnan().all()
+            if math.isnan(held):
+                for gradient in torch.autograd.grad(alone.sum(), leaves):
+                    assert gradient.isnan().all(), method
