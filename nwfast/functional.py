@@ -88,9 +88,15 @@ def nadaraya_watson(
         Observed outputs: (N,) or (N, C); (..., N, C) or (..., N); (M, N) for one row of keys a query.
     w : float or Tensor
         Inverse bandwidth 1/h, in the inverse unit of query; the sign does not matter and 0 is average pooling. A
-        scalar, (1,), (D,), or (..., D) with leading dimensions of the batch (one per head).
+        scalar, (1,), (D,), or (..., D) with leading dimensions of the batch (one per head), or more: these broadcast
+        with the leading dimensions of the others, so that (K, 1) over one set of data in one feature gives results
+        (K, M). As torch promotes, tensors and arrays without dimensions and integer tensors take the dtype of query.
+        A number must be finite (under torch.compile it is not looked at); NaN or inf in a tensor gives NaN.
     key_weight : Tensor, optional
-        Weights a_j >= 0 of shape (N,) or (..., N); 0 masks a key out. A negative weight gives NaN.
+        Weights a_j >= 0 of shape (N,) or (..., N), whose leading dimensions broadcast as those of w; masks (bool) and
+        counts (integers) too. A key of weight 0 is left out: as if it were not there, whatever it holds, NaN
+        included; its gradients are 0, and that of its weight is what adding it would change. A negative weight gives
+        NaN.
     exclude_self : bool
         Leave key i out for query i (leave-one-out); needs M == N.
     method : {"auto", "dense", "fgt"}
@@ -124,8 +130,9 @@ def nadaraya_watson(
     float32 and float64 are computed in their own precision; float16 and bfloat16 are storage, computed in float32.
     Under autocast, half-precision inputs are computed in float32 too, and so are returned. Differentiable in query,
     key, value, w and key_weight, twice in all of them (the second derivative builds (M, N) matrices); works under
-    torch.compile(fullgraph=True), torch.export and torch.func. A row that has no key left (all weights 0, or
-    exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
+    torch.compile(fullgraph=True), torch.export and torch.func; torch.onnx.export writes down the plain-PyTorch
+    reference, if it is given the module or function itself, not a program that torch.export made. A row that has no
+    key left (all weights 0, or exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
 
     References
     ----------

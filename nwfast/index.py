@@ -17,6 +17,9 @@ class _Compressed(NamedTuple):
     tensors: list[Tensor]
 
 
+_Held = tuple[Tensor, Tensor, Tensor | None]
+
+
 class KeyIndex:
     r"""Keys and values in one feature, prepared for calls that repeat: training over epochs, predictions in portions.
 
@@ -42,10 +45,14 @@ class KeyIndex:
 
     Notes
     -----
-    Memory: a sorted copy of what is given, the order (8 bytes a key) and the compressed keys of the last w: most where
-    a box holds about 8 keys, then up to 24 bytes a key for each channel and one more. Gradients reach key, value and
-    key_weight as well as w and query; calls that need one visit all keys, in their sorted order. The tensors that were
-    given must not be changed in place afterwards.
+    It holds copies of key, value and key_weight, made with it: no later change of those tensors, in whatever way,
+    reaches it, and calls from several threads may share it. Memory: that sorted copy, the order (8 bytes a key) and the
+    compressed keys of the last w: most where a box holds about 8 keys, then up to 24 bytes a key for each channel and
+    one more.
+
+    Gradients reach query and w, and key, value and key_weight where these required them when the index was made (not
+    under `torch.no_grad`): the copies keep the graph of what they are copies of. Calls that need a gradient visit all
+    keys, in their sorted order. A copy or a pickle of the index holds numbers without a graph.
 
     Examples
     --------
@@ -73,30 +80,37 @@ class KeyIndex:
         canonical(key[:1], key, value, 1.0, key_weight, exclude_self=False)
         backends.resolve(backend, key.device, method)
         self.method, self.backend = method, backend
-        self._given = key, value, key_weight
-        self._versions = self._count_changes()
-        flat = key.detach().reshape(-1)
+        if torch.is_inference_mode_enabled():  # copies that autograd takes too
+            with torch.inference_mode(False):
+                weight = key_weight if key_weight is None else key_weight.detach()
+                self._take(key.detach(), value.detach(), weight)
+        else:
+            self._take(key, value, key_weight)
+        self._compressed: _Compressed | None = None  # a call reads it once: another thread's may replace it
+
+    def _take(self, key: Tensor, value: Tensor, key_weight: Tensor | None) -> None:
+        """Copies of the data, in ascending order of the keys."""
+        self._held: _Held = (
+            key.clone(),
+            value.clone(),
+            key_weight if key_weight is None else key_weight.clone(),
+        )
+        flat = self._held[0].detach().reshape(-1)
         self._order: Tensor | None = None  # None where the keys are in order as they are
         if not bool((flat[1:] >= flat[:-1]).all()):
             self._order = flat.argsort(stable=True)
-        self._sorted = None if self._needs_gradient() else self._in_order()
-        self._compressed: _Compressed | None = None
+        # Where gradients reach the copies each call sorts them anew: backward passes free the graph of what they used.
+        self._is_sorted = self._order is None
+        if not any(tensor is not None and tensor.requires_grad for tensor in self._held):
+            self._held = self._in_order()
+            self._is_sorted = True
 
     def __len__(self) -> int:
         """The number of keys N."""
-        return self._given[0].shape[0]
-
-    def is_of(self, key: Tensor, value: Tensor) -> bool:
-        """Whether the index was made of these very tensors, without a key weight, and they have not changed since."""
-        return (
-            key is self._given[0]
-            and value is self._given[1]
-            and self._given[2] is None
-            and self._count_changes() == self._versions
-        )
+        return self._held[0].shape[0]
 
     def __repr__(self) -> str:
-        key, value, key_weight = self._given
+        key, value, key_weight = self._held
         shapes = f"key {tuple(key.shape)}, value {tuple(value.shape)}" + (
             ", key_weight" if key_weight is not None else ""
         )
@@ -130,10 +144,10 @@ class KeyIndex:
         Parameters
         ----------
         query : Tensor
-            (M,), or (M, 1) where the keys are (N, 1). To leave each key out for its own query pass the keys as they
-            were given to the index: that tensor itself is recognised and not sorted again.
+            (M,), or (M, 1) where the keys are (N, 1). To leave each key out for its own query pass the keys in the
+            order in which they were given to the index.
         w : float or Tensor
-            Inverse bandwidth, a scalar or (1,).
+            Inverse bandwidth, as for `nwfast.nadaraya_watson`.
         exclude_self : bool
             Leave key i out for query i, in the order of the keys as they were given; needs M == N.
         return_lse : bool
@@ -143,25 +157,18 @@ class KeyIndex:
         -------
         out, lse
             As of `nwfast.nadaraya_watson`.
-
-        Raises
-        ------
-        RuntimeError
-            A tensor that the index was made of has been changed in place since.
         """
-        if not torch.compiler.is_compiling():
-            self._require_unchanged()
         if not exclude_self:
             predicted = self._predict(query, w)
             if predicted is not None:
                 return predicted if return_lse else predicted[0]
-        key, value, key_weight = self._in_order() if self._sorted is None else self._sorted
-        restore = None
-        if self._order is not None and isinstance(query, Tensor) and query.shape[:1] == key.shape[:1]:
-            if query is self._given[0]:
-                query, restore = key, self._order
-            elif exclude_self:
-                query, restore = query[self._order], self._order
+        key, value, key_weight = self._in_order()
+        order = self._order if exclude_self else None
+        if order is not None:
+            if not isinstance(query, Tensor) or query.shape[:1] != key.shape[:1]:
+                order = None  # for the op to refuse
+            else:
+                query = query[order]
         result = nadaraya_watson(
             query,
             key,
@@ -173,53 +180,39 @@ class KeyIndex:
             backend=self.backend,
             return_lse=return_lse,
         )
-        if restore is None:
+        if order is None:
             return result
-        places = torch.empty_like(restore).scatter_(
-            0, restore, torch.arange(len(restore), device=restore.device)
-        )
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        rows = -2 if value.ndim == 2 else -1
         if isinstance(result, tuple):
             out, lse = result
-            return out[places], lse[places]
-        return result[places]
+            return out.index_select(rows, places), lse.index_select(-1, places)
+        return result.index_select(rows, places)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_unchanged()
-        return self.__dict__
+        held = tuple(tensor if tensor is None else tensor.detach() for tensor in self._in_order())
+        return {**self.__dict__, "_held": held, "_is_sorted": True}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._versions = self._count_changes()  # copies of tensors count anew
-
-    def _require_unchanged(self) -> None:
-        if self._count_changes() != self._versions:
-            raise RuntimeError("KeyIndex: key, value or key_weight were changed in place; make a new index")
-
-    def _in_order(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        key, value, key_weight = self._given
-        if self._order is None:
-            return key, value, key_weight
+    def _in_order(self) -> _Held:
+        key, value, key_weight = self._held
+        if self._is_sorted or self._order is None:
+            return self._held
         order = self._order
         return key[order], value[order], key_weight if key_weight is None else key_weight[order]
 
-    def _needs_gradient(self) -> bool:
-        return any(tensor is not None and tensor.requires_grad for tensor in self._given)
-
-    def _count_changes(self) -> tuple[int, ...]:
-        """How often each tensor was changed in place; inference tensors do not count."""
-        return tuple(
-            tensor._version for tensor in self._given if tensor is not None and not tensor.is_inference()
-        )
-
     def _predict(self, query: Tensor, w: float | Tensor) -> tuple[Tensor, Tensor] | None:
         """(out, lse) from compressed keys, or None where the call is one for the op."""
-        if self._sorted is None or ops.is_transformed():
+        if not self._is_sorted or ops.is_transformed() or torch.compiler.is_compiling():
             return None
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (query, w)):
+        if isinstance(w, Tensor) and w.numel() != 1:
             return None
-        query, key, value, w, key_weight, drop = canonical(
-            query, *self._sorted[:2], w, self._sorted[2], False
-        )
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in (query, w, *self._held)
+        ):
+            return None
+        query, key, value, w, key_weight, drop = canonical(query, *self._held[:2], w, self._held[2], False)
+        if query.ndim > 2:  # w has leading dimensions
+            return None
         backend = backends.resolve(self.backend, query.device, self.method)
         kernel = ops.choose_kernel(backend, self.method, 1, query.shape[0] * key.shape[0])
         if kernel == backend:

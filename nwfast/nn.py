@@ -1,30 +1,40 @@
 """`NWKernelRegression`, the op as a module with a learnable inverse bandwidth."""
 
 import math
-import weakref
+import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .functional import attention_weights, nadaraya_watson
-from .index import KeyIndex
 from .ops import is_transformed
 from .validation import check_method
 
 
 class _Call(NamedTuple):
-    """What `attention_weights` needs of the last call, detached from its graph."""
+    """What `attention_weights` needs of the last call: copies, which no later change of the data reaches."""
 
-    queries: Tensor
-    keys: Tensor
-    w: Tensor  # a copy: an optimiser changes the parameter in place
+    queries: Tensor | None  # None where the matrix of weights would be beyond any memory
+    keys: Tensor | None
+    w: Tensor
     exclude_self: bool
-    versions: tuple[int, int] | None  # None where a tensor counts no in-place changes
+    compiled: bool
 
 
-# From so many keys on, calls that repeat keys and values share an index of them: sorting 4096 keys takes 0.1 ms.
-_INDEXED_KEYS = 4096
+class _OwnCall(threading.local):
+    """The last call of each thread."""
+
+    call: _Call | None = None
+
+
+# Of calls with more pairs than this no copies are kept: their weights would take 16 GB and more.
+_MOST_PAIRS = 1 << 32
+_INFINITE_BANDWIDTH = "w must not be 0 with log_bandwidth=True: its bandwidth 1/w is infinite"
+_NO_CALL = (
+    "attention_weights are those of the last call, and there is none yet: call the module first "
+    "(calls inside torch.func transforms, torch.export and torch.jit.trace do not count)"
+)
 
 
 class NWKernelRegression(nn.Module):
@@ -71,10 +81,15 @@ class NWKernelRegression(nn.Module):
     Notes
     -----
     w is converted to the dtype of the queries where that is the wider one (float64 data and a float32 parameter),
-    as in the textbook module. Calls outside `torch.func` transforms and export keep a reference to the last queries
-    and keys, for `attention_weights`; copies and pickles of the module leave it out. Calls that repeat the
-    same keys and values, from 4096 keys on, share a `nwfast.KeyIndex`: epochs of training sort them once, and
-    predictions with one w take a time that does not depend on n. It holds a sorted copy of both, and is left out too.
+    as in the textbook module. Entries of w that training makes infinite or NaN give NaN.
+
+    Nothing that a call returns depends on calls before it or in other threads: keys that many calls share can be
+    prepared, by request, in a `nwfast.KeyIndex`. For `attention_weights` calls outside `torch.func` transforms and
+    export keep copies of their queries, keys and w (up to 2**32 pairs); copies and pickles of the module leave
+    them out.
+
+    Assigning a number or a tensor to `w` with `log_bandwidth` sets that parameter to -log |w|. Without it `w` is a
+    parameter like any other, also for `torch.nn.utils.prune`, `parametrize` and `weight_norm`.
 
     Examples
     --------
@@ -107,18 +122,15 @@ class NWKernelRegression(nn.Module):
         self.exclude_self = exclude_self
         self.method = method
         self.backend = backend
-        self._last_call: _Call | None = None
-        self._index: KeyIndex | None = None
-        self._seen: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = (
-            None  # keys and values of the last call
-        )
+        self._last_call: _Call | None = None  # of any thread
+        self._own_call = _OwnCall()
         start = _start(w, device, dtype)
         self._learns_log = log_bandwidth
         if log_bandwidth:
             if w is None:
                 start = start.clamp(min=torch.finfo(start.dtype).tiny)  # the generator may give 0
             if (start == 0).any():
-                raise ValueError("w must not be 0 with log_bandwidth=True: its bandwidth 1/w is infinite")
+                raise ValueError(_INFINITE_BANDWIDTH)
             self.log_bandwidth = nn.Parameter(-start.abs().log())
         else:
             # Not by attribute, which finds the property of this name in the way.
@@ -131,8 +143,41 @@ class NWKernelRegression(nn.Module):
             return torch.exp(-self.log_bandwidth)
         parameter = self._parameters.get("w")
         if parameter is None:
+            parameter = self.__dict__.get("w")  # what torch.nn.utils.prune and weight_norm compute goes there
+        if parameter is None:
             raise AttributeError("w")  # torch.nn.utils.parametrize moves it away and looks whether it is gone
         return parameter
+
+    @w.setter
+    def w(self, w: Tensor) -> None:
+        # nn.Module.__setattr__ takes parameters itself, where they have been registered, and refuses what is none.
+        self.__dict__["w"] = w
+
+    @w.deleter
+    def w(self) -> None:
+        self.__dict__.pop("w", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "w" and self.__dict__.get("_learns_log", False):
+            self._set_log_bandwidth(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_log_bandwidth(self, w: float | Tensor) -> None:
+        parameter = self.log_bandwidth
+        start = _start(w, parameter.device, parameter.dtype)
+        if start.shape != parameter.shape:
+            raise ValueError(f"w must have shape {tuple(parameter.shape)}, got {tuple(start.shape)}")
+        if (start == 0).any():
+            raise ValueError(_INFINITE_BANDWIDTH)
+        with torch.no_grad():
+            parameter.copy_(-start.abs().log())
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached where the property raises AttributeError, whose message would be lost otherwise.
+        if name == "attention_weights":
+            raise AttributeError(_NO_CALL)
+        return super().__getattr__(name)
 
     def forward(
         self, queries: Tensor, keys: Tensor, values: Tensor, *, exclude_self: bool | None = None
@@ -157,63 +202,53 @@ class NWKernelRegression(nn.Module):
         w = self.w
         if isinstance(queries, Tensor) and w.dtype != queries.dtype:
             w = _widened(w, queries.dtype)
-        index = self._index_of(keys, values) if isinstance(keys, Tensor) and keys.ndim == 1 else None
-        if index is not None:
-            out = index(queries, w, exclude_self=exclude_self)
-        else:
-            out = nadaraya_watson(
-                queries, keys, values, w, exclude_self=exclude_self, method=self.method, backend=self.backend
-            )
+        out = nadaraya_watson(
+            queries, keys, values, w, exclude_self=exclude_self, method=self.method, backend=self.backend
+        )
+        call = _remember(queries, keys, w, exclude_self)
         # nn.Module.__setattr__ would cost more than all the rest of this method's bookkeeping.
-        object.__setattr__(self, "_last_call", _remember(queries, keys, w, exclude_self))
+        object.__setattr__(self, "_last_call", call)
+        if not torch.compiler.is_compiling():
+            self._own_call.call = call
         return out
-
-    def _index_of(self, keys: Tensor, values: Any) -> KeyIndex | None:
-        """An index of these very tensors from the second call with them on; None before, and where it is of no use."""
-        if keys.shape[0] < _INDEXED_KEYS or torch.compiler.is_compiling() or is_transformed():
-            return None
-        if (
-            not isinstance(values, Tensor)
-            or keys.device.type != "cpu"
-            or keys.requires_grad
-            or values.requires_grad
-        ):
-            return None
-        if self._index is not None and self._index.is_of(keys, values):
-            return self._index
-        repeated = self._seen is not None and self._seen[0]() is keys and self._seen[1]() is values
-        self._seen = weakref.ref(keys), weakref.ref(values)
-        self._index = KeyIndex(keys, values, method=self.method, backend=self.backend) if repeated else None
-        return self._index
 
     @property
     def attention_weights(self) -> Tensor:
         """Weights of the last call, (M, n) or (..., M, n), with the w of that call: rows sum to 1, no gradient.
 
         They are computed each time they are asked for, in O(M n) memory, and not kept. For weights with a gradient
-        see `nwfast.attention_weights`.
+        see `nwfast.attention_weights`. A thread gets those of its own last call, and one that has made none those of
+        the last call of all; after a compiled call the last one counts, of whichever thread.
 
         Raises
         ------
+        AttributeError
+            There was no call yet.
         RuntimeError
-            There was no call yet, or its queries or keys have been changed in place since.
+            The last call had more than 2**32 pairs of a query and a key.
         """
-        last = self._last_call
+        last, own = self._last_call, self._own_call.call
+        if own is not None and (last is None or not last.compiled):
+            last = own
         if last is None:
+            raise AttributeError(_NO_CALL)
+        if last.queries is None or last.keys is None:
             raise RuntimeError(
-                "attention_weights are those of the last call, and there is none yet: call the module first "
-                "(calls inside torch.func transforms and torch.export do not count)"
-            )
-        if last.versions is not None and last.versions != (last.queries._version, last.keys._version):
-            raise RuntimeError(
-                "attention_weights are not known any more: queries or keys were changed in place since the call"
+                f"attention_weights of the last call would be a matrix of more than {_MOST_PAIRS} entries: call "
+                "nwfast.attention_weights with some of the queries at a time"
             )
         with torch.no_grad():
             return attention_weights(last.queries, last.keys, last.w, exclude_self=last.exclude_self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model must not carry the data of its last call.
-        return {**self.__dict__, "_last_call": None, "_index": None, "_seen": None}
+        state = {**self.__dict__, "_last_call": None}
+        del state["_own_call"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._own_call = _OwnCall()
 
     def extra_repr(self) -> str:
         """Options that differ from their defaults, and the shape of w where it is not (1,)."""
@@ -247,13 +282,19 @@ def _widened(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _remember(queries: Tensor, keys: Tensor, w: Tensor, exclude_self: bool) -> _Call | None:
     compiling = torch.compiler.is_compiling()
-    if is_transformed() or (compiling and torch.compiler.is_exporting()):
+    if is_transformed() or (torch.compiler.is_exporting() if compiling else torch._C._is_tracing()):
         return None  # wrapped tensors, dead once the transform returns
-    versions = None
-    if not (compiling or queries.is_inference() or keys.is_inference()):
-        versions = queries._version, keys._version
-    if queries.requires_grad:
-        queries = queries.detach()
-    if keys.requires_grad:
-        keys = keys.detach()
-    return _Call(queries, keys, w.detach().clone(), exclude_self, versions)
+    own_w = w.detach().clone()
+    if not compiling and _pairs(queries, keys) > _MOST_PAIRS:
+        return _Call(None, None, own_w, exclude_self, False)
+    own_queries = queries.detach().clone()
+    own_keys = own_queries if keys is queries else keys.detach().clone()
+    return _Call(own_queries, own_keys, own_w, exclude_self, compiling)
+
+
+def _pairs(queries: Tensor, keys: Tensor) -> int:
+    """So many entries the matrix of weights has, more where leading dimensions of both are broadcast."""
+    if queries.ndim == 1:
+        return keys.numel() if keys.ndim == 2 else queries.numel() * keys.numel()
+    rows, columns = queries.shape[-2], keys.shape[-2]
+    return max(queries.numel() * columns, keys.numel() * rows) // queries.shape[-1]

@@ -7,8 +7,9 @@ pass without the state that only gradients of keys, values and key weights need.
 
 One call is routed by what surrounds it:
 
-* forward-mode AD (jvp, jacfwd, dual tensors), or compiling a functorch transform: the plain-PyTorch reference. No
-  kernel computes jvps, and inside a transform compilation would drop an autograd.Function's formula;
+* forward-mode AD (jvp, jacfwd, dual tensors), compiling a functorch transform, or export to ONNX: the plain-PyTorch
+  reference. No kernel computes jvps, inside a transform compilation would drop an autograd.Function's formula, and
+  ONNX has no such operators;
 * compiling otherwise: the operator, which carries a fake and an autograd formula;
 * eager, nothing to differentiate: the operator, below autograd;
 * eager, reverse mode: an autograd.Function around the same operators, at half the cost of the operator's own formula;
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, derivatives
-from .backends import reference
+from .backends import is_captured, reference
 from .backends.reference import arithmetic_dtype
 from .derivatives import NEEDS
 
@@ -62,9 +63,9 @@ def nadaraya_watson(
 
     `drop` dimensions of size 1 are dropped at the end of out, and one less at the end of lse.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = is_captured()
     functorch, forward_mode = torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
-    if forward_mode or kernel == "reference" or (compiling and functorch):
+    if forward_mode or kernel == "reference" or (compiling and (functorch or _is_for_onnx())):
         if forward_mode and not compiling:
             derivatives.require_memory("forward-mode derivative", query, key, value)
         out, lse = reference.forward(query, key, value, w, key_weight, exclude_self)
@@ -83,6 +84,8 @@ def nadaraya_watson(
             query, key, value, w, key_weight, exclude_self, tangents, tangents
         )[:2]
     elif compiling:
+        # What torch.jit.trace writes down serves with and without gradients.
+        differentiate = differentiate and torch.compiler.is_compiling()
         tangents = differentiate and not return_lse and _scalar(query, key, value)
         tangent_w, tangent_q = tangents and w.requires_grad, tangents and query.requires_grad
         out, lse = kernels.forward(query, key, value, w, key_weight, exclude_self, tangent_w, tangent_q)[:2]
@@ -118,7 +121,7 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
                 f"method='fgt' is for data of one feature, got query and key of D = {features} features"
             )
         return f"{backend}_fgt"
-    if not torch.compiler.is_compiling() and pairs <= _DENSE_PAIRS:
+    if not is_captured() and pairs <= _DENSE_PAIRS:
         return backend
     return f"{backend}_auto"
 
@@ -149,9 +152,18 @@ def predict(kernel: str, compressed: list[Tensor], query: Tensor, drop: int) -> 
     else:
         try:
             out, lse = torch.ops.nwfast.native_fgt_predict(x.squeeze(-1), *compressed)
-        except RuntimeError:  # queries at 1e100 and beyond
-            return None
+        except RuntimeError as error:  # queries at 1e100 and beyond
+            if _BEYOND_PREPARED in str(error):
+                return None
+            raise
     return _drop(out, drop).to(query.dtype), _drop(lse, drop - 1)
+
+
+def _is_for_onnx() -> bool:
+    """Whether the program is for ONNX, which knows torch's own operators alone."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:
@@ -191,7 +203,7 @@ def direct(
         and w.is_cpu
         and (key_weight is None or key_weight.is_cpu)
         and (query.dtype is torch.float32 or query.dtype is torch.float64)
-        and not torch.compiler.is_compiling()
+        and not is_captured()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
@@ -215,14 +227,22 @@ def direct(
                 query, key, value, w, key_weight, exclude_self, return_lse, False, False
             )
         return outputs[:2] if return_lse else outputs[0]
-    except (RuntimeError, TypeError):
-        return None
+    except RuntimeError as error:
+        if _REFUSED in str(error) or any(x.layout != torch.strided for x in (query, key, value, w)):
+            return None
+        raise  # a failure of the kernel, as memory that it does not get
+
+
+# How the native operators begin their refusals of tensors in other forms, before they allocate or compute anything.
+_REFUSED = "nwfast: operators take"
+# How native_fgt_predict begins its refusal.
+_BEYOND_PREPARED = "nwfast: queries beyond"
 
 
 def _drop(result: Tensor, dims: int) -> Tensor:
     if dims <= 0:
         return result
-    return result.squeeze(-1) if dims == 1 else result.flatten()
+    return result.squeeze(-1) if dims == 1 else result.reshape(result.shape[:-2])
 
 
 def _scalar(query: Tensor, key: Tensor, value: Tensor) -> bool:

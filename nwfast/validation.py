@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .backends import METHODS as BACKEND_METHODS
-from .backends import batch_shape
+from .backends import batch_shape, is_captured
 
 METHODS = ("dense", *sorted({m for methods in BACKEND_METHODS.values() for m in methods} - {"dense"}))
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
 
 # query, key, value (None if None was given), w, key_weight, and how many dimensions of size 1 the result has at its
 # end that the caller did not give: 1 where value has no channel dimension, 2 where keys are per query as well.
@@ -103,14 +105,28 @@ def canonical(
         )
     if query_ndim > 2:
         _check_leading(query, key, value)
-    if isinstance(w, Tensor) and w.ndim == 1 and w.dtype == query.dtype and w.shape[0] == 1:
+    if (
+        isinstance(w, Tensor)
+        and w.ndim == 1
+        and w.dtype == query.dtype
+        and w.shape[0] == 1
+        and key_weight is None
+    ):
         if w.device != query.device:
             raise _device_error("w", w, query)
-    else:
-        w = _canonical_w(w, query, batch_shape(query, key, key if value is None else value))
+        return query, key, value, w, None, drop
+    batch = batch_shape(query, key, key if value is None else value)
+    w = _canonical_w(w, query)
+    whole = _broadcast("w", w, "D", (1, query.shape[-1]), batch)
     if key_weight is not None:
-        batch = batch_shape(query, key, key if value is None else value)
-        key_weight = _canonical_key_weight(key_weight, query, n_keys, batch)
+        key_weight = _canonical_key_weight(key_weight, query)
+        whole = _broadcast("key_weight", key_weight, "N", (n_keys,), whole)
+    if whole != batch:  # by views: results take their leading dimensions from these three
+        query, key = (_with_leading(tensor, len(whole)) for tensor in (query, key))
+        value = value if value is None else _with_leading(value, len(whole))
+        query = query.expand(*whole, *query.shape[-2:])
+    if key_weight is not None:
+        key_weight = key_weight[(None,) * (len(whole) + 1 - key_weight.ndim)]
     return query, key, value, w, key_weight, drop
 
 
@@ -201,48 +217,61 @@ def _check_leading(query: Tensor, key: Tensor, value: Tensor | None) -> None:
                 common = size
 
 
-def _canonical_w(w: float | Tensor, query: Tensor, batch: tuple[int, ...]) -> Tensor:
+def _canonical_w(w: Any, query: Tensor) -> Tensor:
+    """The inverse bandwidth with a dimension at least, in the dtype of query, or in float32 beside half precision."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not isinstance(w, Tensor):
-        if isinstance(w, bool) or not isinstance(w, (int, float, numbers.Real)):
+        if not isinstance(w, _NUMBERS) and getattr(w, "shape", None) == () and hasattr(w, "item"):
+            w = w.item()  # an array of numpy
+        if isinstance(w, bool) or not isinstance(w, _NUMBERS):
             raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        number: Any = w
+        if is_captured():  # a comparison, or a constant, would make a program for this one number
+            return torch.ones(1, dtype=dtype, device=query.device) * number
         largest = torch.finfo(dtype).max
-        if not -largest <= w <= largest:
+        if not -largest <= number <= largest:
             raise ValueError(f"w must be finite in {dtype}, got {w}")
-        return torch.full((1,), w, dtype=dtype, device=query.device)
+        return torch.full((1,), number, dtype=dtype, device=query.device)
+    if w.dtype in _INTEGERS or (w.ndim == 0 and w.dtype in _DTYPES and w.dtype != query.dtype):
+        # As torch promotes: integers, and tensors without dimensions, take the floating dtype of the others.
+        w = w if w.dtype == torch.float32 and query.dtype in _HALF else w.to(dtype)
     _check_tensor("w", w)
     # A float32 w may stand beside half-precision data: its gradient needs the bits.
     if not (w.dtype == torch.float32 and query.dtype in _HALF):
         _check_companion("w", w, query)
     elif w.device != query.device:
         raise _device_error("w", w, query)
-    if w.ndim == 0:
-        return w.unsqueeze(0)
-    features = query.shape[-1]
-    if (w.shape[-1] != 1 and w.shape[-1] != features) or not _fits(w.shape[:-1], batch):
-        raise ValueError(
-            f"w must be a scalar or have shape (1,), (D,) or (..., D) with D = {features} and leading dimensions "
-            f"that broadcast to {tuple(batch)}, got {tuple(w.shape)}"
-        )
-    return w
+    return w.unsqueeze(0) if w.ndim == 0 else w
 
 
-def _canonical_key_weight(key_weight: Tensor, query: Tensor, n_keys: int, batch: tuple[int, ...]) -> Tensor:
+def _canonical_key_weight(key_weight: Any, query: Tensor) -> Tensor:
+    """Masks and counts, too, in the dtype of query."""
+    if isinstance(key_weight, Tensor) and (key_weight.dtype in _INTEGERS or key_weight.dtype == torch.bool):
+        key_weight = key_weight.to(query.dtype)
     _check_tensor("key_weight", key_weight)
     _check_companion("key_weight", key_weight, query)
-    if (
-        key_weight.ndim == 0
-        or key_weight.shape[-1] != n_keys
-        or key_weight.ndim not in (1, len(batch) + 1)
-        or not _fits(key_weight.shape[:-1], batch)
-    ):
-        raise ValueError(
-            f"key_weight must have shape (N,) or (..., N) with N = {n_keys} and leading dimensions that broadcast "
-            f"to {tuple(batch)}, got {tuple(key_weight.shape)}"
-        )
-    if key_weight.ndim == 1 and batch:
-        key_weight = key_weight[(None,) * len(batch)]
     return key_weight
+
+
+def _broadcast(
+    name: str, tensor: Tensor, last: str, sizes: tuple[int, ...], batch: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The leading dimensions of the result: those of the others, `batch`, with those of w or key_weight."""
+    if tensor.ndim > 0 and tensor.shape[-1] in sizes:
+        leading = tensor.shape[:-1]
+        if _fits(leading, batch):
+            return batch
+        if _fits_both(leading, batch):
+            return tuple(torch.broadcast_shapes(leading, batch))
+    own = f"be a scalar or have shape (1,), ({last},)" if name == "w" else f"have shape ({last},)"
+    raise ValueError(
+        f"{name} must {own} or (..., {last}) with {last} = {sizes[-1]} and leading dimensions that broadcast with "
+        f"{tuple(batch)}, got {tuple(tensor.shape)}"
+    )
+
+
+def _with_leading(tensor: Tensor, rank: int) -> Tensor:
+    return tensor[(None,) * (rank + 2 - tensor.ndim)]
 
 
 def _fits(leading: torch.Size, batch: tuple[int, ...]) -> bool:
@@ -251,3 +280,8 @@ def _fits(leading: torch.Size, batch: tuple[int, ...]) -> bool:
         return False
     pairs = zip(reversed(leading), reversed(batch), strict=False)
     return all(size == 1 or size == batch_size for size, batch_size in pairs)
+
+
+def _fits_both(leading: torch.Size, batch: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(leading), reversed(batch), strict=False)
+    return all(size == 1 or batch_size == 1 or size == batch_size for size, batch_size in pairs)

@@ -242,6 +242,67 @@ def test_export(backend, strict):
         assert_same(program.module()(*arguments), module(*arguments))
 
 
+@pytest.mark.parametrize("numbers", [[0.5 + 0.3 * i for i in range(12)], range(1, 13)], ids=["float", "int"])
+@pytest.mark.parametrize("what", ["op", "attention_weights"])
+def test_one_program_for_all_numbers(native, numbers, what):
+    """The first is taken for a constant, the second for any: no more than two, as for the textbook lines."""
+    programs = []
+
+    def record(graph, example):
+        programs.append(graph)
+        return graph.forward
+
+    query, key, value = torch.rand(5), torch.rand(7), torch.rand(7)
+
+    def function(w):
+        if what == "op":
+            return nwfast.nadaraya_watson(query, key, value, w)
+        return nwfast.attention_weights(query, key, w)
+
+    compiled = torch.compile(function, fullgraph=True, backend=record)
+    for w in numbers:
+        assert_same(compiled(w), function(w), 1e-5)
+    assert len(programs) <= 2
+
+
+def test_number_out_of_a_tensor(native):
+    query, key, value, w, _ = (tensor.detach() for tensor in make())
+
+    def function(w):
+        return nwfast.nadaraya_watson(query, key, value, w.item())
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for factor in (1, 2, 3):
+            assert_same(compiled(factor * w), function(factor * w))
+
+
+@pytest.mark.parametrize("how", ["AUTO", "DYNAMIC", "named"])
+def test_export_of_the_module_is_for_all_sizes(native, how):
+    net = nwfast.NWKernelRegression(w=2.0)
+    dim = torch.export.Dim
+    m, n = (dim("m", min=2), dim("n", min=2)) if how == "named" else [getattr(dim, how)] * 2
+    x = torch.rand(50)
+    program = torch.export.export(net, (x, x + 1, x.cos()), dynamic_shapes=({0: m}, {0: n}, {0: n}))
+    for size in (2, 3, 4095, 4096, 10000):
+        query, key, value = torch.rand(7), torch.rand(size), torch.rand(size)
+        assert_same(program.module()(query, key, value), net(query, key, value), 1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_to_onnx_has_operators_of_torch_alone(native, monkeypatch, strict):
+    """ONNX knows no others. Its own packages need not be there: torch tells that the export is for it by a flag."""
+    from torch.onnx._internal.exporter import _flags
+
+    net = nwfast.NWKernelRegression(w=2.0)
+    x, y = torch.rand(5), torch.rand(6)
+    monkeypatch.setattr(_flags, "_is_onnx_exporting", True)
+    program = torch.export.export(net, (x, y, y.cos()), strict=strict)
+    monkeypatch.undo()
+    assert not any("nwfast" in name for name in nodes(program.graph_module))
+    assert_same(program.module()(x, y, y), net(x, y, y), 1e-5)
+
+
 def test_make_fx_traces_the_operator(backend):
     function = op(backend)
     arguments = [tensor.detach() for tensor in make()]

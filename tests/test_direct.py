@@ -93,5 +93,34 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
         (x[:, None], x[:, None], x, w, None),
         (x.half(), x.half(), x.half(), w.half(), None),
         (x, x, x, 1.0, None),
+        (x, x.long(), x, w, None),
+        (x, x, x.bool(), w, None),
+        (x, x, x, w, x > 0),
+        (x, x.to_sparse(), x, w, None),
+        (x, x, x.to_sparse(), w, None),
+        (x, x, x, w[:0], None),
+        (x, x, x, w, torch.tensor(1.0)),
     ):
         assert ops.direct(*arguments, False, "auto", False) is None
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), TypeError("no")]
+)
+def test_a_failure_is_no_refusal(monkeypatch, error, differentiate):
+    """It reaches the caller; no other kernel is tried instead."""
+    x, w = torch.rand(3), torch.ones(1, requires_grad=differentiate)
+    kernels = ops._KERNELS["native"]
+    tried = []
+
+    def fail(*arguments):
+        tried.append(arguments)
+        raise error
+
+    monkeypatch.setattr(kernels, "stateless", fail)
+    eager, _ = ops._functions(fail, fail, fail)
+    monkeypatch.setattr(kernels, "eager", eager)
+    with pytest.raises(type(error), match=str(error)):
+        nwfast.nadaraya_watson(x, x, x, w)
+    assert len(tried) == 1

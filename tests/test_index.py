@@ -1,6 +1,8 @@
 """KeyIndex: the same numbers as the op, whatever is prepared and kept."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,12 +114,64 @@ def test_training_w(backend):
     torch.testing.assert_close(w.grad, expected.grad, rtol=1e-10, atol=1e-10)
 
 
-def test_a_change_in_place_is_noticed():
+CHANGES = {
+    "in place": lambda tensor, array: tensor.add_(1),
+    "numpy": lambda tensor, array: array.__iadd__(1),
+    "data": lambda tensor, array: tensor.data.neg_(),
+    "assigned data": lambda tensor, array: setattr(tensor, "data", torch.zeros_like(tensor)),
+}
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_holds_copies(change, ascending):
     key, value, query = data(torch.float32)
+    key = key.sort().values if ascending else key
+    weight = torch.rand(len(key))
+    tensors = {"key": key, "value": value, "key_weight": weight}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for name in tensors:
+        index = nwfast.KeyIndex(**tensors)
+        twin = nwfast.KeyIndex(**{name: tensor.clone() for name, tensor in tensors.items()})
+        if name == "key_weight":
+            index(query, 2.0)  # compressed before the change
+        CHANGES[change](tensors[name], arrays[name])
+        for w in (2.0, 50.0, torch.tensor(3.0, requires_grad=True)):
+            assert torch.equal(index(query, w), twin(query, w))
+
+
+def test_made_in_inference_mode_it_serves_training():
+    key, value, query = data(torch.float64, n=200)
+    with torch.inference_mode():
+        index = nwfast.KeyIndex(key + 0, value)
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    index(query, w).sum().backward()
+    assert w.grad.abs() > 0
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "fgt"])
+def test_threads_with_other_bandwidths(backend, method):
+    """The compressed keys of one call must not serve another's."""
+    key, value, query = data(torch.float64, n=5000, m=200)
+    index = nwfast.KeyIndex(key, value, backend=backend, method=method)
+    ws = [2.0, 3.0, 40.0, 500.0]
+    expected = [index(query, w) for w in ws]
+    with ThreadPoolExecutor(4) as pool:
+        same = pool.map(lambda i: torch.equal(index(query, ws[i % 4]), expected[i % 4]), range(200))
+        assert all(same)
+
+
+def test_leading_dimensions_of_w():
+    key, value, query = data(torch.float64, n=300, m=20, channels=(2,))
     index = nwfast.KeyIndex(key, value)
-    value += 1
-    with pytest.raises(RuntimeError, match="changed in place"):
-        index(query, 2.0)
+    w = torch.tensor([[2.0], [30.0]], dtype=torch.float64)
+    for exclude_self, x in ((False, query), (True, key)):
+        out, lse = index(x, w, exclude_self=exclude_self, return_lse=True)
+        for row in range(2):
+            exact, exact_lse = textbook(x, key, value, w[row], exclude_self=exclude_self)
+            close(out[row], exact, torch.float64, 10.0)
+            close(lse[row], exact_lse, torch.float64, 10.0)
+    assert index(query, w[:1, :1]).shape == (1, 20, 2)
 
 
 def test_bad_input():
@@ -147,3 +201,9 @@ def test_it_names_itself_and_can_be_copied():
     assert len(index) == 50
     assert repr(index) == "KeyIndex(key (50,), value (50,), torch.float32, cpu)"
     assert torch.equal(copy.deepcopy(index)(query, 3.0), index(query, 3.0))
+    assert torch.equal(pickle.loads(pickle.dumps(index))(query, 3.0), index(query, 3.0))
+    key.requires_grad_()
+    index = nwfast.KeyIndex(key * 1, value)
+    assert index(query, 3.0).requires_grad
+    for twin in (copy.deepcopy(index), copy.copy(index), pickle.loads(pickle.dumps(index))):
+        assert torch.equal(twin(query, 3.0), index(query, 3.0).detach())

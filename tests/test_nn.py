@@ -1,11 +1,14 @@
 import copy
+import inspect
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import nwfast
 from nwfast import datasets
@@ -157,18 +160,80 @@ def test_attention_weights_are_those_of_the_last_call(data, exclude_self):
 
 
 def test_attention_weights_need_a_call():
-    with pytest.raises(RuntimeError, match="there is none yet"):
-        _ = NWKernelRegression().attention_weights
-
-
-@pytest.mark.parametrize("name", ["queries", "keys"])
-def test_attention_weights_notice_data_changed_in_place(data, name):
-    queries, keys = data.x_train.clone(), data.x_train.clone()
-    net = NWKernelRegression(dtype=keys.dtype)
-    net(queries, keys, data.y_train)
-    {"queries": queries, "keys": keys}[name].mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place since the call"):
+    net = NWKernelRegression()
+    with pytest.raises(AttributeError, match="there is none yet"):
         _ = net.attention_weights
+    assert not hasattr(net, "attention_weights")
+    assert getattr(net, "attention_weights", None) is None
+    with pytest.raises(AttributeError, match="no attribute 'attention_weight'"):
+        _ = net.attention_weight
+    assert "w" in dict(inspect.getmembers(net))
+
+
+CHANGES = {
+    "in place": lambda tensor, array: tensor.mul_(2),
+    "numpy": lambda tensor, array: array.__imul__(2),
+    "data": lambda tensor, array: tensor.data.neg_(),
+    "assigned data": lambda tensor, array: setattr(tensor, "data", torch.zeros_like(tensor)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_attention_weights_are_of_the_data_at_the_time_of_the_call(data, change):
+    for name in ("queries", "keys", "w"):
+        net = NWKernelRegression(dtype=torch.float64)
+        tensors = {"queries": data.x_test.clone(), "keys": data.x_train.clone(), "w": net.w.detach()}
+        expected = nwfast.attention_weights(*tensors.values())
+        net(tensors["queries"], tensors["keys"], data.y_train)
+        CHANGES[change](tensors[name], tensors[name].numpy())
+        assert torch.equal(net.attention_weights, expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("n", [50, 5000])
+def test_no_call_remembers_the_data_of_another(change, n):
+    """Repeated calls with the same tensors, whose content changes by ways that no version counter sees."""
+    x, y = torch.rand(n) * 5, torch.randn(n)
+    queries = torch.rand(20) * 5
+    net = NWKernelRegression(w=2.0).eval()
+    for _ in range(3):
+        net(queries, x, y)
+    for tensor in (y, x):
+        CHANGES[change](tensor, tensor.numpy())
+        for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with context():
+                found = net(queries, x, y)
+            assert torch.equal(found.detach(), nwfast.nadaraya_watson(queries, x, y, net.w).detach())
+
+
+@pytest.mark.parametrize("n", [50, 4500])
+def test_threads_get_the_results_and_weights_of_their_own_calls(n):
+    net = NWKernelRegression(w=2.0).eval()
+    sets = [(torch.rand(n).sort().values, torch.full((n,), float(i))) for i in range(4)]
+    queries = torch.rand(3)
+
+    def work(i):
+        keys, values = sets[i]
+        expected = nwfast.attention_weights(queries, keys, 2.0)
+        for _ in range(50):
+            with torch.no_grad():
+                out = net(queries, keys, values)
+            torch.testing.assert_close(out, torch.full_like(out, i), rtol=1e-5, atol=0)
+            assert torch.equal(net.attention_weights, expected)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert net.attention_weights.shape == (3, n)  # a thread without a call of its own: the last of all
+
+
+def test_attention_weights_beyond_any_memory():
+    net = NWKernelRegression(method="fgt")
+    x = torch.linspace(0, 1, 70_000)
+    net(x, x, x)
+    with pytest.raises(RuntimeError, match="some of the queries at a time"):
+        _ = net.attention_weights
+    assert net._last_call.queries is None
 
 
 def test_failed_call_keeps_the_weights_of_the_call_before(data):
@@ -288,7 +353,7 @@ def test_copies_carry_the_parameter_and_leave_the_data(data, copy_of, log_bandwi
     expected = net(x * 1.0, x, data.y_train)
     size = len(pickle.dumps(net))
     twin = copies[copy_of](net)
-    with pytest.raises(RuntimeError, match="there is none yet"):
+    with pytest.raises(AttributeError, match="there is none yet"):
         _ = twin.attention_weights
     assert net.attention_weights.shape == (50, 50)
     assert torch.equal(twin(x, x, data.y_train), expected)
@@ -321,7 +386,7 @@ def test_torch_func_gives_the_gradient_and_leaves_no_weights(data):
         return functional_call(net, {"w": w}, (x_test, x, y)).sum()
 
     gradient = torch.func.grad(total)(net.w.detach())
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
+    with pytest.raises(AttributeError, match=r"torch\.func"):
         _ = net.attention_weights
     net(x_test, x, y).sum().backward()
     torch.testing.assert_close(gradient, net.w.grad)
@@ -361,6 +426,68 @@ def test_parametrizes(data):
         data.x_test, data.x_train, data.y_train, float(torch.tensor(0.5).double().exp())
     )
     torch.testing.assert_close(net(data.x_test, data.x_train, data.y_train).detach(), expected)
+
+
+def test_traces_a_fresh_module(data):
+    arguments = tuple(column.clone() for column in (data.x_test, data.x_train, data.y_train))
+    net = NWKernelRegression(w=1.3, dtype=torch.float64).eval()
+    traced = torch.jit.trace(net, arguments)
+    for m, n in ((50, 50), (7, 30)):
+        cut = arguments[0][:m], arguments[1][:n], arguments[2][:n]
+        torch.testing.assert_close(traced(*cut), nwfast.nadaraya_watson(*cut, net.w))
+
+
+def test_prunes_and_restores(data):
+    key, value, query = torch.rand(9, 2), torch.rand(9), torch.rand(5, 2)
+    net = NWKernelRegression(w=torch.tensor([2.0, 0.1]))
+    prune.l1_unstructured(net, "w", amount=1)
+    assert net.w.tolist() == [2.0, 0.0]
+    out = net(query, key, value)
+    torch.testing.assert_close(out, nwfast.nadaraya_watson(query, key, value, torch.tensor([2.0, 0.0])))
+    out.sum().backward()
+    assert net.w_orig.grad[0] != 0
+    assert net.w_orig.grad[1] == 0
+    prune.remove(net, "w")
+    assert isinstance(net.w, nn.Parameter)
+    assert list(net.state_dict()) == ["w"]
+
+
+def test_weight_norm(data):
+    arguments = data.x_test, data.x_train, data.y_train
+    for normalise in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        net = NWKernelRegression(w=1.3, dtype=torch.float64)
+        expected = net(*arguments).detach()
+        normalise(net, "w")
+        out = net(*arguments)
+        torch.testing.assert_close(out.detach(), expected)
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_parametrization_is_removed(data):
+    net = NWKernelRegression(w=0.5)
+    nn.utils.parametrize.register_parametrization(net, "w", nn.Softplus())
+    assert net.w.item() == pytest.approx(nn.functional.softplus(torch.tensor(0.5)).item())
+    nn.utils.parametrize.remove_parametrizations(net, "w")
+    assert [name for name, _ in net.named_parameters()] == ["w"]
+
+
+def test_assigning_w(data):
+    plain, log = NWKernelRegression(w=1.0), NWKernelRegression(w=1.0, log_bandwidth=True)
+    parameter = nn.Parameter(torch.tensor([3.0]))
+    plain.w = parameter
+    assert plain.w is parameter
+    with pytest.raises(TypeError, match="cannot assign"):
+        plain.w = 2.0
+    for value in (parameter, torch.tensor(-3.0), 3, 3.0):
+        log.log_bandwidth.data.zero_()
+        log.w = value
+        torch.testing.assert_close(log.w.detach(), torch.tensor([3.0]))
+        assert [name for name, _ in log.named_parameters()] == ["log_bandwidth"]
+    for value, match in ((0.0, "must not be 0"), (torch.inf, "must be finite"), (torch.ones(2), "shape")):
+        with pytest.raises(ValueError, match=match):
+            log.w = value
+    torch.testing.assert_close(log.w.detach(), torch.tensor([3.0]))
 
 
 def test_inference_mode(data):

@@ -113,3 +113,146 @@ def test_edge_cases():
     )
     lone = nwfast.nadaraya_watson(key[:1], key[:1], value[:1], exclude_self=True, backend="reference")
     assert lone.isnan().all()
+
+
+ODD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "1e30": 1e30, "-2": -2.0}
+
+
+def leaves_of(dtype, *lists):
+    return [torch.tensor(numbers, dtype=dtype, requires_grad=True) for numbers in lists]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("what", ["key", "value"])
+@pytest.mark.parametrize("odd", ODD)
+def test_left_out_key_does_not_matter(odd, what, dtype):
+    """Values, first and second derivatives, forward mode and the matrix are those without it."""
+    query, key, value, w, weight = leaves_of(dtype, [0, 1], [0.1, 0.2, 0.3], [1, 2, 4], [2], [1, 0, 1])
+    {"key": key, "value": value}[what].data[1] = ODD[odd]
+    leaves = [query, key, value, w, weight]
+    kept = torch.tensor([0, 2])
+    few = [query, *(tensor.detach()[kept].requires_grad_() for tensor in (key, value)), w]
+
+    def total(query, key, value, w, weight=None):
+        out, lse = nwfast.nadaraya_watson(
+            query, key, value, w, key_weight=weight, backend="reference", return_lse=True
+        )
+        return out.sin().sum() + lse.sum()
+
+    found = torch.autograd.grad(total(*leaves), leaves, create_graph=True)
+    right = torch.autograd.grad(total(*few), few, create_graph=True)
+    for place, (a, b) in enumerate(zip(found, right, strict=False)):
+        if place in (1, 2):
+            assert a[1] == 0
+            a = a[kept]
+        torch.testing.assert_close(a, b)
+    assert found[4].isfinite().all()
+    if odd in ("nan", "inf", "-inf"):
+        assert found[4][1] == 0
+    second = torch.autograd.grad(found[3], leaves, retain_graph=True)
+    expected = torch.autograd.grad(right[3], few)
+    torch.testing.assert_close(second[3], expected[3])
+    assert all(gradient.isfinite().all() for gradient in second)
+    tangents = [torch.ones_like(tensor) for tensor in leaves[:4]]
+    _, tangent = torch.func.jvp(lambda *x: total(*x, weight.detach()), tuple(leaves[:4]), tuple(tangents))
+    assert tangent.isfinite()
+    stack = torch.stack([w.detach(), 2 * w.detach()])
+    mapped = torch.vmap(torch.func.grad(total, 3), (None, None, None, 0, None))(
+        *(x.detach() for x in leaves[:3]), stack, weight.detach()
+    )
+    torch.testing.assert_close(mapped[0], found[3].detach())
+    matrix = nwfast.attention_weights(query, key, w, key_weight=weight)
+    assert (matrix[:, 1] == 0).all()
+    torch.testing.assert_close(matrix[:, kept], nwfast.attention_weights(query, few[1], w))
+
+
+def test_gradient_of_the_weight_of_a_left_out_key():
+    key = torch.cat([torch.tensor([-2.0]), torch.linspace(0, 1, 302)[1:-1]]).double()
+    query, value, weight = torch.rand(20).double(), torch.rand(301).double(), torch.ones(301).double()
+    found = []
+    for first in (0.0, 1e-9):  # beside the derivative there, a difference
+        weight[0] = first
+        leaf = weight.clone().requires_grad_()
+        out = nwfast.nadaraya_watson(query, key, value, 1.0, key_weight=leaf, backend="reference").sum()
+        found.append((out.detach(), torch.autograd.grad(out, leaf)[0][0]))
+    assert abs(found[0][1]) > 1e-5
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=0)
+    torch.testing.assert_close((found[1][0] - found[0][0]) / 1e-9, found[0][1], rtol=1e-3, atol=0)
+
+
+def test_left_out_key_nearer_than_all_others():
+    for distance in (13.0, 113.0, 1e6, 1e30):
+        w, weight = leaves_of(torch.float32, 1.0, [0, 1, 1])
+        key = torch.tensor([0.0, distance, distance * 1.01])
+        out = nwfast.nadaraya_watson(
+            torch.zeros(1), key, torch.tensor([3.0, 1.0, 2.0]), w, key_weight=weight, backend="reference"
+        )
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), (w, weight)))
+        weight = weight.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf"])
+def test_own_key_that_is_left_out_holds_anything(odd):
+    """Every other row counts it; without a cotangent those add nothing."""
+    x = torch.tensor([0.0, 3.0, 1.0, 7.0])
+    for what in range(2):
+        key, value = x.clone(), x.cos()
+        (key, value)[what][3] = ODD[odd]
+        key.requires_grad_(), value.requires_grad_()
+        out = nwfast.nadaraya_watson(x, key, value, 1.0, exclude_self=True, backend="reference")
+        right = nwfast.nadaraya_watson(x[3:], x[:3], x[:3].cos(), 1.0, backend="reference")
+        torch.testing.assert_close(out[3:], right)
+        if (odd, what) != ("inf", 0):
+            assert not out[:3].isfinite().any()
+        gradients = torch.autograd.grad(out[3], (key, value))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert all(gradient[3] == 0 for gradient in gradients)
+
+
+def test_not_a_number_in_what_counts():
+    def run(query=(0.0, 1.0), key=(0.1, 0.2, 0.3), value=(1.0, 2.0, 4.0), w=(2.0,), weight=(1.0, 1.0, 1.0)):
+        leaves = leaves_of(torch.float32, query, key, value, w, weight)
+        out, lse = nwfast.nadaraya_watson(
+            *leaves[:4], key_weight=leaves[4], backend="reference", return_lse=True
+        )
+        return out, lse, leaves
+
+    nan = np.nan
+    for odd in (nan, np.inf, -np.inf):
+        out, lse, leaves = run(w=(odd,))
+        assert out.isnan().all()
+        assert lse.isnan().all()
+        assert all(g.isnan().all() for g in torch.autograd.grad(out.sum(), leaves[:4]))
+    for options in ({"key": (0.1, nan, 0.3)}, {"weight": (1.0, nan, 1.0)}, {"weight": (1.0, -1.0, 1.0)}):
+        out, lse, _ = run(**options)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+    out, lse, _ = run(value=(1.0, nan, 4.0))
+    assert out.isnan().all()
+    assert lse.isfinite().all()
+    out, lse, _ = run(key=(0.1, np.inf, 0.3))  # infinitely far
+    expected, expected_lse, _ = run(weight=(1.0, 0.0, 1.0))
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf"])
+def test_padded_queries(odd):
+    """A row without a cotangent adds nothing, whatever it holds."""
+    query, key, value, w = leaves_of(torch.float64, [0, ODD[odd]], [0.1, 0.2, 0.3], [1, 2, 4], [2])
+    out, lse = nwfast.nadaraya_watson(query, key, value, w, backend="reference", return_lse=True)
+    assert out.isnan().tolist() == [False, True]
+    assert lse[1].isnan() if odd == "nan" else lse[1] == -torch.inf
+    alone, alone_lse = nwfast.nadaraya_watson(query[:1], key, value, w, backend="reference", return_lse=True)
+    found = torch.autograd.grad(out[0] + lse[0], (query, key, value, w), retain_graph=True)
+    right = torch.autograd.grad(alone[0] + alone_lse[0], (query, key, value, w))
+    torch.testing.assert_close(found, right)
+    assert torch.autograd.grad(out.sum(), w)[0].isnan() == (odd == "nan")
+
+
+def test_lse_has_the_leading_dimensions_of_value():
+    out, lse = nwfast.nadaraya_watson(
+        torch.rand(1, 4, 1), torch.rand(1, 5, 1), torch.rand(3, 5, 2), backend="reference", return_lse=True
+    )
+    assert out.shape == (3, 4, 2)
+    assert lse.shape == (3, 4)
+    assert lse.is_contiguous()

@@ -36,7 +36,7 @@ Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "nwfast: expected a tensor of dtype float32, float64, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "nwfast: operators take dtypes float32, float64, float16 and bfloat16");
   }
 }
 
@@ -125,6 +125,7 @@ View output_view(const Tensor& tensor, const Call& call) {
   }
 }
 
+// A refusal, by whose first words nwfast/ops.py tells it from a failure.
 void check(bool valid) {
   STD_TORCH_CHECK(valid, "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
 }

@@ -159,6 +159,11 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def is_captured() -> bool:
+    """Whether the call is written down as a program for other data: by torch.compile, export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def batch_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     """The leading dimensions *B of the result, for tensors in canonical form."""
     if query.ndim == 2:
