@@ -152,7 +152,7 @@ def predict(kernel: str, compressed: list[Tensor], query: Tensor, drop: int) -> 
     else:
         try:
             out, lse = torch.ops.nwfast.native_fgt_predict(x.squeeze(-1), *compressed)
-        except RuntimeError as error:  # queries at 1e100 and beyond
+        except RuntimeError as error:  # queries at 1e60 and beyond
             if _BEYOND_PREPARED in str(error):
                 return None
             raise

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..constants import NEGLIGIBLE_DOUBLE, NEGLIGIBLE_FLOAT
 from . import load
 from .numba_fgt_plan import ONE_BOX
 from .numba_math import ROOT
@@ -62,7 +63,8 @@ def linear_is_faster(
         return False
     inverse_bandwidth = abs(w.flatten()[0].item())
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    negligible = (57 if dtype == torch.float64 else 27) + math.log2(n)
+    negligible = NEGLIGIBLE_DOUBLE if dtype == torch.float64 else NEGLIGIBLE_FLOAT
+    negligible += math.log2(n)
     radius = math.sqrt(negligible) / (ROOT * inverse_bandwidth) if inverse_bandwidth > 0 else math.inf
     keys = _sample(key, _KEY_SAMPLE)
     all_pairs = m * (_DENSE_ROW + n * value.shape[-1] * _DENSE_PAIR[dtype])

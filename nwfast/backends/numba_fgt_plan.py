@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import constants
+
 TERMS = (8, 12, 16, 20, 24)
 MOST_BOXES = 2**44  # from 0: their edges are exact numbers
 LEAST_HALF = 1e-150  # of the width of one box, whose inverse has to be finite
@@ -29,8 +31,8 @@ class Accuracy:
     one_box_terms: int
 
 
-SINGLE = Accuracy(1e-9, 5e-8, 1.5, 16, 12)
-DOUBLE = Accuracy(2e-15, 2e-13, 1.0, 24, 20)
+SINGLE = Accuracy(constants.TRUNCATION_FLOAT, constants.ACCEPT_FLOAT, 1.5, 16, 12)
+DOUBLE = Accuracy(constants.TRUNCATION_DOUBLE, constants.ACCEPT_DOUBLE, 1.0, 24, 20)
 
 
 @dataclass
