@@ -179,12 +179,14 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     grow_m = (8 + np.sqrt(Real(m))) * (1 + boxes)
     term = p * pulled
     size = p * pulled_size
-    error = size * off + p * pulled_bound + lost * pulled_size
+    # fgt sums what comes from values and from outputs apart.
+    lost_size = pulled_size + values_size[moved] if boxes else pulled_size
+    error = size * off + p * pulled_bound + lost * lost_size
     ended = least * pulled_size
     results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
 
     with np.errstate(invalid="ignore", over="ignore"):
-        e_error = e * (pulled_size * (off + unit * grow_m) + pulled_bound) + e_lost * pulled_size
+        e_error = e * (pulled_size * (off + unit * grow_m) + pulled_bound) + e_lost * lost_size
         slope = (e * pulled).sum(0)
         beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
         results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
