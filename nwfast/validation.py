@@ -18,7 +18,8 @@ METHODS = ("dense", *sorted({m for methods in BACKEND_METHODS.values() for m in 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
+_OF_PYTHON = (int, float, torch.SymInt, torch.SymFloat)
+_NUMBERS = (*_OF_PYTHON, numbers.Real)
 
 # query, key, value (None if None was given), w, key_weight, and how many dimensions of size 1 the result has at its
 # end that the caller did not give: 1 where value has no channel dimension, 2 where keys are per query as well.
@@ -221,8 +222,8 @@ def _canonical_w(w: Any, query: Tensor) -> Tensor:
     """The inverse bandwidth with a dimension at least, in the dtype of query, or in float32 beside half precision."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not isinstance(w, Tensor):
-        if not isinstance(w, _NUMBERS) and getattr(w, "shape", None) == () and hasattr(w, "item"):
-            w = w.item()  # an array of numpy
+        if not isinstance(w, _OF_PYTHON) and getattr(w, "shape", None) == () and hasattr(w, "item"):
+            w = w.item()  # of numpy
         if isinstance(w, bool) or not isinstance(w, _NUMBERS):
             raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
         number: Any = w
