@@ -62,7 +62,12 @@ regression: setup .venv/peers  ## fails where we are 20 percent slower than comm
 kernels: .venv/installed  ## what the GPU kernels take of a GPU, compiled without one; fails over budget
 	$(BIN)/python tests/kernels.py
 
-gpu: gpu-build gpu-test gpu-bench  ## on a machine with a GPU: build, test, benchmark; or gpu-build, gpu-test, gpu-bench
+GPU_PARTS := gpu-build gpu-checks gpu-suite gpu-bench
+
+# Every part runs, whatever the one before said; the status tells whether all were well.
+gpu:  ## on a machine with a GPU: build, test, benchmark; or gpu-build, gpu-test (gpu-checks, gpu-suite), gpu-bench
+	@failed=; for part in $(GPU_PARTS); do echo "== $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	    done; if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi
 
 gpu-build gpu-checks gpu-suite gpu-bench: export PYTHONUNBUFFERED = 1
 
@@ -76,12 +81,15 @@ gpu-build:
 	@$(GPU_PYTHON) -c 'import sys, nwfast; found = nwfast.backends.available(); \
 	    sys.exit("".join(f"backend {name}: {found[name]}\n" for name in ("cuda", "triton") if found[name] is not True))'
 
-gpu-test: gpu-checks gpu-suite
+gpu-test:
+	@$(MAKE) --no-print-directory gpu GPU_PARTS='gpu-checks gpu-suite'
 
 # What only a GPU shows. Large sizes take turns: they fill the device's memory.
 gpu-checks:
-	$(GPU_PYTHON) -m pytest -q tests/gpu/test_large.py --backend cuda,triton $(ARGS)
-	$(GPU_PYTHON) -m pytest -q tests/gpu --ignore tests/gpu/test_large.py --backend cuda,triton $(GPU_XDIST) $(ARGS)
+	@failed=0; set -x; \
+	$(GPU_PYTHON) -m pytest -q tests/gpu/test_large.py --backend cuda,triton $(ARGS) || failed=1; \
+	$(GPU_PYTHON) -m pytest -q tests/gpu --ignore tests/gpu/test_large.py --backend cuda,triton $(GPU_XDIST) $(ARGS) || \
+	    failed=1; exit $$failed
 
 # The suite of the CPU on CUDA tensors, without what is not installed there.
 gpu-suite:

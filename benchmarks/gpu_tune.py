@@ -1,7 +1,7 @@
 """Which constants of the kernels are best on this GPU: the forward pass, and forward + backward, for each choice.
 
     python benchmarks/gpu_tune.py                                     the constants that are worth a look
-    python benchmarks/gpu_tune.py --set kPolynomialShare=0,4,8,16     those of csrc/cuda: "constexpr int NAME = ..."
+    python benchmarks/gpu_tune.py --set kPolynomialShare=4,8,16       those of csrc/cuda: "constexpr int NAME = ..."
     python benchmarks/gpu_tune.py --list                              their names and present values
 
 A constant of csrc/cuda is tried in a copy of the sources that is compiled for this GPU, and timed in a process of its
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 POINTS = 131072
 CONSTANT = re.compile(r"\bconstexpr (?:int|int64_t|size_t) (k\w+) = (\d+);")
+# Tried unless told. What a kernel cannot do without is asserted in csrc/cuda: such a choice does not compile.
+WORTH_A_LOOK = {"kPolynomialShare": [2, 4, 8, 16], "kKeys": [4, 8]}
 # Rows and columns of a program's tile and its warps, for one feature and one channel.
 BLOCKS = [
     (rows, columns, warps) for rows in (32, 64, 128) for columns in (32, 64, 128) for warps in (2, 4, 8)
@@ -149,15 +151,14 @@ def main() -> int:
         for name, (path, value) in here.items():
             print(f"{name} = {value}  ({path.relative_to(ROOT)})")
         return 0
-    choices = {}
+    choices: dict[str, list[int]] = {}
     for text in options.set:
         name, _, values = text.partition("=")
         if name not in here or not re.fullmatch(r"\d+(,\d+)*", values):
             parser.error(f"--set wants NAME=V,V,... with one of {', '.join(here)}, got {text!r}")
         choices[name] = [int(value) for value in values.split(",")]
     if not choices and not options.triton:
-        choices = {name: [here[name][1] // 2, here[name][1], here[name][1] * 2]
-                   for name in ("kPolynomialShare", "kScalarTile") if name in here}  # fmt: skip
+        choices = WORTH_A_LOOK
     if choices:
         tune_cuda(choices)
     if options.triton:

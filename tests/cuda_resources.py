@@ -18,8 +18,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 
 # Registers a thread may take, by kernel: with 128 threads a block, 128 leave 16 warps to a multiprocessor, 168 leave
 # 12, and 255 leave 8. The float32 sums over pairs of one feature and channel need the first; those in double are small
-# or rare; a lane of the tiled backward pass holds 32 pairs, twice, beside 32 sums: work enough to hide its waits.
-BUDGETS = {"sum_rows": 128, "sum_keys": 128, "sum_grads": 255}
+# or rare; a lane of the tiled backward pass holds 32 pairs, twice, beside 32 sums: work enough to hide its waits; so
+# does one of the tiled forward pass over more features than are staged at once (its last template argument).
+BUDGETS = {"sum_rows": 128, "sum_keys": 128, "sum_grads": 255, "sum_tiles<true>": 255}
 DEFAULT_BUDGET = 168
 
 
@@ -80,8 +81,14 @@ def _parse(report: str) -> Iterator[Resource]:
             registers=int(registers),
             shared_bytes=int(shared[1]) if shared else 0,
             spill_bytes=int(stores) + int(loads),
-            register_budget=BUDGETS.get(name.split("<")[0], DEFAULT_BUDGET),
+            register_budget=_budget(name),
         )
+
+
+def _budget(name: str) -> int:
+    kernel, *arguments = re.split("<|, |>", name)
+    last = f"{kernel}<{arguments[-2]}>" if arguments else kernel
+    return BUDGETS.get(last, BUDGETS.get(kernel, DEFAULT_BUDGET))
 
 
 def _demangle(symbol: str) -> str:

@@ -14,6 +14,7 @@ EMULATION = ROOT / "tests" / "emulation"
 # Tests of all backends, run on this one: every feature and kind of data. What is large, or many examples of what others
 # show, is left to the other backends.
 TESTS = ["tests/test_functional.py", "tests/test_extremes.py", "tests/emulation/emulated_cases.py"]
+TESTS += ["tests/emulation/emulated_kinds.py", "tests/test_left_out.py"]
 TESTS += ["tests/test_properties.py::test_constant_values_return_the_constant"]
 TESTS += ["tests/test_properties.py::test_concatenating_keys_is_merging_by_lse"]
 LEFT_OUT = [

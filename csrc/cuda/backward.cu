@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int r = 0; r < kTangentRows; ++r) {
     const int64_t i = (blocks.block() * kTangentRows + r) * blockDim.x + threadIdx.x, place = b * m + i;
     if (i >= m) break;
-    const bool empty = task.state[2 * place + 1] == 0;  // out is NaN, and so may be its gradient
-    const double g = empty ? 0 : task.grad_out.read<double>(grad + i * task.grad_out.row_stride);
-    if (task.grad_query.data) task.grad_query.write(place, empty ? 0 : g * task.tangent_q.read(place));
-    if (grad_w && !empty) sum += g * task.tangent_w.read(place);
+    const double given = task.grad_out.read<double>(grad + i * task.grad_out.row_stride);
+    const double g = task.state[2 * place + 1] == 0 ? 0 : given;  // out is NaN, and so may be its gradient
+    if (task.grad_query.data) task.grad_query.write(place, g == 0 ? 0 : g * task.tangent_q.read(place));
+    if (grad_w && g != 0) sum += g * task.tangent_w.read(place);
   }
   if (!grad_w) return;
   sum = warp_sum(sum);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kScalarTile, 3)
     shift = task.state[2 * place];
     total = task.state[2 * place + 1];
   }
-  KeyRow own{-1, i >= m || total == 0, 0};
+  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0};
   unsigned relative = __ballot_sync(kAllLanes, i < m && !own.skip && shift != 0);
   for (; relative; relative &= relative - 1) {
     const int lane = __ffs(static_cast<int>(relative)) - 1;
@@ -296,9 +296,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int64_t place = b * n + j;
     const Row row(problem, b, 0);
     const double weight = row.weight(j), w = row.w(0);
-    if (task.grad_value.data) task.grad_value.write(place, weight * sums[kValueSum]);
-    if (task.grad_key.data) task.grad_key.write(place, w * (w * (weight * sums[kOffsetSum])));
-    if (task.grad_key_weight.data) task.grad_key_weight.write(place, sums[kWeightSum]);
+    const bool left_out = weight == 0;
+    if (task.grad_value.data) task.grad_value.write(place, left_out ? 0 : weight * sums[kValueSum]);
+    if (task.grad_key.data) task.grad_key.write(place, left_out ? 0 : w * (w * (weight * sums[kOffsetSum])));
+    if (task.grad_key_weight.data) {
+      task.grad_key_weight.write(place, weight_gradient(problem, row, j, sums[kWeightSum], false));
+    }
   }
   if (__ballot_sync(kAllLanes, far) == 0) return;
   __syncwarp();  // lane 0 adds to what the others have written

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     forward_row(problem, result, b, i);
     return;
   }
+  bool undefined = false;
   for (int64_t c = lane_number(); c < channels; c += kWarp) {
     double sum = 0;
     for (int64_t part = 0; part < plan.parts; ++part) {
@@ -68,8 +69,15 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     const ValueRange range = ranges[b * channels + c];
     const double mean = sum / state.total;
-    const double out = fmin(fmax(range.centre + mean, static_cast<double>(range.low)), static_cast<double>(range.high));
+    const double centre = has_centre(plan.product) ? range.centre : 0;
+    undefined |= isnan(mean);
+    const double out = fmin(fmax(centre + mean, static_cast<double>(range.low)), static_cast<double>(range.high));
     result.out.write(place * channels + c, isnan(mean) ? mean : out);
+  }
+  // A weight of 0 times a value that is not finite: of a key that is left out, perhaps.
+  if (__ballot_sync(kAllLanes, undefined)) {
+    forward_row(problem, result, b, i);
+    return;
   }
   if (lane_number() > 0) return;
   // As the backward pass takes it: a total of powers that are not relative to any key.

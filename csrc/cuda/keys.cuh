@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <cfloat>
+
 #include "rows.cuh"
 
 namespace nwfast {
@@ -18,6 +20,20 @@ struct KeyRow {
   int32_t skip;     // a row without keys, which adds nothing
   int32_t far;      // a row that the float32 kernels leave to the ones in double
 };
+
+constexpr double kLargestTerm = 0x1p980;  // sums of so many stay finite
+
+// The gradient of a key's weight as it is written: that of a key which is left out may be too large for its dtype, and
+// is 0 where the key itself is not finite.
+__device__ inline double weight_gradient(const Problem& problem, const Row& row, int64_t j, double gradient,
+                                         bool wide) {
+  if (row.weight(j) != 0) return gradient;
+  bool finite = true;
+  for (int64_t f = 0; f < problem.features; ++f) finite &= isfinite(row.key(j, f)) != 0;
+  for (int64_t c = 0; c < problem.channels; ++c) finite &= isfinite(row.value(j, c)) != 0;
+  const double most = wide ? DBL_MAX : static_cast<double>(FLT_MAX);
+  return !finite ? 0 : gradient > most ? most : gradient < -most ? -most : gradient;  // NaN stays
+}
 
 // Writes the gradients of key j of batch element b; or adds what the far rows have to what is there, where float32 sums
 // hold all others. kShared: a warp's lanes share the rows, and lane 0 writes.
@@ -45,13 +61,16 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
       if (row.excluded(j)) continue;
       row.nearest = info.nearest;
       const RowGrad grad(problem, task, b, i);
-      const double e = row.power(j) / grad.total;
+      double e = row.power(j) / grad.total;
+      if (e == 0) continue;          // the key's offset may be infinite
+      if (e > DBL_MAX) e = DBL_MAX;  // of a key that is left out: 0 * e must stay 0
 #pragma unroll
       for (int r = 0; r < kChunk; ++r) {
         if (first + r < channels) values[r] += e * grad.out(task, first + r);
       }
       if (!inner || first >= features) continue;
-      const double u = e * (grad.pull(problem, task, row, j) + grad.lse);
+      double u = e * (grad.pull(problem, task, row, j) + grad.lse);
+      if (fabs(u) > kLargestTerm) u = copysign(kLargestTerm, u);
       weights += u;
 #pragma unroll
       for (int r = 0; r < kChunk; ++r) {
@@ -61,14 +80,21 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
 #pragma unroll
     for (int r = 0; r < kChunk; ++r) {
       if (task.grad_value.data && first + r < channels) {
-        give(task.grad_value, place * channels + first + r, weight * sum(values[r]));
+        const double total = sum(values[r]);
+        give(task.grad_value, place * channels + first + r, weight == 0 ? 0 : weight * total);
       }
       if (task.grad_key.data && first + r < features) {
-        const double w = row.w(first + r);
-        give(task.grad_key, place * features + first + r, w * (w * (weight * sum(offsets[r]))));
+        const double w = row.w(first + r), total = sum(offsets[r]);
+        give(task.grad_key, place * features + first + r, weight == 0 ? 0 : w * (w * (weight * total)));
       }
     }
-    if (task.grad_key_weight.data && first == 0) give(task.grad_key_weight, place, sum(weights));
+    if (task.grad_key_weight.data && first == 0) {
+      const double total = sum(weights) + (add_far ? task.grad_key_weight.read(place) : 0);
+      if (lane == 0) {
+        const bool wide = task.grad_key_weight.wide;
+        task.grad_key_weight.write(place, weight_gradient(problem, row, j, total, wide));
+      }
+    }
   }
 }
 

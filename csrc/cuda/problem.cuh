@@ -55,6 +55,11 @@ struct Problem {
   bool exclude_self;
 
   __host__ __device__ bool scalar() const { return features == 1 && channels == 1; }
+
+  // Whether key j counts, with the batch element's weights at `weights`: one of weight 0 does not, whatever it holds.
+  __device__ bool keeps(int64_t weights, int64_t j) const {
+    return !key_weight.data || key_weight.read<float>(weights + j * key_weight.row_stride) != 0;
+  }
 };
 
 // A contiguous result in the arithmetic dtype; data may be null where it is not wanted.

@@ -15,8 +15,10 @@
 
 namespace nwfast {
 
-constexpr double kMostScore = 1000;  // a key of weight 0 may lie nearer than all that count: 0 * 2^t must stay 0
-constexpr int kChunk = 4;            // channels, or features, whose sums a lane holds at once
+constexpr double kMostScore = 1023;       // a key of weight 0 may lie nearer than all that count: 0 * 2^t must stay 0
+constexpr double kRoundedScore = 0x1p30;  // from here on the rounding of a squared distance may tell keys apart
+constexpr int kMostSteps = 8;  // from a key to a nearer one: each is exact to the rounding of the step before
+constexpr int kChunk = 4;      // channels, or features, whose sums a lane holds at once
 
 class Row {
  public:
@@ -50,6 +52,8 @@ class Row {
     return problem_.value.read<double>(value_ + j * problem_.value.row_stride + c * problem_.value.column_stride);
   }
   __device__ bool excluded(int64_t j) const { return problem_.exclude_self && j == i_; }
+  // Neither left out by its weight nor the row's own: what other keys hold is not looked at.
+  __device__ bool counts(int64_t j) const { return !excluded(j) && weight(j) != 0; }
   __device__ double weight(int64_t j) const {
     if (!problem_.key_weight.data) return 1;
     const double weight = problem_.key_weight.read<double>(key_weight_ + j * problem_.key_weight.row_stride);
@@ -77,8 +81,59 @@ class Row {
     return exp2_of(t > kMostScore ? kMostScore : t);
   }
 
-  // Sets nearest (-1 if no key is left) and distance. Squared distances that overflow are compared at a smaller scale.
+  // Sets nearest (-1 if no key is left) and distance. Squared distances that overflow are compared at a smaller scale;
+  // where they are so large that keys with different ones may look the same, differences of squares decide.
   __device__ __forceinline__ void find_nearest() {
+    is_nan = !finite_w();
+    if (is_nan) return;
+    compare_squares();
+    for (int step = 0; step < kMostSteps && nearest >= 0 && !(distance < kRoundedScore) && step_nearer(); ++step) {
+    }
+  }
+
+  int64_t nearest = -1;
+  double distance = 0;  // of the nearest key, squared, in units of the score
+  bool is_nan = false;  // whether some key's score is NaN
+
+ private:
+  __device__ bool finite_w() const {
+    bool finite = true;
+    for (int64_t f = 0; f < problem_.features; ++f) finite &= isfinite(w(f)) != 0;
+    return finite;
+  }
+
+  // Takes the least of x over the warp's lanes, and the first of the places that have it.
+  __device__ static __forceinline__ void take_least(double& least, int64_t& at) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const double other = __shfl_xor_sync(kAllLanes, least, step);
+      const int64_t place = __shfl_xor_sync(kAllLanes, at, step);
+      if (other < least || (other == least && place >= 0 && (at < 0 || place < at))) {
+        least = other;
+        at = place;
+      }
+    }
+  }
+
+  // Whether a key is nearer than `nearest`, by its excess: the one with the least takes its place.
+  __device__ __forceinline__ bool step_nearer() {
+    double least = 0;
+    int64_t at = -1;
+    for (int64_t j = lane_number(); j < problem_.keys; j += kWarp) {
+      if (!counts(j)) continue;
+      const double beyond = excess(j);
+      if (beyond < least) {
+        least = beyond;
+        at = j;
+      }
+    }
+    take_least(least, at);
+    if (at < 0) return false;
+    nearest = at;
+    return true;
+  }
+
+  __device__ __forceinline__ void compare_squares() {
     for (int attempt = 0; attempt < 2; ++attempt) {
       const double shrink = attempt == 0 ? 1 : 0x1p-540;
       double least = HUGE_VAL;
@@ -98,15 +153,7 @@ class Row {
         }
         undefined |= isnan(sum) || isnan(own);
       }
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) {
-        const double other = __shfl_xor_sync(kAllLanes, least, step);
-        const int64_t place = __shfl_xor_sync(kAllLanes, at, step);
-        if (other < least || (other == least && place >= 0 && (at < 0 || place < at))) {
-          least = other;
-          at = place;
-        }
-      }
+      take_least(least, at);
       is_nan = __ballot_sync(kAllLanes, undefined) != 0;
       nearest = at;
       distance = attempt == 0 ? least * kHalfLog2E : HUGE_VAL;
@@ -114,11 +161,6 @@ class Row {
     }
   }
 
-  int64_t nearest = -1;
-  double distance = 0;  // of the nearest key, squared, in units of the score
-  bool is_nan = false;  // whether some key's score is NaN
-
- private:
   const Problem& problem_;
   int64_t queries_, key_, value_, w_, key_weight_, i_ = -1, query_ = 0;
   double first_w_, first_query_ = 0;
@@ -147,7 +189,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
       for (int64_t begin = 0; begin < n; begin += kWarp) {
         const int64_t j = begin + lane;
         double p = 0;
-        if (j < n && !row.excluded(j)) p = row.weight(j) * row.power(j);
+        if (j < n && row.counts(j)) p = row.weight(j) * row.power(j);
         total += p;
         if (wide) {
           for (int64_t l = 0; l < kWarp && begin + l < n; ++l) {
@@ -155,17 +197,17 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
 #pragma unroll
             for (int r = 0; r < kChunk; ++r) {
               const int64_t c = first + lane + r * kWarp;
-              if (c < channels && !row.excluded(begin + l)) sums[r] += other * (row.value(begin + l, c) - centre[r]);
+              if (c < channels && row.counts(begin + l)) sums[r] += other * (row.value(begin + l, c) - centre[r]);
             }
           }
           continue;
         }
-        if (j >= n || row.excluded(j)) continue;
+        if (j >= n || !row.counts(j)) continue;
 #pragma unroll
         for (int r = 0; r < kChunk; ++r) {
           if (first + r < channels) sums[r] += p * (row.value(j, first + r) - centre[r]);
         }
-        if (tangents) {
+        if (tangents && p != 0) {  // else the offset may be infinite
           const double value = row.value(j, 0) - centre[0], k = row.key(j, 0), q = row.query(0), origin = row.base(0);
           const double from = origin - k, squares = from * ((q - k) + (q - origin));
           square += p * squares;
@@ -215,6 +257,12 @@ struct RowGrad {
       lse = task.grad_lse.read<double>(task.grad_lse.offset(problem.batch, b) + i * task.grad_lse.row_stride);
     }
   }
+  // Whether nothing comes back to the row: then it adds nothing to any gradient, not even where it is NaN.
+  __device__ bool unused(const Problem& problem, const BackwardTask& task) const {
+    bool zero = lse == 0;
+    for (int64_t c = 0; zero && c < problem.channels; ++c) zero = out(task, c) == 0;
+    return zero;
+  }
   __device__ double out(const BackwardTask& task, int64_t c) const {
     return task.grad_out.read<double>(grad_ + c * task.grad_out.column_stride);
   }
@@ -244,7 +292,7 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
                                           double* grad_w) {
   const int64_t features = problem.features;
   const RowGrad grad(problem, task, b, i);
-  if (grad.total == 0) {
+  if (grad.total == 0 || grad.unused(problem, task)) {
     for (int64_t f = lane_number(); task.grad_query.data && f < features; f += kWarp) {
       task.grad_query.write(grad.place * features + f, 0);
     }
@@ -255,8 +303,9 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
   for (int64_t first = 0; first < features; first += kChunk) {
     double offset[kChunk] = {}, square[kChunk] = {};
     for (int64_t j = lane_number(); j < problem.keys; j += kWarp) {
-      if (row.excluded(j)) continue;
+      if (!row.counts(j)) continue;
       const double p = row.weight(j) * row.power(j) / grad.total;
+      if (p == 0) continue;  // its offset may be infinite
       const double u = p * (grad.pull(problem, task, row, j) + grad.lse);
 #pragma unroll
       for (int r = 0; r < kChunk; ++r) {

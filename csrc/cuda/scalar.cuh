@@ -21,6 +21,9 @@ constexpr double kNegligibleScore = kNegligibleFloat;
 // are busy all the time. Where the tangents are summed too, issue slots alone are the limit.
 constexpr int kPolynomialShare = 8;
 
+static_assert(kScalarTile == kScalarThreads, "a thread stages one key, or one row, of a tile");
+static_assert(kPolynomialShare > 0, "a share beyond the rows of a thread takes no polynomial");
+
 // 2^(factor * square), factor <= 0, on the arithmetic units; `most` = -125 / factor. NaN is not kept.
 __device__ __forceinline__ float polynomial_power(float square, float factor, float most) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits

@@ -169,7 +169,10 @@ __global__ void __launch_bounds__(kScalarThreads)
     if (thread < count) {  // each thread has waited for its own copies only
       const float charge = kCharged ? tile.weight[thread] / survey.weight_unit : 1;
       tile.value[thread] = (tile.value[thread] - survey.centre) * charge;
-      if (kCharged) tile.weight[thread] = charge;
+      if (kCharged) {
+        tile.weight[thread] = charge;
+        if (charge == 0) tile.key[thread] = tile.value[thread] = 0;  // left out, whatever it holds
+      }
     }
     __syncthreads();
     const bool masked = problem.exclude_self && from < first_row + plan.block_rows && from + count > first_row;

@@ -37,6 +37,8 @@ __global__ void __launch_bounds__(kSurveyThreads)
     const float v = problem.value.read<float>(value + j * problem.value.row_stride);
     const float a =
         problem.key_weight.data ? problem.key_weight.read<float>(weight + j * problem.key_weight.row_stride) : 1;
+    if (!(k <= next)) found[kDescends] = 1;
+    if (a == 0) continue;  // left out, whatever it holds
     found[kKeyLow] = fminf(found[kKeyLow], k);
     found[kKeyHigh] = fmaxf(found[kKeyHigh], k);
     found[kValueLow] = fminf(found[kValueLow], v);
@@ -44,7 +46,6 @@ __global__ void __launch_bounds__(kSurveyThreads)
     if (a > 0) found[kWeightLow] = fminf(found[kWeightLow], a);
     found[kWeightHigh] = fmaxf(found[kWeightHigh], a);
     if (!isfinite(k) || !isfinite(v) || !isfinite(a) || a < 0) found[kBad] = 1;
-    if (!(k <= next)) found[kDescends] = 1;
   }
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < problem.queries; i += kSurveyThreads) {

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     shift = task.state[2 * place];
     total = task.state[2 * place + 1];
   }
-  KeyRow own{-1, i >= m || total == 0, 0};
+  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0};
   own.far = !own.skip && (shift != 0 || !isfinite(total) || (weights && !weights[b].usable));
   if (i < m) {
     TileRow row{0, 0, 0};
@@ -114,7 +114,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_number();
   const int64_t b = warp / warps, i = warp % warps * kWarp + lane_number(), place = b * m + i;
   if (b >= problem.batch.count) return;
-  const bool good = i < m && rows[place].inverse_total != 0;
+  bool good = i < m && rows[place].inverse_total != 0;
+  // Sums that are not finite hold a weight of 0 times what overflows: the offset of a key that is far away, or what the
+  // row's own key holds. Then the row is computed in double as well.
+  for (int64_t part = 0; good && part < plan.parts; ++part) {
+    for (int64_t f = 0; good && f < 2 * features; ++f) {
+      good = isfinite(partial[((b * plan.parts + part) * 2 * features + f) * m + i]) != 0;
+    }
+  }
   const int64_t w_offset = problem.w.offset(problem.batch, b);
   double* const own = grad_w ? grad_w + warp * features : nullptr;
   for (int64_t f = 0; f < features; ++f) {
@@ -150,22 +157,33 @@ __global__ void __launch_bounds__(kThreads, 3)
     sum += static_cast<double>(partial[((b * plan.parts + part) * n + j) * columns + column]);
   }
   sum /= weights ? weights[b].unit : 1;
+  const Row row(problem, b, 0);
   if (f == problem.features) {
-    result.write(place, sum);
+    result.write(place, weight_gradient(problem, row, j, sum, false));
     return;
   }
-  const double weight = Row(problem, b, 0).weight(j);
+  const double weight = row.weight(j);
   if (f < 0) {
-    result.write(place * channels + column, weight * sum);
+    result.write(place * channels + column, weight == 0 ? 0 : weight * sum);
     return;
   }
   const int64_t w_offset = problem.w.offset(problem.batch, b);
   const double w = problem.w.read<double>(w_offset + f * problem.w.column_stride);
   const double unit = offset_unit(score_scale(problem, w_offset, f));
-  result.write(place * problem.features + f, w * (w / unit * (weight * sum)));
+  result.write(place * problem.features + f, weight == 0 ? 0 : w * (w / unit * (weight * sum)));
 }
 
-// A warp for each key: adds the far rows, if the batch element has any.
+// Whether the warp's lanes find all of `count` results from `first` on finite.
+__device__ bool are_finite(const Result& result, int64_t first, int64_t count) {
+  bool finite = true;
+  for (int64_t at = lane_number(); result.data && at < count; at += kWarp) {
+    finite &= isfinite(result.read(first + at)) != 0;
+  }
+  return __ballot_sync(kAllLanes, !finite) == 0;
+}
+
+// A warp for each key: adds the far rows, if the batch element has any; computes the key in double, if its sums are not
+// finite: an offset too large for float32 times a weight of 0, or the power of a key that is left out.
 __global__ void __launch_bounds__(kThreads, 3)
     add_far_rows(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task,
                  const int64_t row_blocks, const KeyRow* rows, const int* block_far) {
@@ -174,7 +192,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (b >= problem.batch.count) return;
   bool far = false;
   for (int64_t block = lane_number(); block < row_blocks; block += kWarp) far |= block_far[b * row_blocks + block] != 0;
-  if (__ballot_sync(kAllLanes, far)) key_gradient<true>(problem, task, rows, b, place % problem.keys, true);
+  const bool finite = are_finite(task.grad_value, place * problem.channels, problem.channels) &&
+                      are_finite(task.grad_key, place * problem.features, problem.features) &&
+                      are_finite(task.grad_key_weight, place, 1);
+  if (__ballot_sync(kAllLanes, far) || !finite) {
+    key_gradient<true>(problem, task, rows, b, place % problem.keys, finite);
+  }
 }
 
 }  // namespace

@@ -19,9 +19,13 @@ constexpr int kOwn = 4, kOthers = 8;             // of one lane
 constexpr int kVectorPitch = kChannelChunk + 4;  // eight vectors' quads lie in different banks
 constexpr int kSlice = 16;                       // others whose weights are handed over at once
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-constexpr int64_t kLeastPart = 512, kMostPart = 16384;  // others; longer float32 sums would lose digits
-// A key of weight 0, whose weight its power leaves out, may lie nearer than all that count. Sums over rows stay finite.
-constexpr float kMostPower = 96;
+constexpr int64_t kLeastPart = 512;     // others
+constexpr int64_t kInnerOthers = 4096;  // longer float32 sums would lose digits: these go to a second level
+static_assert(kThreads / 32 * kWarpOwn == kTile && kOwn * 4 == kWarpOwn && kOthers * 8 == kTile && kOwn == 4,
+              "a lane's pairs are of its warp's own rows and of all others");
+static_assert(kThreads >= kTile && kTile % kSlice == 0 && kSlice % 8 == 0 && kChannelChunk == 64,
+              "a thread stages a row; a lane sums 2 x 4 channels");
+static_assert(kInnerOthers % kTile == 0, "inner sums are of whole tiles");
 
 struct GradShared {
   float own_vector[kTile][kVectorPitch], other_vector[kTile][kVectorPitch];  // values less their centre, or gradients
@@ -49,13 +53,13 @@ struct Matrix {
   int64_t offset;
 };
 
-// Channels [first, first + channels) of `count` vectors from `from` on, zeros beyond and for rows that add nothing.
-// `ranges` are those of values, null for gradients; `rows` of those that count, null where all do.
-__device__ __forceinline__ void stage_vectors(const Matrix& matrix, int64_t from, int count, int64_t first,
-                                              int channels, const ValueRange* ranges, const TileRow* rows,
+// Channels [first, first + channels) of the vectors from `from` on, zeros for those that add nothing.
+// `ranges` are those of values, null for gradients; counts(i) tells whether vector from + i is there and counts.
+template <typename Counts>
+__device__ __forceinline__ void stage_vectors(const Matrix& matrix, int64_t from, int64_t first, int channels,
+                                              const ValueRange* ranges, const Counts& counts,
                                               float (*target)[kVectorPitch]) {
   const int thread = static_cast<int>(threadIdx.x);
-  const auto counts = [&](int i) { return i < count && !(rows && rows[from + i].inverse_total == 0); };
   if (channels == kChannelChunk && matrix.has_quads()) {
     constexpr int kQuads = kChannelChunk / 4;
     const int c = thread % kQuads * 4;
@@ -76,6 +80,7 @@ __device__ __forceinline__ void stage_vectors(const Matrix& matrix, int64_t from
     return;
   }
   const int width = (channels + 3) / 4 * 4;
+#pragma unroll 2
   for (int at = thread; at < kTile * width; at += kThreads) {
     const int i = at / width, c = at % width;
     float x = 0;
@@ -85,24 +90,41 @@ __device__ __forceinline__ void stage_vectors(const Matrix& matrix, int64_t from
 }
 
 // Squared distances, added feature by feature; unscaled if all features have one scale. As in the forward pass.
-template <bool kScaled>
+// kBlocks: the features at hand are summed apart, so that few roundings are as large as the whole; half of the others
+// at a time, which takes fewer registers.
+template <bool kScaled, bool kBlocks>
 __device__ __forceinline__ void add_distances(const GradShared& shared, int features, int own, int other,
                                               float (&score)[kOwn][kOthers]) {
+  constexpr int kAtOnce = kBlocks ? kOthers / 2 : kOthers;
+#pragma unroll
+  for (int begin = 0; begin < kOthers; begin += kAtOnce) {
+    float block[kOwn][kAtOnce];
+#pragma unroll
+    for (int c = 0; c < kAtOnce; ++c) {
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) block[r][c] = kBlocks ? 0 : score[r][begin + c];
+    }
 #pragma unroll 1
-  for (int f = 0; f < features; ++f) {
-    const float scale = kScaled ? shared.scale[f] : 1;
-    float x[kOwn];
+    for (int f = 0; f < features; ++f) {
+      const float scale = kScaled ? shared.scale[f] : 1;
+      float x[kOwn];
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) x[r] = shared.own[f][own + 4 * r];
+      for (int r = 0; r < kOwn; ++r) x[r] = shared.own[f][own + 4 * r];
 #pragma unroll
-    for (int c = 0; c < kOthers; ++c) {
-      const float y = shared.other[f][other + 8 * c];
+      for (int c = 0; c < kAtOnce; ++c) {
+        const float y = shared.other[f][other + 8 * (begin + c)];
 #pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-        float d = x[r] - y;
-        if (kScaled) d *= scale;
-        score[r][c] += d * d;
+        for (int r = 0; r < kOwn; ++r) {
+          float d = x[r] - y;
+          if (kScaled) d *= scale;
+          block[r][c] += d * d;
+        }
       }
+    }
+#pragma unroll
+    for (int c = 0; c < kAtOnce; ++c) {
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) score[r][begin + c] = kBlocks ? score[r][begin + c] + block[r][c] : block[r][c];
     }
   }
 }
@@ -192,7 +214,8 @@ __device__ int part_of(int64_t size, int64_t first, int most) {
 }
 
 // kKeys: the key side.
-template <bool kKeys>
+// kBlocks: more features than are staged at once.
+template <bool kKeys, bool kBlocks>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_grads(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task, const GradPlan plan,
               const ValueRange* all_ranges, const TileRow* all_rows, float* partial) {
@@ -229,17 +252,51 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int own = warp_number() * kWarpOwn + lane / 8, other = lane % 8;
 
   float moments[kGradFeatures] = {}, weight_sum = 0, value_sums[4][8] = {};
+  // Lane l has the sums of its own number l % 4: of offsets and, on the query side from lane 4 on, of their squares.
+  // The inner sums go to where the block's results are, which are the outer ones.
+  bool flushed = false;
+  const auto flush = [&] {
+    const int64_t mine = first_own + own + lane % 4 * 4, slot = b * plan.parts + part;
+    const int64_t columns = key_columns(problem);
+    const auto add = [&](int64_t at, float& sum) {
+      partial[at] = flushed ? partial[at] + sum : sum;
+      sum = 0;
+    };
+#pragma unroll
+    for (int f = 0; f < kGradFeatures; ++f) {
+      if (f >= some_features || mine >= owns || (kKeys && lane % 8 >= 4)) break;
+      add(kKeys ? (slot * n + mine) * columns + channels + first_feature + f
+                : ((slot * features + first_feature + f) * 2 + lane % 8 / 4) * m + mine,
+          moments[f]);
+    }
+    if (kKeys) {
+      if (weights && mine < n && lane % 8 < 4) add((slot * n + mine) * columns + channels + features, weight_sum);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int64_t j = first_own + warp_number() * kWarpOwn + lane / 8 * 4 + r;
+        if (j >= n) break;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const int channel = c / 4 * 32 + lane % 8 * 4 + c % 4;
+          if (channel < some_channels) add((slot * n + j) * columns + first_channel + channel, value_sums[r][c]);
+        }
+      }
+    }
+    flushed = true;
+  };
   for (int64_t from = begin; from < end; from += kTile) {
     const int count = part_of(end, from, kTile);
+    // Others that add nothing are staged as zeros: whatever they hold, their products with a weight of 0 are 0.
+    const auto counts = [&](int i) {
+      return i < count && (kKeys ? rows[from + i].inverse_total != 0 : problem.keeps(weight, from + i));
+    };
+    const auto is_owned = [&](int i) { return i < owned; };
     const auto stage_features = [&](int64_t first) {
       const int some = part_of(features, first, kGradFeatures);
+#pragma unroll 2
       for (int at = thread; at < some * kTile; at += kThreads) {
         const int i = at % kTile, f = at / kTile;
-        float x = 0;  // finite, where a row adds nothing
-        if (i < count && !(kKeys && rows[from + i].inverse_total == 0)) {
-          x = (kKeys ? query : key).read(from + i, first + f);
-        }
-        shared.other[f][i] = x;
+        shared.other[f][i] = counts(i) ? (kKeys ? query : key).read(from + i, first + f) : 0;
         if (from == begin || features > kGradFeatures) {
           shared.own[f][i] = i < owned ? (kKeys ? key : query).read(first_own + i, first + f) : 0;
         }
@@ -248,10 +305,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     const auto stage_channels = [&](int64_t first) {
       const int some = part_of(channels, first, kChannelChunk);
-      stage_vectors(kKeys ? grad : value, from, count, first, some, kKeys ? nullptr : ranges, kKeys ? rows : nullptr,
-                    shared.other_vector);
+      stage_vectors(kKeys ? grad : value, from, first, some, kKeys ? nullptr : ranges, counts, shared.other_vector);
       if (from == begin || channels > kChannelChunk) {
-        stage_vectors(kKeys ? value : grad, first_own, owned, first, some, kKeys ? ranges : nullptr, nullptr,
+        stage_vectors(kKeys ? value : grad, first_own, first, some, kKeys ? ranges : nullptr, is_owned,
                       shared.own_vector);
       }
     };
@@ -282,9 +338,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncthreads();
       const int some = part_of(features, first, kGradFeatures);
       if (uniform) {
-        add_distances<false>(shared, some, own, other, score);
+        add_distances<false, kBlocks>(shared, some, own, other, score);
       } else {
-        add_distances<true>(shared, some, own, other, score);
+        add_distances<true, kBlocks>(shared, some, own, other, score);
       }
     }
     for (int64_t first = 0; inner && first < channels; first += kChannelChunk) {
@@ -304,11 +360,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         float t = score[r][c] * factor;
         if (!kKeys) t += shared.log_weight[other + 8 * c];
         t -= shared.exponent[row];
-        if (kKeys && t > kMostPower) t = kMostPower;
-        float p = exp2_approximate(t) * shared.inverse_total[row];
-        if (masked && from + other + 8 * c == first_own + own + 4 * r) p = 0;
+        // A key of weight 0, which p leaves out, may lie nearer than all that count: sums of its own that overflow are
+        // computed again in double (tiled_backward.cu).
+        const bool excluded = masked && from + other + 8 * c == first_own + own + 4 * r;
+        const float p = excluded ? 0 : exp2_approximate(t) * shared.inverse_total[row];
         score[r][c] = p;
-        product[r][c] = p * (product[r][c] - shared.offset_grad[row]);
+        product[r][c] = excluded ? 0 : p * (product[r][c] - shared.offset_grad[row]);
       }
     }
     if (inner && features > kGradFeatures) {
@@ -356,45 +413,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       add_values(shared, some_channels > 32, score, value_sums);
     }
+    if ((from - begin + kTile) % kInnerOthers == 0) flush();
   }
-
-  // Lane l has the sums of its own number l % 4: of offsets and, on the query side from lane 4 on, of their squares.
-  const int64_t mine = first_own + own + lane % 4 * 4, slot = b * plan.parts + part;
-  if (!kKeys) {
-#pragma unroll
-    for (int f = 0; f < kGradFeatures; ++f) {
-      if (f >= some_features || mine >= m) break;
-      partial[((slot * features + first_feature + f) * 2 + lane % 8 / 4) * m + mine] = moments[f];
-    }
-    return;
-  }
-  const int64_t columns = key_columns(problem);
-  if (mine < n && lane % 8 < 4) {
-    float* const sums = partial + (slot * n + mine) * columns + channels;
-#pragma unroll
-    for (int f = 0; f < kGradFeatures; ++f) {
-      if (f < some_features) sums[first_feature + f] = moments[f];
-    }
-    if (weights) sums[features] = weight_sum;
-  }
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t j = first_own + warp_number() * kWarpOwn + lane / 8 * 4 + r;
-    if (j >= n) break;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const int channel = c / 4 * 32 + lane % 8 * 4 + c % 4;
-      if (channel < some_channels) partial[(slot * n + j) * columns + first_channel + channel] = value_sums[r][c];
-    }
-  }
+  flush();
 }
 
 GradPlan plan_grads(const Problem& problem, int64_t owns, int64_t others, int64_t chunks, int multiprocessors) {
   GradPlan plan{blocks_for(owns, kTile), chunks, 1};
   const int64_t blocks = problem.batch.count * plan.own_blocks * chunks;
-  const int64_t least = blocks_for(others, kMostPart), most = blocks_for(others, kLeastPart);
+  const int64_t most = blocks_for(others, kLeastPart);
   const int64_t wanted = blocks_for(kBlocksPerMultiprocessor * multiprocessors, blocks);
-  plan.parts = wanted < least ? least : wanted > most ? most : wanted;
+  plan.parts = wanted < 1 ? 1 : wanted > most ? most : wanted;
   return plan;
 }
 
@@ -414,14 +443,16 @@ GradPlan plan_key_grads(const Problem& problem, const BackwardTask& task, int mu
 
 void launch_query_grads(const Problem& problem, const Device& device, const BackwardTask& task, const GradPlan& plan,
                         const ValueRange* ranges, const TileRow* rows, float* partial) {
-  launch(sum_grads<false>, problem.batch.count * plan.own_blocks * plan.chunks * plan.parts, kThreads,
-         sizeof(GradShared), device.stream, problem, task, plan, ranges, rows, partial);
+  launch(problem.features > kGradFeatures ? sum_grads<false, true> : sum_grads<false, false>,
+         problem.batch.count * plan.own_blocks * plan.chunks * plan.parts, kThreads, sizeof(GradShared), device.stream,
+         problem, task, plan, ranges, rows, partial);
 }
 
 void launch_key_grads(const Problem& problem, const Device& device, const BackwardTask& task, const GradPlan& plan,
                       const ValueRange* ranges, const TileRow* rows, float* partial) {
-  launch(sum_grads<true>, problem.batch.count * plan.own_blocks * plan.chunks * plan.parts, kThreads,
-         sizeof(GradShared), device.stream, problem, task, plan, ranges, rows, partial);
+  launch(problem.features > kGradFeatures ? sum_grads<true, true> : sum_grads<true, false>,
+         problem.batch.count * plan.own_blocks * plan.chunks * plan.parts, kThreads, sizeof(GradShared), device.stream,
+         problem, task, plan, ranges, rows, partial);
 }
 
 }  // namespace nwfast

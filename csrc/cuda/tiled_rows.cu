@@ -14,7 +14,8 @@ namespace nwfast {
 namespace {
 
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-constexpr int64_t kLeastPart = 512, kMostPart = 16384;  // keys; longer float32 sums would lose digits
+constexpr int64_t kLeastPart = 512;   // keys
+constexpr int64_t kInnerKeys = 4096;  // longer float32 sums would lose digits: these go to a second level
 
 // Squared distances, added feature by feature; unscaled if all features have one scale.
 template <bool kScaled>
@@ -37,8 +38,11 @@ __device__ __forceinline__ void add_distances(const Shared& shared, int features
   }
 }
 
-template <Product kProduct>
-__global__ void __launch_bounds__(kTileThreads, 3)
+static_assert(kInnerKeys % kTile == 0, "inner sums are of whole tiles");
+
+// kBlocks: more features than are staged at once, whose sums of blocks take registers.
+template <Product kProduct, bool kBlocks>
+__global__ void __launch_bounds__(kTileThreads, kBlocks ? 2 : 3)
     sum_tiles(const __grid_constant__ Problem problem, const TilePlan plan, const ValueRange* ranges, float* states,
               float* sums) {
   NWFAST_SHARED(memory);
@@ -57,50 +61,113 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   const int64_t part_tiles = (n + kTile * plan.parts - 1) / (kTile * plan.parts);
   const int64_t begin = part * part_tiles * kTile;
   const int64_t end = begin + part_tiles * kTile < n ? begin + part_tiles * kTile : n;
-  const int64_t query = problem.query.offset(problem.batch, b), key = problem.key.offset(problem.batch, b);
-  const int64_t value = problem.value.offset(problem.batch, b), w = problem.w.offset(problem.batch, b);
-  const int64_t weight = problem.key_weight.data ? problem.key_weight.offset(problem.batch, b) : 0;
+  if (thread == 0) {  // read after the next barrier
+    shared.query_at = problem.query.offset(problem.batch, b);
+    shared.key_at = problem.key.offset(problem.batch, b);
+    shared.value_at = problem.value.offset(problem.batch, b);
+    shared.w_at = problem.w.offset(problem.batch, b);
+    shared.weight_at = problem.key_weight.data ? problem.key_weight.offset(problem.batch, b) : 0;
+  }
+  const int64_t w = problem.w.offset(problem.batch, b);
   const float scale = score_scale(problem, w, 0);
   const bool uniform = has_one_scale(problem, w);
   const float factor = uniform ? -scale * scale : -1;
+  const int64_t block_features = features_of_block(features, kFeatureChunk);
 
   const int row[2] = {warp_number() * kWarpRows + lane / 4, warp_number() * kWarpRows + lane / 4 + 8};
   float top[2] = {kLowest, kLowest}, total[2] = {};
+  bool flushed = false;
   Values<kProduct> values;
+  if (lane % 4 == 0) {
+    for (const int r : row) shared.outer_top[r] = kLowest, shared.outer_total[r] = 0;
+  }
+  // Adds the inner sums to the outer ones: totals in shared memory, the others where the block's results go.
+  const auto flush = [&] {
+    const int64_t place = (b * plan.parts + part) * m + first_row;
+    float* const factors = shared.rescale + warp_number() * kWarpRows;
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[half] += __shfl_xor_sync(kAllLanes, total[half], 1);
+      total[half] += __shfl_xor_sync(kAllLanes, total[half], 2);
+      values.correct(half, total[half]);
+      if (lane % 4 == 0) {
+        float &outer_top = shared.outer_top[row[half]], &outer_total = shared.outer_total[row[half]];
+        const float factor = exp2_approximate(outer_top - top[half]);
+        outer_total = outer_total * factor + total[half];
+        outer_top = top[half];
+        factors[lane / 4 + 8 * half] = factor;
+      }
+      total[half] = 0;
+    }
+    __syncwarp();
+    values.finish(channels, [&](int r, int c, float sum) {
+      const int64_t i = warp_number() * kWarpRows + r;
+      if (first_row + i >= m) return;
+      float* const to = sums + (place + i) * problem.channels + first_channel + c;
+      *to = flushed ? *to * factors[r] + sum : sum;
+    });
+    values = Values<kProduct>();
+    flushed = true;
+    __syncwarp();
+  };
   for (int64_t from = begin; from < end; from += kTile) {
     const int count = static_cast<int>(end - from < kTile ? end - from : kTile);
-    float score[kGroups][4] = {};
+    float score[kGroups][4] = {}, block[kGroups][4];
     for (int64_t first = 0; first < features; first += kFeatureChunk) {
       const int some = static_cast<int>(features - first < kFeatureChunk ? features - first : kFeatureChunk);
       __syncthreads();  // nobody reads what is there any more
       for (int at = thread; at < some * kTile; at += kTileThreads) {
         const int j = at % kTile, f = at / kTile;
         const int64_t column = (first + f) * problem.key.column_stride;
-        shared.key[f][j] = j < count ? problem.key.read<float>(key + (from + j) * problem.key.row_stride + column) : 0;
+        const bool kept = j < count && problem.keeps(shared.weight_at, from + j);
+        shared.key[f][j] =
+            kept ? problem.key.read<float>(shared.key_at + (from + j) * problem.key.row_stride + column) : 0;
         if (from == begin || features > kFeatureChunk) {
           const int64_t i = first_row + j < m ? first_row + j : m - 1;
-          shared.query[f][j] = problem.query.read<float>(query + i * problem.query.row_stride +
+          shared.query[f][j] = problem.query.read<float>(shared.query_at + i * problem.query.row_stride +
                                                          (first + f) * problem.query.column_stride);
         }
       }
-      if (thread < some) shared.scale[thread] = score_scale(problem, w, first + thread);
+      if (thread < some) shared.scale[thread] = score_scale(problem, shared.w_at, first + thread);
       if (first == 0) {
         if (thread < kTile) {
           float log_weight = thread < count ? 0 : -INFINITY;
           if (thread < count && problem.key_weight.data) {
-            log_weight =
-                log2f(problem.key_weight.read<float>(weight + (from + thread) * problem.key_weight.row_stride));
+            log_weight = log2f(
+                problem.key_weight.read<float>(shared.weight_at + (from + thread) * problem.key_weight.row_stride));
           }
           shared.log_weight[thread] = log_weight;
         }
-        values.stage(problem, value, from, count, first_channel, channels, ranges + b * problem.channels, staged);
+        values.stage(problem, shared.value_at, shared.weight_at, from, count, first_channel, channels,
+                     ranges + b * problem.channels, staged);
         commit_copies();
       }
       __syncthreads();
-      if (uniform) {
-        add_distances<false>(shared, some, score);
-      } else {
-        add_distances<true>(shared, some, score);
+      const auto add = [&](float (&to)[kGroups][4]) {
+        if (uniform) {
+          add_distances<false>(shared, some, to);
+        } else {
+          add_distances<true>(shared, some, to);
+        }
+      };
+      if constexpr (!kBlocks) {
+        add(score);
+        break;
+      }
+      // Many features: sums of blocks, so that few roundings are as large as the whole.
+      const bool starts = first % block_features == 0;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) block[g][i] = starts ? 0 : block[g][i];
+      }
+      add(block);
+      if ((first + kFeatureChunk) % block_features != 0 && first + kFeatureChunk < features) continue;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[g][i] += block[g][i];
       }
     }
     const bool masked = problem.exclude_self && from < first_row + kTile && from + count > first_row;
@@ -123,6 +190,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       rescale[half] = exp2_approximate(top[half] - highest[half]);
       top[half] = highest[half];
       total[half] *= rescale[half];
+      values.lower(half, rescale[half]);
     }
     float sum[2] = {};
 #pragma unroll
@@ -130,8 +198,10 @@ __global__ void __launch_bounds__(kTileThreads, 3)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         score[g][i] = exp2_approximate(score[g][i] - top[i / 2]);
-        sum[i / 2] += score[g][i];
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i / 2] += score[g][i];
+      values.round(score[g], g);
     }
     total[0] += sum[0];
     total[1] += sum[1];
@@ -140,23 +210,15 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       __syncthreads();
     }
     values.add(score, rescale, channels, shared, staged);
+    if ((from - begin + kTile) % kInnerKeys == 0) flush();
   }
-  const int64_t place = (b * plan.parts + part) * m + first_row;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    total[half] += __shfl_xor_sync(kAllLanes, total[half], 1);
-    total[half] += __shfl_xor_sync(kAllLanes, total[half], 2);
-    if (first_channel == 0 && lane % 4 == 0 && first_row + row[half] < m) {
-      states[2 * (place + row[half])] = top[half];
-      states[2 * (place + row[half]) + 1] = total[half];
-    }
+  flush();
+  for (const int r : row) {
+    if (first_channel > 0 || lane % 4 > 0 || first_row + r >= m) continue;
+    float* const state = states + 2 * ((b * plan.parts + part) * m + first_row + r);
+    state[0] = shared.outer_top[r];
+    state[1] = shared.outer_total[r];
   }
-  const int first_of_warp = warp_number() * kWarpRows;
-  values.finish(channels, [&](int r, int c, float sum) {
-    if (first_row + first_of_warp + r < m) {
-      sums[(place + first_of_warp + r) * problem.channels + first_channel + c] = sum;
-    }
-  });
 }
 
 // A block for 32 channels of a batch element, eight rows of keys at a time.
@@ -169,7 +231,10 @@ __global__ void __launch_bounds__(kTileThreads)
   float low = INFINITY, high = -INFINITY, undefined = 0;
   if (c < problem.channels) {
     const int64_t value = problem.value.offset(problem.batch, b) + c * problem.value.column_stride;
+    const int64_t weight = problem.key_weight.data ? problem.key_weight.offset(problem.batch, b) : 0;
+#pragma unroll 2
     for (int64_t j = warp_number(); j < problem.keys; j += kSlices) {
+      if (!problem.keeps(weight, j)) continue;
       const float v = problem.value.read<float>(value + j * problem.value.row_stride);
       low = fminf(low, v);
       high = fmaxf(high, v);
@@ -193,7 +258,8 @@ __global__ void __launch_bounds__(kTileThreads)
 template <Product kProduct>
 void launch_with(const Problem& problem, const Device& device, const TilePlan& plan, const ValueRange* ranges,
                  float* states, float* sums) {
-  launch(sum_tiles<kProduct>, problem.batch.count * plan.row_blocks * plan.chunks * plan.parts, kTileThreads,
+  const auto kernel = problem.features > kFeatureChunk ? sum_tiles<kProduct, true> : sum_tiles<kProduct, false>;
+  launch(kernel, problem.batch.count * plan.row_blocks * plan.chunks * plan.parts, kTileThreads,
          shared_bytes<kProduct>(), device.stream, problem, plan, ranges, states, sums);
 }
 
@@ -208,9 +274,9 @@ TilePlan plan_tiles(const Problem& problem, int multiprocessors) {
   plan.row_blocks = blocks_for(problem.queries, kTile);
   plan.chunks = blocks_for(problem.channels, kChannelChunk);
   const int64_t blocks = problem.batch.count * plan.row_blocks * plan.chunks;
-  const int64_t least = blocks_for(problem.keys, kMostPart), most = blocks_for(problem.keys, kLeastPart);
+  const int64_t most = blocks_for(problem.keys, kLeastPart);
   const int64_t wanted = blocks_for(kBlocksPerMultiprocessor * multiprocessors, blocks);
-  plan.parts = wanted < least ? least : wanted > most ? most : wanted;
+  plan.parts = wanted > most ? most : wanted;
   return plan;
 }
 

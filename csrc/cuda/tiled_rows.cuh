@@ -23,6 +23,11 @@ struct TilePlan {
   int64_t parts;       // of the keys, summed by blocks of their own and merged in order
 };
 
+// What is subtracted from values before they are summed: tensor cores take halves as they are.
+__host__ __device__ constexpr bool has_centre(Product product) {
+  return product == Product::kFew || product == Product::kMany;
+}
+
 // One channel's values in a batch element.
 struct ValueRange {
   float centre, low, high;
@@ -41,12 +46,20 @@ __device__ inline bool has_one_scale(const Problem& problem, int64_t w_offset) {
   return one;
 }
 
+// How many features, a multiple of `chunk`, have their squares added up before these sums are: about the root of all.
+__device__ inline int64_t features_of_block(int64_t features, int chunk) {
+  int64_t block = chunk;
+  while (block * block < features) block *= 2;
+  return block;
+}
+
 TilePlan plan_tiles(const Problem& problem, int multiprocessors);
 
 // ranges: (*B, C).
 void launch_value_ranges(const Problem& problem, const Device& device, ValueRange* ranges);
 
-// states (*B, parts, M, 2): the largest score and the total relative to it. sums (*B, parts, M, C), of centred values.
+// states (*B, parts, M, 2): the largest score and the total relative to it. sums (*B, parts, M, C), of values less
+// their centre, if the product has one.
 void launch_tile_sums(const Problem& problem, const Device& device, const TilePlan& plan, const ValueRange* ranges,
                       float* states, float* sums);
 

@@ -15,9 +15,19 @@ constexpr int kFeatureChunk = 16;              // features staged at once
 constexpr int kPitch = kTile + 4;              // of coordinates
 constexpr int kWeightPitch = kWarpRows + 4;    // of weights on their way to the product
 constexpr int kHalfPitch = kChannelChunk + 8;  // 16 bytes more than a power of two: rows start in different banks
-struct Shared {
+// A thread of the block stages a key or a row of its own, its warps share the rows, and a lane's channels are as many
+// as its columns of keys.
+static_assert(kTileThreads >= kTile && kTileThreads / 32 * kWarpRows == kTile, "a warp has 16 rows of the tile");
+static_assert(kGroups * 8 == kTile && kTile % 16 == 0 && kChannelChunk == kTile, "fragments of 16 keys, 8 channels");
+static_assert(kFewChannels <= kChannelChunk && kTileThreads >= kFeatureChunk, "");
+static_assert(kTileThreads % (kChannelChunk / 8) == 0 && kTile % (kTileThreads / (kChannelChunk / 8)) == 0,
+              "rounds of copies are whole");
+
+struct alignas(16) Shared {  // what follows it is copied in quads
   float query[kFeatureChunk][kPitch], key[kFeatureChunk][kPitch];
   float scale[kFeatureChunk], log_weight[kTile], rescale[kTile];
+  float outer_top[kTile], outer_total[kTile];
+  int64_t query_at, key_at, value_at, w_at, weight_at;  // offsets of the batch element: registers are scarce
 };
 
 template <Product kProduct>
@@ -36,13 +46,17 @@ template <>
 struct Values<Product::kFew> {
   float sums[2][kFewChannels] = {};
 
-  __device__ void stage(const Problem& problem, int64_t value, int64_t from, int count, int64_t first, int channels,
-                        const ValueRange* ranges, unsigned char* memory) const {
+  __device__ void round(const float (&)[4], int) const {}
+  __device__ void lower(int, float) const {}
+  __device__ void correct(int, float) const {}
+
+  __device__ void stage(const Problem& problem, int64_t value, int64_t weight, int64_t from, int count, int64_t first,
+                        int channels, const ValueRange* ranges, unsigned char* memory) const {
     float* const staged = reinterpret_cast<float*>(memory);
     for (int at = static_cast<int>(threadIdx.x); at < kFewChannels * kTile; at += kTileThreads) {
       const int j = at % kTile, c = at / kTile;
       float v = 0;
-      if (j < count && c < channels) {
+      if (j < count && c < channels && problem.keeps(weight, from + j)) {
         v = problem.value.read<float>(value + (from + j) * problem.value.row_stride +
                                       (first + c) * problem.value.column_stride) -
             ranges[first + c].centre;
@@ -89,13 +103,17 @@ template <>
 struct Values<Product::kMany> {
   float sums[4][8] = {};  // of rows 4 (lane / 8) and on, channels 4 (lane % 8) and on and the same 32 further
 
-  __device__ void stage(const Problem& problem, int64_t value, int64_t from, int count, int64_t first, int channels,
-                        const ValueRange* ranges, unsigned char* memory) const {
+  __device__ void round(const float (&)[4], int) const {}
+  __device__ void lower(int, float) const {}
+  __device__ void correct(int, float) const {}
+
+  __device__ void stage(const Problem& problem, int64_t value, int64_t weight, int64_t from, int count, int64_t first,
+                        int channels, const ValueRange* ranges, unsigned char* memory) const {
     float* const staged = reinterpret_cast<float*>(memory);
     for (int at = static_cast<int>(threadIdx.x); at < kTile * kChannelChunk; at += kTileThreads) {
       const int c = at % kChannelChunk, j = at / kChannelChunk;
       float v = 0;
-      if (j < count && c < channels) {
+      if (j < count && c < channels && problem.keeps(weight, from + j)) {
         v = problem.value.read<float>(value + (from + j) * problem.value.row_stride +
                                       (first + c) * problem.value.column_stride) -
             ranges[first + c].centre;
@@ -159,9 +177,36 @@ struct Values<Product::kMany> {
 template <bool kBFloat16>
 struct HalfValues {
   float sums[kGroups][4] = {};
+  uint32_t weights[kGroups][2];  // of the tile at hand, as the tensor cores take them
+  float rounded[2] = {};         // their sums
 
-  __device__ void stage(const Problem& problem, int64_t value, int64_t from, int count, int64_t first, int channels,
-                        const ValueRange*, unsigned char* memory) const {
+  __device__ void round(const float (&weight)[4], int group) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t pair = weights[group][i] = pack_halves<kBFloat16>(weight[2 * i], weight[2 * i + 1]);
+      if (kBFloat16) {
+        rounded[i] += __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+      } else {
+        rounded[i] += half_to_float(static_cast<uint16_t>(pair)) + half_to_float(static_cast<uint16_t>(pair >> 16));
+      }
+    }
+  }
+  __device__ void lower(int half, float factor) { rounded[half] *= factor; }
+  // Makes the sums over values those of a mean: weights that were rounded one by one have another total.
+  __device__ void correct(int half, float total) {
+    float sum = rounded[half];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    const float factor = sum > 0 ? total / sum : 1;
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sums[n][2 * half + i] *= factor;
+    }
+  }
+
+  __device__ void stage(const Problem& problem, int64_t value, int64_t weight, int64_t from, int count, int64_t first,
+                        int channels, const ValueRange*, unsigned char* memory) const {
     uint16_t* const staged = reinterpret_cast<uint16_t*>(memory);
     const uint16_t* const values = static_cast<const uint16_t*>(problem.value.data) + value;
     const int64_t row_stride = problem.value.row_stride, column_stride = problem.value.column_stride;
@@ -177,13 +222,14 @@ struct HalfValues {
       }
       return;
     }
+#pragma unroll 2
     for (int at = static_cast<int>(threadIdx.x); at < kTile * kChannelChunk; at += kTileThreads) {
       const int j = at / kChannelChunk, c = at % kChannelChunk;
-      const bool valid = j < count && c < channels;
+      const bool valid = j < count && c < channels && problem.keeps(weight, from + j);
       staged[j * kHalfPitch + c] = valid ? values[(from + j) * row_stride + (first + c) * column_stride] : 0;
     }
   }
-  __device__ void add(const float (&weight)[kGroups][4], const float (&rescale)[2], int channels, Shared&,
+  __device__ void add(const float (&)[kGroups][4], const float (&rescale)[2], int channels, Shared&,
                       const unsigned char* memory) {
     const uint16_t* const staged = reinterpret_cast<const uint16_t*>(memory);
     const int lane = lane_number();
@@ -196,12 +242,8 @@ struct HalfValues {
     }
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
-      uint32_t left[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* const pair = weight[2 * step + i / 2] + i % 2 * 2;
-        left[i] = pack_halves<kBFloat16>(pair[0], pair[1]);
-      }
+      const uint32_t left[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
+                                weights[2 * step + 1][1]};
       const uint16_t* const row = staged + (step * 16 + lane % 16) * kHalfPitch + lane / 16 * 8;
 #pragma unroll
       for (int n = 0; n < kGroups; n += 2) {

@@ -31,6 +31,7 @@ from .triton_launch import (
     feature_block,
     scalar_blocks,
     tiled_blocks,
+    without_left_out,
 )
 from .triton_merge import scalar_merge, tiled_merge
 from .triton_query import query_side
@@ -48,7 +49,7 @@ def forward(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
-    call = Call(query, key, value, w, key_weight)
+    call = Call(query, *without_left_out(key, value, key_weight), w, key_weight)
     rows = (*call.batch, call.m)
     out = call.empty(True, *rows, call.c)
     lse = call.empty(True, *rows)
@@ -149,7 +150,10 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
-    call = Call(query, key, value, w, key_weight)
+    call = Call(query, key, value, w, key_weight)  # of the key side
+    rows_call = (
+        call if key_weight is None else Call(query, *without_left_out(key, value, key_weight), w, key_weight)
+    )
     grad_query = call.empty(bool(needs & NEEDS_QUERY), *call.batch, call.m, call.d)
     grad_key = call.empty(bool(needs & NEEDS_KEY), *call.batch, call.n, call.d)
     grad_value = call.empty(bool(needs & NEEDS_VALUE), *call.batch, call.n, call.c)
@@ -169,18 +173,38 @@ def backward(
     with _on(call.device):
         rows: Any = None
         if needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT) or not by_products:
-            rows = _Rows(call, grads, out.contiguous(), state.contiguous(), exclude_self)
+            rows = _Rows(rows_call, grads, out.contiguous(), state.contiguous(), exclude_self)
         if needs & (NEEDS_QUERY | NEEDS_W):
             if by_products:
                 partial_w = _tangent_products(call, grads[0], tangent_w, tangent_q, state, grad_query, needs)
             else:
-                partial_w = _query_side(call, rows, grad_query, exclude_self, needs)
+                partial_w = _query_side(rows_call, rows, grad_query, exclude_self, needs)
         if needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT):
             if call.d == call.c == 1:
                 _scalar_keys(call, rows, grad_key, grad_value, grad_weight, exclude_self, needs)
             else:
                 _tiled_keys(call, rows, grad_key, grad_value, grad_weight, exclude_self, needs)
+    if key_weight is not None:
+        grad_key, grad_value, grad_weight = _of_left_out(call, grad_key, grad_value, grad_weight)
     return grad_query, grad_key, grad_value, _sum_for_w(call, partial_w, w), grad_weight
+
+
+def _of_left_out(call: Call, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor) -> tuple:
+    """Gradients with those of keys of weight 0 put right: no product with a weight of 0 is exact where they overflow.
+
+    By such a key and its value 0; by its weight the derivative, saturated, and 0 where the key itself is not finite.
+    """
+    _, key, value, _, key_weight = call.tensors
+    left_out = key_weight == 0
+    if grad_key.numel():
+        grad_key = torch.where(left_out.unsqueeze(-1), 0.0, grad_key)
+    if grad_value.numel():
+        grad_value = torch.where(left_out.unsqueeze(-1), 0.0, grad_value)
+    if grad_weight.numel():
+        finite = key.isfinite().all(-1) & value.isfinite().all(-1)
+        own = torch.where(finite, grad_weight.nan_to_num(), 0.0)
+        grad_weight = torch.where(left_out, own, grad_weight)
+    return grad_key, grad_value, grad_weight
 
 
 def _sum_for_w(call: Call, partial: Tensor | None, w: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def far_row(
                 mask=(j < n)[:, None] & has_channel[None, :],
                 other=0.0,
             ).to(T)  # [BLOCK_F, BLOCK_C]
-            relative = tl.where((j < n)[:, None], v.to(tl.float64) - centre[None, :], 0.0)
+            relative = tl.where(((j < n) & (j != skip))[:, None], v.to(tl.float64) - centre[None, :], 0.0)
             total += p
             values += tl.sum(p[:, None] * relative, 0)
         total = tl.sum(total, 0)

@@ -245,6 +245,7 @@ def tiled_forward(
         centre += centre_of_values(low, high, b * channels + c, c < channels)
     top = tl.full([BLOCK_M], FLOOR, T)
     total = tl.zeros([BLOCK_M], T)
+    rounded_total = tl.zeros([BLOCK_M], T)
     values = tl.zeros([BLOCK_M, BLOCK_C], T)
     begin = split * part
     for start in range(begin, tl.minimum(begin + part, n), BLOCK_N):
@@ -278,12 +279,16 @@ def tiled_forward(
             )  # [BLOCK_N, BLOCK_C]
             if HALF_DOT:
                 rounded = p.to(v.dtype)
-                p = rounded.to(T)  # the total is of the same weights
+                rounded_total = tl.fma(rounded_total, factor, tl.sum(rounded.to(T), 1))
                 added = tl.dot(rounded, v)  # [BLOCK_M, BLOCK_C]
             else:
                 added = tl.dot(p, v.to(T) - centre, input_precision="ieee", out_dtype=T)
         total = tl.fma(total, factor, tl.sum(p, 1))
         values = values * factor[:, None] + added
+    if HALF_DOT:  # noqa: SIM102
+        if BLOCK_C > 1:
+            # Weights that were rounded one by one have another total: that of the mean.
+            values = values * tl.where(rounded_total > 0.0, total / rounded_total, 1.0)[:, None]
 
     row = b * m + i  # [BLOCK_M], int64
     if SPLIT:
@@ -323,6 +328,8 @@ def tiled_store(
     """Write the results of near rows from top, total [BLOCK_M] and values less centre."""
     FAR: tl.constexpr = FAR_DOUBLE if T == tl.float64 else FAR_FLOAT  # noqa: SIM300
     near = (total >= LEAST_TOTAL) & (total <= MOST_TOTAL) & (tl.abs(top) <= FAR)  # false where NaN
+    # A row whose own key is left out does not see what that holds: it is computed alone.
+    near = near & (tl.sum(tl.abs(values), 1) < float("inf"))
     total = tl.where(near, total, 1.0)
     write = exists & near
     mean = values / total.to(T)[:, None] + centre  # [BLOCK_M, BLOCK_C]

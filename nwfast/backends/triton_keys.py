@@ -14,7 +14,17 @@ import triton.language as tl
 
 from .triton_query import products_of_channels
 from .triton_rows import FLAG_ROWS
-from .triton_terms import HALF_LOG2E, MOST, centre_of_values, element, relative_scores, squared_distances
+from .triton_terms import (
+    HALF_LOG2E,
+    MOST,
+    MOST_DOUBLE,
+    centre_of_values,
+    element,
+    relative_scores,
+    squared_distances,
+)
+
+HUGE_OFFSET = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -84,6 +94,10 @@ def scalar_keys(
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     counts = j < n
     k = tl.load(key + j.to(tl.int64) * key_n, mask=counts, other=0.0).to(T)
+    # Where a key is infinite, so are its offsets, but not what stands for them: 0 times those is 0.
+    k = tl.where(
+        tl.abs(k) < float("inf"), k, tl.where(k > 0.0, HUGE_OFFSET, tl.where(k < 0.0, -HUGE_OFFSET, k))
+    )
     v = tl.load(value + j.to(tl.int64) * value_n, mask=counts, other=0.0).to(T)
     if CENTRED:
         v -= centre_of_values(low, high, b, True)
@@ -239,7 +253,8 @@ def tiled_keys(
                         k = tl.load(
                             key + key_at + feature * key_d, mask=counts[:, None] & there, other=0.0
                         ).to(T)
-                        moment = tl.sum(u * (q - k), 1)[:, None]  # [BLOCK_K, 1]
+                        offset = tl.where(u == 0.0, 0.0, q - k)  # which may be infinite
+                        moment = tl.sum(u * offset, 1)[:, None]  # [BLOCK_K, 1]
                         offset_sum += tl.where((f == feature)[None, :], moment, 0.0)
 
     value_far, offset_far, weight_far = far_keys(
@@ -331,7 +346,7 @@ def far_weights(
         query, query_d, key, at * key_n, origin * key_n, key_d, w, w_d, counts, D, T, BLOCK_K
     )
     # The top has the log-weights in it that these scores lack.
-    exponent = tl.minimum(score - tl.load(tops + row), MOST)
+    exponent = tl.minimum(score - tl.load(tops + row), MOST_DOUBLE)
     p = tl.where(counts, tl.exp2(exponent), 0.0) / tl.load(state + 2 * row + 1)
     u = p * 0.0
     if BY_U:

@@ -30,6 +30,26 @@ class Blocks(NamedTuple):
     warps: int
 
 
+def without_left_out(key: Tensor, value: Tensor, key_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Key and value for forward and query-side kernels: keys of weight 0 hold what one that counts does.
+
+    So they are never nearer than all that count, and no product with their weight is 0 times what is not finite.
+    """
+    if key_weight is None:
+        return key, value
+    left_out = (key_weight == 0).unsqueeze(-1)  # (*B, N, 1)
+    first = (~left_out).int().argmax(-2, keepdim=True)
+    none = left_out.gather(-2, first)  # no key counts
+
+    def replaced(tensor: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(tensor.shape[:-2], left_out.shape[:-2])
+        place = first.expand(*batch, 1, tensor.shape[-1])
+        anchor = tensor.expand(*batch, *tensor.shape[-2:]).gather(-2, place)
+        return torch.where(left_out, torch.where(none, torch.zeros_like(anchor), anchor), tensor)
+
+    return replaced(key), replaced(value)
+
+
 class Call:
     """Sizes, strides and block counts of one call in canonical form."""
 
@@ -155,8 +175,8 @@ def tiled_blocks(m: int, n: int, block_c: int, wide: bool, half_dot: bool, both:
     """
     if block_c == 1:
         rows = power_of_2(m, 1, 16)
-        columns = power_of_2(n, 32, 64 if wide else 256)
-        return Blocks(rows, columns, max(min(rows * columns // (256 if wide else 1024), 4), 1))
+        columns = power_of_2(n, 32, 32 if wide else 256)
+        return Blocks(rows, columns, max(min(rows * columns // (128 if wide else 1024), 4), 1))
     rows = power_of_2(m, 16, (64 if half_dot else 32) // (2 if both or wide else 1))
     columns = power_of_2(n, 16, 32 if half_dot else 16)
     return Blocks(rows, columns, 4)

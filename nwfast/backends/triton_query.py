@@ -112,9 +112,10 @@ def query_side(
                 there = tl.full([1, 1], feature, tl.int32) < D
                 q = tl.load(query + query_at + feature * query_d, mask=near[:, None] & there, other=0.0).to(T)
                 k = tl.load(key + key_at + feature * key_d, mask=counts[None, :] & there, other=0.0).to(T)
-                moment = u * (q - k)
+                offset = tl.where(u == 0.0, 0.0, q - k)  # which may be infinite, or that of a key left out
+                moment = u * offset
                 first = tl.sum(moment, 1)[:, None]  # [BLOCK_M, 1]
-                second = tl.sum(moment * (q - k), 1)[:, None]
+                second = tl.sum(moment * offset, 1)[:, None]
                 here = (f == feature)[None, :]
                 firsts += tl.where(here, first, 0.0)
                 seconds += tl.where(here, second, 0.0)
@@ -179,8 +180,8 @@ def far_query(
         for c in range(channels):
             g = tl.load(grad_out + row * channels + c).to(tl.float64)
             mean = tl.load(out + row * channels + c).to(tl.float64)
-            v = tl.load(value + j * value_n + c * value_c, mask=j < n, other=0.0).to(T).to(tl.float64)
-            pull += g * (v - mean)
+            v = tl.load(value + j * value_n + c * value_c, mask=(j < n) & (j != skip), other=0.0)
+            pull += g * (v.to(T).to(tl.float64) - mean)
         for step in tl.static_range(BLOCK_D):
             feature = tl.min(f, 0) + step
             if feature < D:

@@ -35,7 +35,14 @@ def describe_rows(
     total = tl.load(state + 2 * row + 1, mask=exists, other=0.0)
     ordinary = (tl.abs(shift) <= FAR) & (total >= SMALLEST_TOTAL) & (total <= MOST_TOTAL)
     far = (total > 0.0) & (total < float("inf")) & (ordinary == 0)
-    sums = (total != 0.0) & (far == 0)  # also the NaN of a NaN row, which its gradients inherit
+    # A row that nothing comes back to adds nothing, not even where it is NaN.
+    used = exists & (exists == 0)
+    for c in range(channels):
+        used = used | (tl.load(grad_out + row * channels + c, mask=exists, other=0.0).to(T) != 0.0)
+    if BY_LSE:
+        used = used | (tl.load(grad_lse + row, mask=exists, other=0.0).to(T) != 0.0)
+    far = far & used
+    sums = (total != 0.0) & (far == 0) & used  # also the NaN of a NaN row, which its gradients inherit
     inverse = tl.where(sums, 1.0 / tl.where(sums, total, 1.0), 0.0)
     tl.store(shifts + row, tl.where(sums, shift, 0.0).to(T), mask=exists)
     tl.store(inverses + row, inverse.to(T), mask=exists)
@@ -104,8 +111,8 @@ def tangent_products(
     # A row without keys is NaN, and what comes back to it may be.
     g = tl.load(grad_out + row, mask=exists & (total != 0.0), other=0.0)
     if BY_Q:
-        slope = tl.load(tangent_q + row, mask=exists, other=0.0)
+        slope = tl.load(tangent_q + row, mask=exists & (g != 0.0), other=0.0)
         tl.store(grad_query + row, g.to(slope.dtype) * slope, mask=exists)
     if BY_W:
-        slope = tl.load(tangent_w + row, mask=exists, other=0.0)
+        slope = tl.load(tangent_w + row, mask=exists & (g != 0.0), other=0.0)
         tl.store(partial_w + pid, tl.sum(g.to(tl.float64) * slope.to(tl.float64), 0))

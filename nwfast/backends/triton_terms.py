@@ -25,6 +25,7 @@ LN2 = tl.constexpr(constants.LN2)
 HUGE = tl.constexpr(1e150)
 # The largest exponent above a row's own that the gradient of a masked key may have; finite in float32.
 MOST = tl.constexpr(126.0)
+MOST_DOUBLE = tl.constexpr(1000.0)
 
 
 @triton.jit
@@ -71,12 +72,17 @@ def squared_distances(
             offset = (q - k) * scale
             square = tl.fma(offset, offset, square)
     else:
-        for f in range(D):
-            scale = tl.load(w + f * w_d).to(T)
-            q = tl.load(query + query_at + f * query_d, mask=rows, other=0.0).to(T)
-            k = tl.load(key + key_at + f * key_d, mask=keys, other=0.0).to(T)
-            offset = (q - k) * scale
-            square = tl.fma(offset, offset, square)
+        # In blocks of about the root of all features, so that few roundings are as large as the whole.
+        BLOCK: tl.constexpr = 16 if D <= 256 else 32 if D <= 1024 else 64
+        for first in range(0, D, BLOCK):
+            part = tl.zeros([SHAPE_M, SHAPE_N], T)
+            for f in range(first, tl.minimum(first + BLOCK, D)):
+                scale = tl.load(w + f * w_d).to(T)
+                q = tl.load(query + query_at + f * query_d, mask=rows, other=0.0).to(T)
+                k = tl.load(key + key_at + f * key_d, mask=keys, other=0.0).to(T)
+                offset = (q - k) * scale
+                part = tl.fma(offset, offset, part)
+            square += part
     return square * HALF_LOG2E
 
 
@@ -98,27 +104,30 @@ def nearest_key(
     largest = tl.load(w).to(tl.float64) * 0.0
     for f in range(D):
         largest = tl.maximum(largest, tl.abs(tl.load(w + f * w_d).to(tl.float64)))
-    unit = 1.0 / tl.where(largest > 0.0, largest, 1.0)
+    unit = 1.0 / tl.where(largest > 1e-290, largest, 1.0)
     best = tl.full([BLOCK], float("inf"), tl.float64)
     place = tl.zeros([BLOCK], tl.int64)
     invalid = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n, BLOCK):
-        j = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
-        counts = (j < n) & (j != skip)
-        square = tl.zeros([BLOCK], tl.float64)
-        for f in range(D):
-            q = tl.load(query + f * query_d).to(T).to(tl.float64)
-            k = tl.load(key + j * key_n + f * key_d, mask=counts, other=0.0).to(T).to(tl.float64)
-            offset = (q - k) * (tl.load(w + f * w_d).to(tl.float64) * unit)
-            square += offset * offset
-        invalid = tl.where(counts & (square != square), 1, invalid)
-        if WEIGHTED:
-            a = tl.load(key_weight + j * weight_n, mask=counts, other=0.0).to(T)
-            invalid = tl.where(a >= 0.0, invalid, 1)
-            counts = counts & (a > 0.0)
-        nearer = counts & (square < best)
-        best = tl.where(nearer, square, best)
-        place = tl.where(nearer, j, place)
+    for attempt in range(2):  # squares that overflow are compared at a smaller scale
+        if attempt == 0 or tl.min(best, 0) == float("inf"):
+            shrink = tl.where(attempt == 0, 1.0, 2.0**-540).to(tl.float64)
+            for start in range(0, n, BLOCK):
+                j = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+                counts = (j < n) & (j != skip)
+                square = tl.zeros([BLOCK], tl.float64)
+                for f in range(D):
+                    q = tl.load(query + f * query_d).to(T).to(tl.float64)
+                    k = tl.load(key + j * key_n + f * key_d, mask=counts, other=0.0).to(T).to(tl.float64)
+                    offset = (q - k) * (tl.load(w + f * w_d).to(tl.float64) * unit) * shrink
+                    square += offset * offset
+                invalid = tl.where(counts & (square != square), 1, invalid)
+                if WEIGHTED:
+                    a = tl.load(key_weight + j * weight_n, mask=counts, other=0.0).to(T)
+                    invalid = tl.where(a >= 0.0, invalid, 1)
+                    counts = counts & (a > 0.0)
+                nearer = counts & (square < best)
+                best = tl.where(nearer, square, best)
+                place = tl.where(nearer, j, place)
     least = tl.min(best, 0)
     origin = tl.min(tl.where((best == least) & (best < float("inf")), place, n), 0)
     wrong = tl.max(invalid, 0) > 0

@@ -77,7 +77,7 @@ def build(
             return target
 
         with ThreadPoolExecutor(2) as pool:
-            files = [HERE / "gpu.cpp", *sorted((sources / "cuda").glob("*.cu"))]
+            files = [HERE / "gpu.cpp", HERE / "workspace.cpp", *sorted((sources / "cuda").glob("*.cu"))]
             made = list(pool.map(compile_one, files))
         libraries = root / "lib"
         link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
