@@ -299,15 +299,17 @@ def test_export_of_the_module_is_for_all_sizes(native, how):
         assert_same(program.module()(query, key, value), net(query, key, value), 1e-4)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_to_onnx_has_operators_of_torch_alone(native, monkeypatch, strict):
-    """ONNX knows no others. Its own packages need not be there: torch tells that the export is for it by a flag."""
+def test_export_to_onnx_has_operators_of_torch_alone(native, monkeypatch):
+    """ONNX knows no others. Its own packages need not be there: torch tells that the export is for it by a flag.
+
+    The program is captured as torch.onnx.export does it first, not strictly: Dynamo would take the flag for unset.
+    """
     from torch.onnx._internal.exporter import _flags
 
     net = nwfast.NWKernelRegression(w=2.0)
     x, y = torch.rand(5), torch.rand(6)
     monkeypatch.setattr(_flags, "_is_onnx_exporting", True)
-    program = torch.export.export(net, (x, y, y.cos()), strict=strict)
+    program = torch.export.export(net, (x, y, y.cos()), strict=False)
     monkeypatch.undo()
     assert not any("nwfast" in name for name in nodes(program.graph_module))
     assert_same(program.module()(x, y, y), net(x, y, y), 1e-5)

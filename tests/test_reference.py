@@ -170,14 +170,14 @@ def test_gradient_of_the_weight_of_a_left_out_key():
     key = torch.cat([torch.tensor([-2.0]), torch.linspace(0, 1, 302)[1:-1]]).double()
     query, value, weight = torch.rand(20).double(), torch.rand(301).double(), torch.ones(301).double()
     found = []
-    for first in (0.0, 1e-9):  # beside the derivative there, a difference
+    for first in (0.0, 1e-5):  # beside the derivative there, a difference
         weight[0] = first
         leaf = weight.clone().requires_grad_()
         out = nwfast.nadaraya_watson(query, key, value, 1.0, key_weight=leaf, backend="reference").sum()
         found.append((out.detach(), torch.autograd.grad(out, leaf)[0][0]))
     assert abs(found[0][1]) > 1e-5
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=0)
-    torch.testing.assert_close((found[1][0] - found[0][0]) / 1e-9, found[0][1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=0)
+    torch.testing.assert_close((found[1][0] - found[0][0]) / 1e-5, found[0][1], rtol=1e-5, atol=0)
 
 
 def test_left_out_key_nearer_than_all_others():

@@ -32,6 +32,7 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr double kLow = 0x1p-30, kHigh = 0x1p50;  // of the scale, where coordinates lie within (-2^9, 2^9)
+  static constexpr double kNone = 0x1p-100;
   static constexpr double kNegligible = kNegligibleFloat;
   static constexpr double kWeightRange = 60;  // log2 of the ratio of key weights that fits beside scores
   static constexpr double kMostValue = 0x1p100;
@@ -39,7 +40,7 @@ struct Limits<float> {
 };
 template <>
 struct Limits<double> {
-  static constexpr double kLow = 0x1p-40, kHigh = 0x1p480;
+  static constexpr double kLow = 0x1p-40, kHigh = 0x1p480, kNone = 0x1p-600;
   static constexpr double kNegligible = kNegligibleDouble;
   static constexpr double kWeightRange = 900;
   static constexpr double kMostValue = INFINITY;
@@ -195,8 +196,8 @@ class ScalarBatch {
     multiply(key_.get(), keys_, unit);
     multiply(query_.get(), queries_, unit);
     if (wide_) return true;
-    // Below, all weights are 1 to rounding and tangents would underflow.
-    if (scale_ < Limits<T>::kLow) scale_ = Limits<T>::kLow;
+    // Below, all weights are 1 to rounding and tangents would underflow. Average pooling has scores that underflow to 0.
+    if (scale_ < Limits<T>::kLow) scale_ = w == 0 ? Limits<T>::kNone : Limits<T>::kLow;
     const double half = (range.high - range.low) / 2 * scale_ * unit;
     if (sizeof(T) == 4 && queries_ >= kScaledQueries && finite() && half > 0x1p-3 && half < kScaledReach &&
         (purpose == Purpose::kValues || spread(key_.get(), keys_, range)) &&

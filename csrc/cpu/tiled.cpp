@@ -137,16 +137,18 @@ void careful_forward(const Problem& problem, int64_t b, bool serial, const Rows&
     const int64_t row = b * problem.queries + rows[i];
     fill_nan(problem, row, result);
     if (weighed.nan) return;
-    double shift = 0, total = 0;
+    double shift = 0, total = 0, lse = -INFINITY;
     if (weighed.counts) {
       for (int64_t c = 0; c < problem.channels; ++c) {
         result.out[row * problem.channels + c] = static_cast<R>(weighed.mean[c]);
       }
       constexpr CarefulBatch::Real kMost = std::numeric_limits<double>::max();
-      shift = static_cast<double>(std::fmin(weighed.nearest_score - weighed.top, kMost));
+      const CarefulBatch::Real exact = weighed.nearest_score - weighed.top;
+      shift = static_cast<double>(std::fmin(exact, kMost));  // the backward pass needs no more of it
       total = static_cast<double>(weighed.total);
+      lse = static_cast<double>(kLn2 * (std::log2(weighed.total) - exact));
     }
-    if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift, total}));
+    if (result.lse) result.lse[row] = static_cast<R>(lse);
     if (!result.state) return;
     result.state[2 * row] = shift;
     result.state[2 * row + 1] = total;
