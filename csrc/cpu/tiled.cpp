@@ -22,13 +22,12 @@ constexpr int64_t kCarefulRows = 16;  // rows whose weights the careful way hold
 using Rows = std::vector<int64_t>;
 
 // The score of its nearest key, in base 2, beyond which a row of R data is not computed in T. Scores are good to about
-// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's. Moments
-// about a far query lose its distance times the rounding of `out`, which is in R.
+// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's.
 template <typename T, typename R>
 double far_score(const Problem& problem) {
   const double features = static_cast<double>(problem.features);
   if (sizeof(T) == 4) return std::fmax(256, 32 * features);
-  return std::fmax(sizeof(R) == 4 ? 4096 : 1024, 64 * features);
+  return std::fmax(sizeof(R) == 4 ? 0x1p26 : 1024, 64 * features);
 }
 
 // run(b, serial) for all batch elements; serial where they share out the threads among themselves.
@@ -201,7 +200,7 @@ struct RowGrad {
 
 template <typename T>
 struct BackwardBatch : TiledBatch<T> {
-  Buffer<T> row_query, value_grad, offset_grad, inverse_total;
+  Buffer<T> row_query, value_grad, lse_grad, offset_grad, inverse_total;
   Buffer<double> shift;
   Buffer<int64_t> places;  // of the rows' own keys
   int64_t rows = 0;
@@ -214,6 +213,7 @@ struct BackwardBatch : TiledBatch<T> {
     row_query.allocate(rows * features);
     value_grad.allocate(rows * pitch);
     offset_grad.allocate(rows);
+    lse_grad.allocate(rows);
     inverse_total.allocate(rows);
     shift.allocate(rows);
     places.allocate(rows);
@@ -229,7 +229,8 @@ struct BackwardBatch : TiledBatch<T> {
       }
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
       std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
-      offset_grad[i] = static_cast<T>(dot - grad.lse);
+      lse_grad[i] = static_cast<T>(grad.lse);
+      offset_grad[i] = dot - lse_grad[i];
       inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
       shift[i] = task.state[2 * row];
       places[i] = some[i];
@@ -245,6 +246,31 @@ struct BackwardBatch : TiledBatch<T> {
     task.inverse_total = inverse_total.get() + begin;
     task.offset_grad = offset_grad.get() + begin;
     task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
+  }
+
+  // The offsets of up to kRowTask rows, from outputs that are not rounded to the dtype of the results: moments about a
+  // far query multiply that rounding by the square of its distance.
+  void exact_offsets(const Problem& problem, int64_t begin, int64_t count, T* offsets) const {
+    const int64_t channels = problem.channels;
+    double total[kRowTask], row_shift[kRowTask];
+    Buffer<double> sums(kRowTask * channels);
+    TiledRows<T> task;
+    task.data = this->data;
+    task.rows = count;
+    task.query = row_query.get() + begin * problem.features;
+    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
+    task.total = total;
+    task.shift = row_shift;
+    task.values = sums.get();
+    kernels<T>().tiled_rows(task);
+    for (int64_t i = 0; i < count; ++i) {
+      const T* const grad = value_grad.get() + (begin + i) * this->data.channel_pitch;
+      T dot = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
+      }
+      offsets[i] = dot - lse_grad[begin + i];
+    }
   }
 };
 
@@ -306,6 +332,11 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
     TiledQueryGrad<T> rows;
     rows.rows = std::min(batch->rows - begin, kRowTask);
     batch->fill(problem, begin, rows);
+    T offsets[kRowTask];
+    if (sizeof(T) > sizeof(R)) {
+      batch->exact_offsets(problem, begin, rows.rows, offsets);
+      rows.offset_grad = offsets;
+    }
     rows.first = first.get();
     rows.second = second.get();
     kernels<T>().tiled_query_grad(rows);
@@ -336,7 +367,7 @@ void careful_query_side(const Problem& problem, const BackwardTask<R>& task, int
     grad.read_from(problem, task, b, rows[i]);
     std::vector<CarefulBatch::Real> grad_query(features);
     const CarefulBatch::Row row = element.careful->weigh(rows[i]);
-    element.careful->differentiate(rows[i], row, grad.out.get(), grad.lse, grad_query.data(), &partial[i * features]);
+    element.careful->differentiate(row, grad.out.get(), grad.lse, grad_query.data(), &partial[i * features]);
     for (int64_t f = 0; task.grad_query && f < features; ++f) {
       task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
     }
@@ -415,21 +446,25 @@ void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64
       grads[i] = std::make_unique<RowGrad>(channels);
       grads[i]->read_from(problem, task, b, row);
       weighed[i] = element.careful->weigh(row);
-      parts[i] = element.careful->differentiate(row, weighed[i], grads[i]->out.get(), grads[i]->lse, nullptr, nullptr);
+      parts[i] = element.careful->differentiate(weighed[i], grads[i]->out.get(), grads[i]->lse, nullptr, nullptr);
     });
     parallel_blocks((n + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
-      for (int64_t j = block * kKeyTile; j < std::min(n, (block + 1) * kKeyTile); ++j) {
-        for (int64_t i = 0; i < count; ++i) {
-          sums.weight[j] += static_cast<double>(parts[i].weight[j]);
-          if (parts[i].value[j] != 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        const std::vector<int64_t>& keys = weighed[i].keys;
+        size_t place = std::lower_bound(keys.begin(), keys.end(), block * kKeyTile) - keys.begin();
+        for (; place < keys.size() && keys[place] < (block + 1) * kKeyTile; ++place) {
+          const int64_t j = keys[place];
+          const CarefulBatch::Real weight = parts[i].value[place], score = parts[i].score[place];
+          sums.weight[j] += static_cast<double>(parts[i].weight[place]);
+          if (weight != 0) {
             for (int64_t c = 0; c < channels; ++c) {
-              sums.value[j * channels + c] += static_cast<double>(parts[i].value[j] * grads[i]->out[c]);
+              sums.value[j * channels + c] += static_cast<double>(weight * grads[i]->out[c]);
             }
           }
-          if (parts[i].score[j] == 0) continue;
+          if (score == 0) continue;
           for (int64_t f = 0; f < features; ++f) {
             sums.key[j * features + f] +=
-                static_cast<double>(parts[i].score[j] * element.careful->score_by_key(weighed[i], j, f));
+                static_cast<double>(score * element.careful->score_by_key(weighed[i], j, f));
           }
         }
       }
