@@ -2,12 +2,11 @@
 //
 // Forward: flash-attention's online softmax. For kTiledRows queries and a tile of keys: scores with their maximum,
 // rescale what was summed if the maximum rose, exponentials, then the product with value. Scores and short channels
-// have keys in lanes, many channels have channels in lanes. Sums over many features are made in blocks, and what those
-// add up to is held in double (in twice double for doubles): scores grow with the number of features, and so would the
-// rounding of a single sum, while the weights depend on small differences between scores. Backward: weights are
-// recomputed from the saved shift and
-// total; the query side walks over tiles of keys for a few rows, the key side over blocks of rows for a tile of keys.
-// Parallel over rows and key tiles in the driver.
+// have keys in lanes, many channels have channels in lanes. Sums over many features are made in blocks, and beyond a
+// group of them what they add up to is held in double (in twice double for doubles): scores grow with the number of
+// features, and so would the rounding of a single sum, while the weights depend on small differences between scores.
+// Backward: weights are recomputed from the saved shift and total; the query side walks over tiles of keys for a few
+// rows, the key side over blocks of rows for a tile of keys. Parallel over rows and key tiles in the driver.
 
 #pragma once
 
@@ -22,8 +21,8 @@ constexpr int kQ = kTiledRows;
 template <typename T>
 constexpr T kLowestScore = sizeof(T) == 4 ? T(-0x1p120) : T(-0x1p1000);
 
-// From so many features on, scores are summed in blocks of this many.
-constexpr int64_t kFeatureBlock = 16;
+// Scores are summed in blocks of so many features, and beyond a group of so many in double.
+constexpr int64_t kFeatureBlock = 16, kFeatureGroup = 64;
 
 // What a tile of scores is held in.
 template <typename T, bool kWide>
@@ -90,25 +89,44 @@ NWFAST_INLINE Vec<T> scores_below(const T* scores, T top, Vec<T>) {
   return load(scores) - top;
 }
 
+// Adds the squared differences in the features [first, last) for kQ rows and a vector of keys from `key` on.
+template <typename T, bool kUniform>
+NWFAST_INLINE void add_squares(const TiledData<T>& data, const T* const* query, int64_t first, int64_t last,
+                               int64_t key, Vec<T>* sum) {
+#pragma GCC unroll 4
+  for (int64_t f = first; f < last; ++f) {
+    const Vec<T> coordinate = load(data.key + f * data.pitch + key);
+    for (int r = 0; r < kQ; ++r) {
+      Vec<T> d = query[r][f] - coordinate;
+      if (!kUniform) d = d * data.feature_scale[f];
+      sum[r] += d * d;
+    }
+  }
+}
+
+// The same in blocks.
+template <typename T, bool kUniform>
+NWFAST_INLINE void add_blocks(const TiledData<T>& data, const T* const* query, int64_t first, int64_t last, int64_t key,
+                              Vec<T>* sum) {
+  for (int64_t block = first; block < last; block += kFeatureBlock) {
+    Vec<T> part[kQ] = {};
+    add_squares<T, kUniform>(data, query, block, block + kFeatureBlock < last ? block + kFeatureBlock : last, key,
+                             part);
+    for (int r = 0; r < kQ; ++r) sum[r] += part[r];
+  }
+}
+
 // As score_rows below, for many features.
 template <typename T, bool kUniform>
 NWFAST_INLINE void score_rows_wide(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
                                    int64_t pitch, double* scores) {
   for (int64_t j = 0; j < count; j += kLanes<T>) {
     WideSum<T> total[kQ];
-    for (int64_t block = 0; block < data.features; block += kFeatureBlock) {
-      const int64_t end = block + kFeatureBlock < data.features ? block + kFeatureBlock : data.features;
-      Vec<T> sum[kQ] = {};
-#pragma GCC unroll 4
-      for (int64_t f = block; f < end; ++f) {
-        const Vec<T> key = load(data.key + f * data.pitch + begin + j);
-        for (int r = 0; r < kQ; ++r) {
-          Vec<T> d = query[r][f] - key;
-          if (!kUniform) d = d * data.feature_scale[f];
-          sum[r] += d * d;
-        }
-      }
-      for (int r = 0; r < kQ; ++r) total[r].add(sum[r]);
+    for (int64_t group = 0; group < data.features; group += kFeatureGroup) {
+      const int64_t last = group + kFeatureGroup < data.features ? group + kFeatureGroup : data.features;
+      Vec<T> part[kQ] = {};
+      add_blocks<T, kUniform>(data, query, group, last, begin + j, part);
+      for (int r = 0; r < kQ; ++r) total[r].add(part[r]);
     }
     const T* const log_weight = data.log_weight ? data.log_weight + begin + j : nullptr;
     for (int r = 0; r < kQ; ++r) {
@@ -126,14 +144,10 @@ NWFAST_INLINE void score_rows(const TiledData<T>& data, const T* const* query, i
   const Vec<T> score_scale = splat<T>(-data.score_scale);
   for (int64_t j = 0; j < count; j += kLanes<T>) {
     Vec<T> sum[kQ] = {};
-#pragma GCC unroll 4
-    for (int64_t f = 0; f < features; ++f) {
-      const Vec<T> key = load(data.key + f * data.pitch + begin + j);
-      for (int r = 0; r < kQ; ++r) {
-        Vec<T> d = query[r][f] - key;
-        if (!kUniform) d = d * data.feature_scale[f];
-        sum[r] += d * d;
-      }
+    if (features <= kFeatureBlock) {
+      add_squares<T, kUniform>(data, query, 0, features, begin + j, sum);
+    } else {
+      add_blocks<T, kUniform>(data, query, 0, features, begin + j, sum);
     }
     const Vec<T> log_weight = data.log_weight ? load(data.log_weight + begin + j) : Vec<T>{};
     for (int r = 0; r < kQ; ++r) store<T>(scores + r * pitch + j, sum[r] * score_scale + log_weight);
@@ -295,7 +309,7 @@ void tiled_rows_in(const TiledRows<T>& task) {
 
 template <typename T>
 void tiled_rows(const TiledRows<T>& task) {
-  task.data.features > kFeatureBlock ? tiled_rows_in<T, true>(task) : tiled_rows_in<T, false>(task);
+  task.data.features > kFeatureGroup ? tiled_rows_in<T, true>(task) : tiled_rows_in<T, false>(task);
 }
 
 // One row block's view of the backward pass.
@@ -416,7 +430,7 @@ void tiled_query_grad_in(const TiledQueryGrad<T>& task) {
 
 template <typename T>
 void tiled_query_grad(const TiledQueryGrad<T>& task) {
-  task.data.features > kFeatureBlock ? tiled_query_grad_in<T, true>(task) : tiled_query_grad_in<T, false>(task);
+  task.data.features > kFeatureGroup ? tiled_query_grad_in<T, true>(task) : tiled_query_grad_in<T, false>(task);
 }
 
 template <typename T, bool kWide>
@@ -471,7 +485,7 @@ void tiled_key_grad_in(const TiledKeyGrad<T>& task) {
 
 template <typename T>
 void tiled_key_grad(const TiledKeyGrad<T>& task) {
-  task.data.features > kFeatureBlock ? tiled_key_grad_in<T, true>(task) : tiled_key_grad_in<T, false>(task);
+  task.data.features > kFeatureGroup ? tiled_key_grad_in<T, true>(task) : tiled_key_grad_in<T, false>(task);
 }
 
 }  // namespace NWFAST_ISA
