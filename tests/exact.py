@@ -293,8 +293,8 @@ def solve(
 
     For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `textbook` the bounds
     are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is BOXES
-    where fgt may compute: distances are known to rounding of such a length there, and sums to that many more units. With
-    `half_products` products of matrices may take their weights in the dtype of the inputs.
+    where fgt may compute: distances are known to rounding of such a length there, and sums to that many more units.
+    With `half_products` products of matrices may take their weights in the dtype of the inputs.
     """
     dtype = query.dtype
     w = torch.as_tensor(w)

@@ -69,9 +69,7 @@ def check(inputs, backend, exclude_self=False, with_gradients=True, method="auto
     assert lse.dtype == arithmetic(dtype)
     grad_out, grad_lse = torch.randn(out.shape).to(dtype), torch.randn(lse.shape).to(lse.dtype)
     for into_lse in (None, grad_lse) if with_gradients else (None,):
-        right = solve(
-            *inputs, grad_out, into_lse, exclude_self, boxes=boxes, half_products=half_products
-        )
+        right = solve(*inputs, grad_out, into_lse, exclude_self, boxes=boxes, half_products=half_products)
         if into_lse is None:
             assert_accurate(out, right["out"], "out")
             assert_accurate(lse, right["lse"], "lse")
