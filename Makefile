@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 GPU_PYTHON ?= python3
 GPU_JOBS ?= 12
 GPU_TESTS := $(addprefix tests/test_,functional.py extremes.py properties.py ops.py compile.py nn.py reference.py \
-    validation.py dispatch.py)
+    validation.py dispatch.py left_out.py constants.py)
 
 .PHONY: help setup demo info test fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
     gpu-bench report regression

@@ -18,6 +18,8 @@ Real = np.longdouble
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Half a squared distance, in bandwidths, from which on a row is far: its nearest key's distance may cost nothing then.
 FAR = 64.0
+# Below it float16 rounds as it does there.
+SMALL_HALVES = Real(2.0) ** -14
 # What fgt interpolates over, in bandwidths.
 BOXES = 4.0
 
@@ -56,11 +58,11 @@ def _nearest(q, k, w, kept):
     return relative, condition, reference
 
 
-def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes):
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0.0):
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
-    of the arithmetic.
+    of the arithmetic; `halves` the unit roundoff of weights that are rounded for products, or 0.
     """
     (m, d), (n, c) = q.shape, v.shape
     out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
@@ -92,7 +94,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes):
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & own_finite & ~broken_key, unit, tiny, far, boxes,
+            seen[counting] & own_finite & ~broken_key, unit, tiny, far, boxes, halves,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -114,7 +116,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes):
     return out, lse, grads
 
 
-def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
     relative, condition, reference = _nearest(q, k, w, kept)
@@ -154,7 +156,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
         deviation = np.abs(v[None, :, x] - out[:, x, None])
         size = (p * np.abs(v[None, :, x])).sum(1)
         out_bound[:, x] = (
-            (p * deviation * off).sum(1) + unit * grow * size + ((lost + least) * deviation).sum(1)
+            (p * deviation * (off + halves)).sum(1)
+            + unit * grow * size
+            + ((lost + least + halves * SMALL_HALVES) * deviation).sum(1)
         )
         weight = np.abs(g[:, x, None])
         pulled += g[:, x, None] * (v[None, :, x] - out[:, x, None])
@@ -193,7 +197,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes):
     gm = np.abs(g[moved])
     results["value"] = (
         p.T @ g[moved],
-        (p * (off + unit * grow_m) + lost + least).T @ gm,
+        (p * (off + unit * grow_m + halves) + lost + least + halves * SMALL_HALVES).T @ gm,
     )
     query, query_bound = np.zeros((m, d), Real), np.zeros((m, d), Real)
     key, key_bound = np.zeros((n, d), Real), np.zeros((n, d), Real)
@@ -273,13 +277,24 @@ def _summed_to(result: Bounded, shape: tuple[int, ...]) -> Bounded:
 
 
 def solve(
-    query, key, value, w, key_weight, grad_out, grad_lse=None, exclude_self=False, textbook=False, boxes=0.0
+    query,
+    key,
+    value,
+    w,
+    key_weight,
+    grad_out,
+    grad_lse=None,
+    exclude_self=False,
+    textbook=False,
+    boxes=0.0,
+    half_products=False,
 ) -> dict[str, Bounded]:
     """Every result by name: out, lse, and the gradients of query, key, value, w and (if given) key_weight.
 
     For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `textbook` the bounds
     are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is BOXES
     where fgt may compute: distances are known to rounding of such a length there, and sums to that many more units.
+    With `half_products` products of matrices may take their weights in the dtype of the inputs.
     """
     dtype = query.dtype
     w = torch.as_tensor(w)
@@ -308,8 +323,10 @@ def solve(
     arithmetic = torch.float64 if dtype == torch.float64 or textbook else torch.float32
     far = np.inf if textbook else FAR
     unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
+    halves = Real(UNIT[dtype]) if half_products and dtype in (torch.float16, torch.bfloat16) else Real(0)
+    numbers = unit, tiny, far, boxes, halves
     parts = [
-        element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, unit, tiny, far, boxes)
+        element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, *numbers)
         for b in range(elements)
     ]
 

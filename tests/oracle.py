@@ -82,22 +82,3 @@ def assert_weights_matter(query, key, w=1.0, key_weight=None, exclude_self=False
     assert 1.5 < effective.median() < 0.9 * weights.shape[-1], (
         f"{effective.median():.3g} of {weights.shape[-1]} keys"
     )
-
-
-def assert_within_budget(
-    actual: Tensor, exact: Tensor, baseline: Tensor, what: str = "", scale: float = 0.0, ulps: float = 4
-) -> None:
-    """At most twice the error of the baseline (the textbook in the dtype of arithmetic) plus a band of rounding.
-
-    Errors are largest absolute differences to the exact result; the band is a few units of the last place, in the
-    dtype of `actual`, of the largest entry or of `scale` where that is larger.
-    """
-    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    if exact.numel() == 0:
-        return
-    exact = exact.double()
-    error = (actual.detach().double() - exact).abs().max()
-    assert torch.isfinite(error), f"{what}: not finite"
-    largest = max(float(exact.abs().max()), scale)
-    budget = 2 * (baseline.detach().double() - exact).abs().max() + ulps * ROUNDING[actual.dtype] * largest
-    assert error <= budget, f"{what}: error {error:.3g}, budget {budget:.3g}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from oracle import assert_within_budget, gradients, textbook
+from oracle import gradients, textbook
 from test_functional import call, check, make
 
 # Queries, keys, features and channels of the kernels for one feature and channel, and of each product of the others.
@@ -119,17 +119,13 @@ def test_memory_grows_as_the_problem_and_its_results(half):
             assert plan(m, n, 3, 64, half, True, backward, 132) <= (m + n) * 4 * 4 * 80 + 2**30
 
 
-@pytest.mark.parametrize("features", [100, 1000])
+@pytest.mark.parametrize("features", [257, 1000])
 def test_many_features(backend, features):
-    """Against the textbook's own error: squares are added up in blocks."""
+    """Squares are added up in blocks, in gradients as well (slow to emulate), and no row needs double."""
     inputs = make(((40, features), (410, features), (410, 3), (), None), torch.float32, 20.0 / features**0.5)
-    out, lse = call(inputs, backend, return_lse=True)
-    exact = textbook(*[x if x is None else x.double() for x in inputs])
-    base = textbook(*inputs)
     state = torch.ops.nwfast.cuda_forward(*inputs[:3], inputs[3][None], None, False, False, False)[2]
-    assert (state[:, 0] == 0).all()  # not computed in double
-    for a, b, c in zip((out, lse), exact, base, strict=True):
-        assert_within_budget(a, b, c, scale=float(inputs[2].abs().max()))
+    assert (state[:, 0] == 0).all()
+    check(inputs, backend, with_gradients=features < 1000)
 
 
 @KINDS
