@@ -372,7 +372,11 @@ void careful_query_side(const Problem& problem, const BackwardTask<R>& task, int
       task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
     }
   });
-  for (int64_t i = 0; grad_w && i < count * features; ++i) grad_w[i % features] += static_cast<double>(partial[i]);
+  for (int64_t f = 0; grad_w && f < features; ++f) {
+    CarefulBatch::Real sum = 0;  // of terms that may overflow in double where their sum does not
+    for (int64_t i = 0; i < count; ++i) sum += partial[i * features + f];
+    grad_w[f] += static_cast<double>(sum);
+  }
 }
 
 template <typename R>
@@ -395,15 +399,16 @@ void query_backward(const Problem& problem, const BackwardTask<R>& task) {
 
 // Sums over rows for the keys of a batch element: of p_ij g_i, of u_ij and of u_ij times the derivatives of scores by
 // the key's coordinates; the last two for a unit of key weight or for all of it.
+template <typename Sum>
 struct KeySums {
-  std::vector<double> value, weight, key;
+  std::vector<Sum> value, weight, key;
 
   KeySums(const Problem& problem)
       : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
 };
 
 template <typename T>
-void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums& sums) {
+void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums<double>& sums) {
   if (!batch || batch->rows == 0) return;
   const int64_t features = problem.features, channels = problem.channels;
   parallel_blocks((problem.keys + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
@@ -433,8 +438,10 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
 
 template <typename R>
 void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                      const Element<R>& element, KeySums& sums) {
+                      const Element<R>& element, KeySums<double>& total) {
   const Rows& rows = element.plan.careful;
+  if (rows.empty()) return;
+  KeySums<CarefulBatch::Real> sums(problem);  // terms may overflow in double where their sum does not
   const int64_t features = problem.features, channels = problem.channels, n = problem.keys;
   std::vector<std::unique_ptr<RowGrad>> grads(kCarefulRows);
   std::vector<CarefulBatch::Row> weighed(kCarefulRows);
@@ -455,21 +462,24 @@ void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64
         for (; place < keys.size() && keys[place] < (block + 1) * kKeyTile; ++place) {
           const int64_t j = keys[place];
           const CarefulBatch::Real weight = parts[i].value[place], score = parts[i].score[place];
-          sums.weight[j] += static_cast<double>(parts[i].weight[place]);
+          sums.weight[j] += parts[i].weight[place];
           if (weight != 0) {
-            for (int64_t c = 0; c < channels; ++c) {
-              sums.value[j * channels + c] += static_cast<double>(weight * grads[i]->out[c]);
-            }
+            for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * grads[i]->out[c];
           }
           if (score == 0) continue;
           for (int64_t f = 0; f < features; ++f) {
-            sums.key[j * features + f] +=
-                static_cast<double>(score * element.careful->score_by_key(weighed[i], j, f));
+            sums.key[j * features + f] += score * element.careful->score_by_key(weighed[i], j, f);
           }
         }
       }
     });
   }
+  const auto add = [](const std::vector<CarefulBatch::Real>& from, std::vector<double>& to) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] += static_cast<double>(from[i]);
+  };
+  add(sums.value, total.value);
+  add(sums.weight, total.weight);
+  add(sums.key, total.key);
 }
 
 template <typename R>
@@ -486,7 +496,7 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
       for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
     }
     const Element<R> element(problem, task, b, false, nearer);
-    KeySums sums(problem);
+    KeySums<double> sums(problem);
     key_side(problem, serial, element.single.get(), sums);
     key_side(problem, serial, element.wide.get(), sums);
     careful_key_side(problem, task, b, serial, element, sums);
