@@ -230,7 +230,7 @@ struct BackwardBatch : TiledBatch<T> {
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
       std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
       lse_grad[i] = static_cast<T>(grad.lse);
-      offset_grad[i] = dot - lse_grad[i];
+      offset_grad[i] = dot;
       inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
       shift[i] = task.state[2 * row];
       places[i] = some[i];
@@ -245,6 +245,7 @@ struct BackwardBatch : TiledBatch<T> {
     task.shift = shift.get() + begin;
     task.inverse_total = inverse_total.get() + begin;
     task.offset_grad = offset_grad.get() + begin;
+    task.lse_grad = lse_grad.get() + begin;
     task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
   }
 
@@ -269,7 +270,7 @@ struct BackwardBatch : TiledBatch<T> {
       for (int64_t c = 0; c < channels; ++c) {
         dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
       }
-      offsets[i] = dot - lse_grad[begin + i];
+      offsets[i] = dot;
     }
   }
 };
@@ -350,7 +351,7 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
         }
         sum += second[i * features + f];
       }
-      if (grad_w) partial[block * features + f] = -(w / unit) * (sum / unit);
+      if (grad_w) partial[block * features + f] = w == 0 ? sum * 0 : -(w / unit) * (sum / unit);
     }
   });
   for (int64_t i = 0; grad_w && i < blocks * features; ++i) grad_w[i % features] += partial[i];
@@ -503,7 +504,7 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
     if (!element.plan.nan.empty()) {
       for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
     }
-    constexpr double kMost = std::numeric_limits<R>::max();
+    const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
     for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
       task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
     }
@@ -512,8 +513,8 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
     }
     for (int64_t j = 0; task.grad_key_weight && j < n; ++j) {
       const double sum = sums.weight[j];  // a key that is left out may be nearer than all others by any measure
-      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > kMost;
-      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(kMost, sum) : sum);
+      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > most;
+      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(most, sum) : sum);
     }
   });
 }
