@@ -88,13 +88,14 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0
         broken | channel_broken.any(1)
     ) & moved  # what such rows give to gradients is NaN or nothing
 
-    own_finite = np.isfinite(k).all(1) & np.isfinite(v).all(1)
-    k0, v0 = np.where(own_finite[:, None], k, 0), np.where(np.isfinite(v), v, 0)
+    place_finite = np.isfinite(k).all(1)
+    own_finite = place_finite & np.isfinite(v).all(1)
+    k0, v0 = np.where(place_finite[:, None], k, 0), np.where(np.isfinite(v), v, 0)
     counting = np.flatnonzero(~broken & ~empty)
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & own_finite & ~broken_key, unit, tiny, far, boxes, halves,
+            seen[counting] & place_finite & ~broken_key, unit, tiny, far, boxes, halves,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -122,7 +123,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
     relative, condition, reference = _nearest(q, k, w, kept)
     to_nearest = q - k[reference]
     depth = ((to_nearest * w) ** 2).sum(1) / 2
-    near = np.minimum(depth, far)
+    # With many features all distances are large, and kernels leave more of them in.
+    near = np.minimum(depth, far * max(1, d / 4))
     e = np.exp(np.where(seen, relative, -np.inf))
     p = np.where(kept, a * e, 0)
     total = p.sum(1)
@@ -140,10 +142,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
         np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, c), Real),
     )  # fmt: skip
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
-    open_ties = (
-        np.where(kept, a * np.exp(np.minimum(relative + Real(2.0) ** -50 * condition, 0)), 0) / total[:, None]
-        - p
-    )
+    # The textbook's scores are of the size of the distance.
+    unsettled = Real(2.0) ** -50 * (condition + (near[:, None] if np.isinf(far) else 0))
+    open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
     open_ties += p * open_ties.sum(1, keepdims=True)
     lost = np.minimum(p, small) + np.maximum(open_ties, 0)
     e_lost = np.minimum(e, small)
@@ -266,8 +267,10 @@ def assert_accurate(found: torch.Tensor, right: Bounded, what: str = "") -> None
     )
 
 
-def _summed_to(result: Bounded, shape: tuple[int, ...]) -> Bounded:
-    """Sums over the dimensions that were broadcast."""
+def _summed_to(result: Bounded, shape: tuple[int, ...], dtype: torch.dtype) -> Bounded:
+    """Sums over the dimensions that were broadcast; nothing is promised of terms that overflow."""
+    beyond = (np.abs(result.value) > 0.9 * torch.finfo(dtype).max) & np.isfinite(result.value)
+    result.bound = np.where(beyond, np.inf, result.bound)
     for array_name in ("value", "bound"):
         array = getattr(result, array_name)
         array = array.sum(tuple(range(array.ndim - len(shape))))
@@ -345,11 +348,13 @@ def solve(
         )
     canonical = {"query": query.shape, "key": key.shape, "value": value.shape}
     for name in ("query", "key", "value"):
-        found[name] = _summed_to(stacked([part[2][name] for part in parts]), canonical[name])
+        found[name] = _summed_to(stacked([part[2][name] for part in parts]), canonical[name], dtype)
         found[name].value = found[name].value.reshape(shapes[name])
         found[name].bound = found[name].bound.reshape(shapes[name])
-    found["w"] = _summed_to(stacked([part[2]["w"] for part in parts]), w.shape if w.ndim else (1,))
+    found["w"] = _summed_to(stacked([part[2]["w"] for part in parts]), w.shape if w.ndim else (1,), dtype)
     found["w"].value, found["w"].bound = (x.reshape(w.shape) for x in (found["w"].value, found["w"].bound))
     if key_weight is not None:
-        found["key_weight"] = _summed_to(stacked([part[2]["key_weight"] for part in parts]), key_weight.shape)
+        found["key_weight"] = _summed_to(
+            stacked([part[2]["key_weight"] for part in parts]), key_weight.shape, dtype
+        )
     return found

@@ -259,6 +259,42 @@ def test_a_key_of_weight_zero_counts_for_nothing(backend, dtype):
     )
 
 
+@DTYPES
+@pytest.mark.parametrize("place", [1e9, 1e30, "largest"])
+@pytest.mark.parametrize("method", ["dense", "fgt"])
+def test_ties_far_from_the_origin(native, method, place, dtype):
+    """Keys at one place share, wherever they end in memory, and however far it is: the window must hold all of them."""
+    place = torch.finfo(dtype).max / 4 if place == "largest" else place
+    for near, ties in ((8, 9), (0, 33), (15, 18), (300, 40)):
+        key = torch.cat([torch.linspace(0, 1, near, dtype=dtype), torch.full((ties,), place, dtype=dtype)])
+        value = torch.arange(near + ties).to(dtype)
+        query = torch.tensor([0.0] * 15 + [place], dtype=dtype)
+        out = nwfast.nadaraya_watson(query, key, value, 1.0, backend="native", method=method)
+        expected = value[near:].mean()
+        torch.testing.assert_close(out[-1], expected, rtol=16 * ROUNDING[dtype], atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+def test_average_pooling_of_huge_coordinates(native, features, dtype):
+    """Its derivatives by w and by coordinates are 0: no product of 0 and an overflow."""
+    generator = torch.Generator().manual_seed(5)
+    size = torch.finfo(dtype).max / 8
+    query, key = (size * torch.randn(n, features, generator=generator, dtype=dtype) / 4 for n in (3, 20))
+    value = torch.randn(20, generator=generator, dtype=dtype)
+    leaves = [
+        query.requires_grad_(),
+        key.requires_grad_(),
+        torch.tensor(0.0, dtype=dtype, requires_grad=True),
+    ]
+    out, lse = nwfast.nadaraya_watson(
+        *leaves[:2], value, leaves[2], return_lse=True, backend="native", method="dense"
+    )
+    torch.testing.assert_close(out, value.mean().expand(3))
+    for gradient in torch.autograd.grad(out.sum() + lse.sum(), leaves):
+        assert not gradient.any()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 def test_memory_of_a_large_forward_pass(native):
     """200 000 queries and keys in a fresh process: at most 100 MB over what importing took (the matrix has 160 GB)."""

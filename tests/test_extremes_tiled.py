@@ -140,6 +140,43 @@ def test_tiny_data_and_tiny_w(native, features, channels, dtype):
 
 @DTYPES
 @FORMS
+def test_values_of_all_sizes(native, features, channels, dtype):
+    query, key, value, grad, grad_lse = random_data(features, channels, dtype)
+    for w in (0.0, 1e-9):  # of which the latter is narrow: the gradient of lse alone is left of a row's
+        assert_precise(query * 1e12, key * 1e12, value * 1e30, w, grad * 1e-10, grad_lse, roundings=256)
+    sizes = 10.0 ** torch.linspace(-20, 20, channels, dtype=dtype)
+    assert_precise(query, key, value * sizes, 2.0, grad)
+    assert_precise(query, key, value * sizes, 2.0, grad / sizes)
+    grad[0] *= 1e20
+    assert_precise(query, key, value, 2.0, grad, grad_lse)
+    # Each row by itself, not by the largest.
+    inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out = nwfast.nadaraya_watson(*inputs, 2.0, backend="native", method="dense")
+    exact = precise(query[1:], key, value, 2.0, grad[1:])
+    (found,) = torch.autograd.grad(out, inputs[:1], grad)
+    error = (found[1:] - exact.gradients["query"]).abs().max()
+    assert error <= 64 * ROUNDING[dtype] * exact.scales["query"].max()
+
+
+@pytest.mark.parametrize("features", [2, 20])
+@pytest.mark.parametrize("place", [2.0**70, 2.0**100, 2.0**127])
+def test_query_in_the_middle_between_a_huge_key_and_others(native, features, place):
+    """The huge key is nearer than those beyond 0, and further away than those on its side of it."""
+    for dtype in (torch.float32, torch.float64):
+        query = torch.zeros(1, features, dtype=dtype)
+        query[0, 0] = place / 2
+        key = torch.zeros(3, features, dtype=dtype)
+        key[:, 0] = torch.tensor([-0.25, -0.5, place])
+        value = torch.tensor([1.0, 2.0, 4.0], dtype=dtype)
+        out = nwfast.nadaraya_watson(query, key, value, 1.0, backend="native", method="dense")
+        assert out == 4
+        key[:, 0] = torch.tensor([0.25, 0.5, place])
+        out = nwfast.nadaraya_watson(query, key, value, 1.0, backend="native", method="dense")
+        assert out == 2
+
+
+@DTYPES
+@FORMS
 def test_key_weights_of_all_sizes(native, features, channels, dtype):
     query, key, value, grad, grad_lse = random_data(features, channels, dtype)
     weight = torch.linspace(0.5, 2.0, N, dtype=dtype)

@@ -142,6 +142,20 @@ def test_a_key_of_weight_zero_nearer_than_all_others(backend, features, apart, d
 
 
 @DTYPES
+@pytest.mark.parametrize("features", [1, 3])
+def test_gradients_of_shared_weights_that_overflow(native, features, dtype):
+    """Of either sign, and summed over the batch: the sum is a number, or infinite."""
+    query = torch.zeros(6, 1, features, dtype=dtype)
+    key = torch.zeros(6, 2, features, dtype=dtype)
+    key[:, 0] = 100
+    value = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=dtype).repeat(3, 1)
+    weight = torch.tensor([1.0, 0.0], dtype=dtype, requires_grad=True)
+    out = nwfast.nadaraya_watson(query, key, value, 1.0, key_weight=weight, backend="native", method="dense")
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    assert not gradient.isnan().any()
+
+
+@DTYPES
 @FORMS
 @pytest.mark.parametrize("held", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["key", "value"])

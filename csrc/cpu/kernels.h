@@ -101,7 +101,7 @@ struct TiledRows {
 };
 
 // Query side of the backward pass: with p_ij = 2^(t_ij + shift_i) * inverse_total_i and
-// u_ij = p_ij (<value_grad_i, v_j> - offset_grad_i), for each row and feature:
+// u_ij = p_ij (<value_grad_i, v_j> - offset_grad_i + lse_grad_i), for each row and feature:
 //   sum_j u (x_if - k_jf),   sum_j u (x_if - k_jf)^2
 template <typename T>
 struct TiledQueryGrad {
@@ -110,9 +110,9 @@ struct TiledQueryGrad {
   const T* query;
   const int64_t* excluded;
   const double* shift;
-  const T *inverse_total, *offset_grad;  // (rows)
-  const T* value_grad;                   // (rows, channel_pitch)
-  double *first, *second;                // (rows, features) each
+  const T *inverse_total, *offset_grad, *lse_grad;  // (rows)
+  const T* value_grad;                              // (rows, channel_pitch)
+  double *first, *second;                           // (rows, features) each
 };
 
 // Key side: for the keys [key_begin, key_end), at most kKeyTile of them, over all rows:
@@ -125,7 +125,7 @@ struct TiledKeyGrad {
   const T* query;
   const int64_t* excluded;
   const double* shift;
-  const T *inverse_total, *offset_grad;
+  const T *inverse_total, *offset_grad, *lse_grad;
   const T* value_grad;
   double* sum_value;   // (keys of the tile, channels)
   double* sum_weight;  // (keys of the tile)

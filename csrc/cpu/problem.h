@@ -77,6 +77,16 @@ struct BackwardTask {
   double* grad_w;  // (batches, features), to be summed over what w was broadcast over
 };
 
+// The largest gradient of a key weight. Those of weights that batch elements share are summed, of either sign.
+template <typename R>
+double most_weight_gradient(const Problem& problem) {
+  double shares = 1;
+  for (int dim = 0; dim < problem.batch.rank; ++dim) {
+    if (problem.key_weight.batch_strides[dim] == 0) shares *= static_cast<double>(problem.batch.sizes[dim]);
+  }
+  return std::numeric_limits<R>::max() / shares;
+}
+
 // Asks for large pages where a call will write much: the first touch of every small page costs half a microsecond.
 inline void expect_writes(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

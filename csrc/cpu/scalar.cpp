@@ -51,13 +51,22 @@ class RowBlock {
   }
 
   // Derivatives of out and of lse by w and by the query, from moments (relative to the nearest key where that is far).
-  double out_by_w(int64_t i) const { return covariance(i, kScoreTotal) / step_ * (batch_.w / step_); }
-  double out_by_query(int64_t i) const { return -covariance(i, kOffsetTotal) * batch_.w * (batch_.w / step_); }
+  // Those of average pooling are 0, however large the coordinates are.
+  double out_by_w(int64_t i) const {
+    if (batch_.w == 0) return covariance(i, kScoreTotal) * 0;
+    return covariance(i, kScoreTotal) / step_ * (batch_.w / step_);
+  }
+  double out_by_query(int64_t i) const {
+    if (batch_.w == 0) return covariance(i, kOffsetTotal) * 0;
+    return -covariance(i, kOffsetTotal) * batch_.w * (batch_.w / step_);
+  }
   double lse_by_w(int64_t i) const {
+    if (batch_.w == 0) return sum(i, kScoreTotal) / total(i) * 0;
     const double offset = far_offset(i);
     return sum(i, kScoreTotal) / total(i) / step_ * (batch_.w / step_) - batch_.w * offset * offset;
   }
   double lse_by_query(int64_t i) const {
+    if (batch_.w == 0) return sum(i, kOffsetTotal) / total(i) * 0;
     return -batch_.w * (sum(i, kOffsetTotal) / total(i) * (batch_.w / step_) + batch_.w * far_offset(i));
   }
 
@@ -254,12 +263,6 @@ struct KeySide {
   }
 };
 
-template <typename R>
-R saturated(double x) {
-  constexpr double kMost = std::numeric_limits<R>::max();
-  return static_cast<R>(x > kMost ? kMost : x < -kMost ? -kMost : x);
-}
-
 template <typename T, typename R>
 void key_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch, const KeySide<T>& side,
                int64_t b, int64_t block) {
@@ -286,6 +289,8 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
   keys.sum_weight = sum_weight;
   keys.sum_offset = sum_offset;
   kernels<T>().scalar_keys(keys);
+  const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
+  const auto within = [](double x, double most) { return x > most ? most : x < -most ? -most : x; };
   for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
     const int64_t i = j - keys.key_begin, place = b * problem.keys + batch.original_key(j);
     const double weight = batch.weight(j);
@@ -305,7 +310,8 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
       continue;
     }
     if (!std::isfinite(sum_weight[i])) sum_weight[i] = side.weight_gradient(batch, problem.queries, j);
-    task.grad_key_weight[place] = batch.absent(j) ? R(0) : saturated<R>(sum_weight[i] / batch.weight_unit);
+    task.grad_key_weight[place] =
+        batch.absent(j) ? R(0) : static_cast<R>(within(sum_weight[i] / batch.weight_unit, most));
   }
 }
 

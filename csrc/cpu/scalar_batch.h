@@ -126,8 +126,9 @@ class ScalarBatch {
     const T* const begin = key_.get();
     const T* const end = begin + keys_;
     const auto below = [](T k, double x) { return k < x; };
+    const auto above = [](double x, T k) { return x < k; };  // keys at `high` belong: it may be x itself, rounded
     rows.window_begin = (std::lower_bound(begin, end, low, below) - begin) / kPadding * kPadding;
-    rows.window_end = std::min(keys_, padded(std::lower_bound(begin, end, high, below) - begin + 1));
+    rows.window_end = std::min(keys_, padded(std::upper_bound(begin, end, high, above) - begin));
   }
 
   bool scaled() const { return scaled_; }
@@ -196,7 +197,8 @@ class ScalarBatch {
     multiply(key_.get(), keys_, unit);
     multiply(query_.get(), queries_, unit);
     if (wide_) return true;
-    // Below, all weights are 1 to rounding and tangents would underflow. Average pooling has scores that underflow to 0.
+    // Below, all weights are 1 to rounding and tangents would underflow. Average pooling has scores that underflow to
+    // 0.
     if (scale_ < Limits<T>::kLow) scale_ = w == 0 ? Limits<T>::kNone : Limits<T>::kLow;
     const double half = (range.high - range.low) / 2 * scale_ * unit;
     if (sizeof(T) == 4 && queries_ >= kScaledQueries && finite() && half > 0x1p-3 && half < kScaledReach &&

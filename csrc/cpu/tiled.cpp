@@ -230,7 +230,7 @@ struct BackwardBatch : TiledBatch<T> {
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
       std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
       lse_grad[i] = static_cast<T>(grad.lse);
-      offset_grad[i] = dot - lse_grad[i];
+      offset_grad[i] = dot;
       inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
       shift[i] = task.state[2 * row];
       places[i] = some[i];
@@ -245,6 +245,7 @@ struct BackwardBatch : TiledBatch<T> {
     task.shift = shift.get() + begin;
     task.inverse_total = inverse_total.get() + begin;
     task.offset_grad = offset_grad.get() + begin;
+    task.lse_grad = lse_grad.get() + begin;
     task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
   }
 
@@ -269,7 +270,7 @@ struct BackwardBatch : TiledBatch<T> {
       for (int64_t c = 0; c < channels; ++c) {
         dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
       }
-      offsets[i] = dot - lse_grad[begin + i];
+      offsets[i] = dot;
     }
   }
 };
@@ -350,7 +351,7 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
         }
         sum += second[i * features + f];
       }
-      if (grad_w) partial[block * features + f] = -(w / unit) * (sum / unit);
+      if (grad_w) partial[block * features + f] = w == 0 ? sum * 0 : -(w / unit) * (sum / unit);
     }
   });
   for (int64_t i = 0; grad_w && i < blocks * features; ++i) grad_w[i % features] += partial[i];
@@ -372,7 +373,11 @@ void careful_query_side(const Problem& problem, const BackwardTask<R>& task, int
       task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
     }
   });
-  for (int64_t i = 0; grad_w && i < count * features; ++i) grad_w[i % features] += static_cast<double>(partial[i]);
+  for (int64_t f = 0; grad_w && f < features; ++f) {
+    CarefulBatch::Real sum = 0;  // of terms that may overflow in double where their sum does not
+    for (int64_t i = 0; i < count; ++i) sum += partial[i * features + f];
+    grad_w[f] += static_cast<double>(sum);
+  }
 }
 
 template <typename R>
@@ -395,15 +400,16 @@ void query_backward(const Problem& problem, const BackwardTask<R>& task) {
 
 // Sums over rows for the keys of a batch element: of p_ij g_i, of u_ij and of u_ij times the derivatives of scores by
 // the key's coordinates; the last two for a unit of key weight or for all of it.
+template <typename Sum>
 struct KeySums {
-  std::vector<double> value, weight, key;
+  std::vector<Sum> value, weight, key;
 
   KeySums(const Problem& problem)
       : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
 };
 
 template <typename T>
-void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums& sums) {
+void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums<double>& sums) {
   if (!batch || batch->rows == 0) return;
   const int64_t features = problem.features, channels = problem.channels;
   parallel_blocks((problem.keys + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
@@ -433,8 +439,10 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
 
 template <typename R>
 void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                      const Element<R>& element, KeySums& sums) {
+                      const Element<R>& element, KeySums<double>& total) {
   const Rows& rows = element.plan.careful;
+  if (rows.empty()) return;
+  KeySums<CarefulBatch::Real> sums(problem);  // terms may overflow in double where their sum does not
   const int64_t features = problem.features, channels = problem.channels, n = problem.keys;
   std::vector<std::unique_ptr<RowGrad>> grads(kCarefulRows);
   std::vector<CarefulBatch::Row> weighed(kCarefulRows);
@@ -455,21 +463,24 @@ void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64
         for (; place < keys.size() && keys[place] < (block + 1) * kKeyTile; ++place) {
           const int64_t j = keys[place];
           const CarefulBatch::Real weight = parts[i].value[place], score = parts[i].score[place];
-          sums.weight[j] += static_cast<double>(parts[i].weight[place]);
+          sums.weight[j] += parts[i].weight[place];
           if (weight != 0) {
-            for (int64_t c = 0; c < channels; ++c) {
-              sums.value[j * channels + c] += static_cast<double>(weight * grads[i]->out[c]);
-            }
+            for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * grads[i]->out[c];
           }
           if (score == 0) continue;
           for (int64_t f = 0; f < features; ++f) {
-            sums.key[j * features + f] +=
-                static_cast<double>(score * element.careful->score_by_key(weighed[i], j, f));
+            sums.key[j * features + f] += score * element.careful->score_by_key(weighed[i], j, f);
           }
         }
       }
     });
   }
+  const auto add = [](const std::vector<CarefulBatch::Real>& from, std::vector<double>& to) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] += static_cast<double>(from[i]);
+  };
+  add(sums.value, total.value);
+  add(sums.weight, total.weight);
+  add(sums.key, total.key);
 }
 
 template <typename R>
@@ -486,14 +497,14 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
       for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
     }
     const Element<R> element(problem, task, b, false, nearer);
-    KeySums sums(problem);
+    KeySums<double> sums(problem);
     key_side(problem, serial, element.single.get(), sums);
     key_side(problem, serial, element.wide.get(), sums);
     careful_key_side(problem, task, b, serial, element, sums);
     if (!element.plan.nan.empty()) {
       for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
     }
-    constexpr double kMost = std::numeric_limits<R>::max();
+    const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
     for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
       task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
     }
@@ -502,8 +513,8 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
     }
     for (int64_t j = 0; task.grad_key_weight && j < n; ++j) {
       const double sum = sums.weight[j];  // a key that is left out may be nearer than all others by any measure
-      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > kMost;
-      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(kMost, sum) : sum);
+      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > most;
+      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(most, sum) : sum);
     }
   });
 }

@@ -1,10 +1,11 @@
 // Rows beyond what the tiles can hold, one by one in long double: so far from every key that differences between scores
 // are lost in the scores, at coordinates beyond the range of scaled ones, or next to an own key that is not finite.
 //
-// The nearest key is chosen by differences, |x - k*|^2 - |x - k|^2 = (k - k*).(2 x - k* - k), and all else is relative
-// to it: weights are 2^(t_j - t*) and the sums of what the row pulls at, which add up to nothing (or to the gradient of
-// lse), are taken about that key. Nothing is scaled: long double has the range for squares of doubles. Distances in double
-// tell which keys may matter to a row; only those are computed in long double.
+// The nearest key is chosen by differences, |x - k*|^2 - |x - k|^2 = (k - k*).(2 x - k* - k), where 2 x - k* is held in
+// two parts (a key may lie as far on the other side of x), and all else is relative to it: weights are 2^(t_j - t*) and
+// the sums of what the row pulls at, which add up to nothing (or to the gradient of lse), are taken about that key.
+// Nothing is scaled: long double has the range for squares of doubles. Distances in double tell which keys may matter
+// to a row; only those are computed in long double.
 
 #pragma once
 
@@ -29,6 +30,7 @@ class CarefulBatch {
     Real nearest_score = 0;                           // -t*
     std::vector<int64_t> keys;                        // ascending: those that may matter
     std::vector<Real> query, relative, weight, mean;  // (features); (keys) t_j - t*; (keys) of sum 1; (channels)
+    std::vector<Real> mirrored, rest;                 // (features) 2 x - k*, and what rounding took from it
   };
 
   // What a row adds to the gradients of each of its keys: of value (times the row's own), of its score, of its weight.
@@ -93,7 +95,7 @@ class CarefulBatch {
     row.top = -INFINITY;
     for (size_t i = 0; i < count; ++i) {
       const int64_t j = row.keys[i];
-      row.relative[i] = relative_score(row, row.nearest, j);
+      row.relative[i] = relative_score(row, j);
       if (kind_[j] != kCounts) continue;
       row.weight[i] = row.relative[i];
       if (weight_[j] != 1) row.weight[i] += std::log2(static_cast<Real>(weight_[j]));
@@ -166,8 +168,8 @@ class CarefulBatch {
   enum Kind : char { kCounts, kLeftOut, kAway, kNaN };
 
   static constexpr double kMostCoordinate = 0x1p1020;
-  // Differences of squared distances beyond which a weight is 0 in double: 1100 / kHalfLog2E, and as much as the weights
-  // of keys may differ by.
+  // Differences of squared distances beyond which a weight is 0 in double: 1100 / kHalfLog2E, and as much as the
+  // weights of keys may differ by.
   static constexpr double kNegligible = 1600, kNegligibleWeighted = 6000;
 
   bool matters(int64_t j, int64_t own) const { return j != own && (kind_[j] == kCounts || kind_[j] == kLeftOut); }
@@ -196,8 +198,7 @@ class CarefulBatch {
       if (!matters(j, own) || (small && distance[j] > bound)) continue;
       row.keys.push_back(j);
       if (kind_[j] != kCounts || (small && distance[j] > tied)) continue;
-      if (!row.counts || relative_score(row, row.nearest, j) > 0) row.nearest = j;
-      row.counts = true;
+      if (!row.counts || relative_score(row, j) > 0) set_nearest(row, j);
     }
   }
 
@@ -217,13 +218,27 @@ class CarefulBatch {
     return away ? kAway : kCounts;
   }
 
-  // t_j - t_from.
-  Real relative_score(const Row& row, int64_t from, int64_t j) const {
+  void set_nearest(Row& row, int64_t j) const {
     const int64_t features = problem_.features;
-    const double *const a = &key_[from * features], *const k = &key_[j * features];
+    row.nearest = j;
+    row.counts = true;
+    row.mirrored.resize(features);
+    row.rest.resize(features);
+    for (int64_t f = 0; f < features; ++f) {
+      const Real twice = 2 * row.query[f], a = key_[j * features + f];
+      const Real difference = twice - a, part = difference - twice;
+      row.mirrored[f] = difference;
+      row.rest[f] = (twice - (difference - part)) - (a + part);
+    }
+  }
+
+  // t_j - t*.
+  Real relative_score(const Row& row, int64_t j) const {
+    const int64_t features = problem_.features;
+    const double *const a = &key_[row.nearest * features], *const k = &key_[j * features];
     Real sum = 0;
     for (int64_t f = 0; f < features; ++f) {
-      sum += w_[f] * (static_cast<Real>(k[f]) - a[f]) * (w_[f] * ((row.query[f] - a[f]) + (row.query[f] - k[f])));
+      sum += w_[f] * (static_cast<Real>(k[f]) - a[f]) * (w_[f] * ((row.mirrored[f] - k[f]) + row.rest[f]));
     }
     return kHalfLog2E * sum;
   }

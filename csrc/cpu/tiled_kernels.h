@@ -316,7 +316,7 @@ void tiled_rows(const TiledRows<T>& task) {
 template <typename T>
 struct GradRows {
   const T *query[kQ], *value_grad[kQ];
-  T inverse_total[kQ], offset_grad[kQ];
+  T inverse_total[kQ], offset_grad[kQ], lse_grad[kQ];
   double shift[kQ];
   const int64_t* excluded;
   int rows;
@@ -331,6 +331,7 @@ struct GradRows {
       shift[r] = task.shift[row];
       inverse_total[r] = task.inverse_total[row];
       offset_grad[r] = task.offset_grad[row];
+      lse_grad[r] = task.lse_grad[row];
     }
     excluded = task.excluded ? task.excluded + first : nullptr;
   }
@@ -361,7 +362,8 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
       score = select<T>(score > most, most, score);
       const Vec<T> weight = exp2<T>(score) * block.inverse_total[r];
       store<T>(place, weight);
-      store<T>(grads + r * pitch + v * kLanes<T>, weight * (product[r][v] - block.offset_grad[r]));
+      // The difference first: where a row's weight is all on one key it is exactly 0, and the gradient of lse is left.
+      store<T>(grads + r * pitch + v * kLanes<T>, weight * (product[r][v] - block.offset_grad[r] + block.lse_grad[r]));
     }
   }
 }
