@@ -119,6 +119,23 @@ def test_the_gradient_of_a_weight_of_zero(backend, features, dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [1, 2])
+def test_gradients_of_shared_weights_of_zero_stay_finite(backend, features, dtype):
+    """Beyond the dtype in several elements of a batch, with both signs: their sum is no NaN, and no inf."""
+    query, key = torch.zeros(6, 3, features, dtype=dtype), torch.zeros(6, 2, features, dtype=dtype)
+    key[:, 0] = 3e3
+    value = torch.tensor([0.0, 1.0], dtype=dtype) * torch.tensor([[1.0, 1, -1, 1, -1, -1]], dtype=dtype).T
+    for chosen, sign in (([0, 1, 2, 3, 4, 5], 0), ([0, 1, 3], 1), ([2, 4, 5], -1), ([0], 1)):
+        for method in methods(backend, features):
+            weight = torch.tensor([1.0, 0.0], dtype=dtype, requires_grad=True)
+            inputs = query[chosen], key[chosen], value[chosen], torch.tensor(2.0, dtype=dtype)
+            out = nwfast.nadaraya_watson(*inputs, key_weight=weight, backend=backend, method=method)
+            (found,) = torch.autograd.grad(out.sum(), weight)
+            assert found.isfinite().all() and found[0] == 0, (chosen, method)
+            assert sign * found[1] > 0 or sign == 0, (chosen, method)
+
+
 @DTYPES
 @pytest.mark.parametrize("features", [1, 2])
 @pytest.mark.parametrize("apart", [13.0, 60.0, 1e4, 1e9])
