@@ -4,6 +4,8 @@ Small sizes, just over a block: the interpreter takes a tenth of a second for a 
 pretends to 4 multiprocessors, and here loops are cut into parts of at least 64 keys.
 """
 
+import math
+
 import pytest
 import torch
 from exact import assert_accurate, solve
@@ -186,6 +188,43 @@ def test_rows_without_keys_and_rows_of_nan(dtype):
             assert not gradient.any()
     weight[3] = -1
     assert nwfast.nadaraya_watson(*leaves, key_weight=weight, backend="triton").isnan().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@DTYPES
+def test_tiny_weights(channels, dtype):
+    """Down to the last subnormal numbers they give what they give times a power of 2."""
+    query, key, value, w, _ = make(((3, 2), (20, 2), (20, channels), (), None), dtype)
+    weight = torch.randint(4, 9, (20,)).to(dtype) / 4
+    grad = torch.randn(3, channels, dtype=dtype)
+    unit = 2.0**-140 if dtype == torch.float32 else 2.0**-1040
+    results = []
+    for scale in (1.0, unit):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, w, weight * scale)]
+        out = nwfast.nadaraya_watson(*leaves[:4], key_weight=leaves[4], backend="triton")
+        results.append([out, *torch.autograd.grad(out, leaves, grad)[:4]])
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-11  # a logarithm of the weight is part of the score
+    for right, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+def test_the_gradient_of_a_weight_of_zero_grows_to_the_end_of_the_numbers(features, dtype):
+    """The key without weight is at one query, all others far from it: the true derivative, then the largest number."""
+    largest = torch.finfo(dtype).max
+    for apart in (12.0, 20.0, 1e3):
+        key = torch.tensor([0.0, apart, apart * 1.01], dtype=dtype)[:, None].expand(-1, features)
+        query = torch.tensor([0.0, apart], dtype=dtype)[:, None].expand(-1, features)
+        weight = torch.tensor([0.0, 1.0, 1.0], dtype=dtype, requires_grad=True)
+        for held in (5.0, -5.0):
+            value = torch.tensor([held, 1.0, 2.0], dtype=dtype)[:, None]
+            out = nwfast.nadaraya_watson(query, key, value, 1.0, key_weight=weight, backend="triton")
+            found = torch.autograd.grad(out.sum(), weight)[0][0]
+            right = solve(query, key, value, 1.0, weight, torch.ones_like(out))["key_weight"].value[0]
+            if not abs(right) < largest:
+                right = math.copysign(largest, held)
+            torch.testing.assert_close(found, torch.tensor(float(right), dtype=dtype), rtol=2e-4, atol=0)
 
 
 def test_same_bits_again():

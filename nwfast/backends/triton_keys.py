@@ -16,10 +16,13 @@ from .triton_query import products_of_channels
 from .triton_rows import FLAG_ROWS
 from .triton_terms import (
     HALF_LOG2E,
-    MOST,
     MOST_DOUBLE,
+    MOST_FLOAT,
+    SAFE_DOUBLE,
+    SAFE_FLOAT,
     centre_of_values,
     element,
+    lift_of,
     relative_scores,
     squared_distances,
 )
@@ -49,7 +52,7 @@ def scalar_keys_tile(
     scaled = offset * scale
     score = tl.fma(scaled * scaled, tl.full(scaled.shape, -HALF_LOG2E, T), shift + tl.zeros_like(scaled))
     if WEIGHTED or SELF:
-        score = tl.minimum(score, MOST)  # a key that does not count may lie nearer than all that do
+        score = tl.minimum(score, MOST_FLOAT)  # a key that does not count may lie nearer than all that do
     p = tl.exp2(score)
     if SELF:
         p = tl.where(i == own, 0.0, p)
@@ -94,11 +97,14 @@ def scalar_keys(
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     counts = j < n
     k = tl.load(key + j.to(tl.int64) * key_n, mask=counts, other=0.0).to(T)
-    # Where a key is infinite, so are its offsets, but not what stands for them: 0 times those is 0.
+    # Where a key is infinite, so are its offsets, but not what stands for them: 0 times those is 0. So it must be for
+    # what is no number in rows that nobody uses; where others use it, it is in their means.
+    k = tl.where(k == k, k, 0.0)
     k = tl.where(
         tl.abs(k) < float("inf"), k, tl.where(k > 0.0, HUGE_OFFSET, tl.where(k < 0.0, -HUGE_OFFSET, k))
     )
     v = tl.load(value + j.to(tl.int64) * value_n, mask=counts, other=0.0).to(T)
+    v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
     if CENTRED:
         v -= centre_of_values(low, high, b, True)
     scale = tl.load(w).to(T)
@@ -133,16 +139,21 @@ def scalar_keys(
         if BY_WEIGHT:
             weight64 += tl.sum(weight_sum.to(tl.float64), 1)
 
+    a = tl.full([BLOCK_K], 1.0, tl.float64)
+    lift = tl.zeros([BLOCK_K], tl.float64)
+    if WEIGHTED:
+        a = tl.load(key_weight + j.to(tl.int64) * weight_n, mask=counts, other=0.0).to(T).to(tl.float64)
+        lift = lift_of(a, tl.float64)
+        lower = tl.exp2(-lift)
+        value64, offset64, weight64 = value64 * lower, offset64 * lower, weight64 * lower
+        a = a * tl.exp2(lift)
     c = tl.zeros([1], tl.int64)
     value_far, offset_far, weight_far = far_keys(
-        j, row + begin, row + end, row, query, query_m, 0, key, key_n, 0, value, value_n, 0, w, 0,
+        j, lift, row + begin, row + end, row, query, query_m, 0, key, key_n, 0, value, value_n, 0, w, 0,
         key_weight, weight_n, n, 1, c, c, grad_out, grad_lse, out, state, origins, tops, flags,
         value64[:, None], offset64[:, None], weight64,
         1, WEIGHTED, SELF, BY_LSE, BY_KEY or BY_WEIGHT, T, BLOCK_K, 1, 1,
     )  # fmt: skip
-    a = tl.full([BLOCK_K], 1.0, tl.float64)
-    if WEIGHTED:
-        a = tl.load(key_weight + j.to(tl.int64) * weight_n, mask=counts, other=0.0).to(T).to(tl.float64)
     bandwidth = tl.load(w).to(tl.float64)
     at = (split * batches + b) * n + j  # [BLOCK_K], int64
     if BY_VALUE:
@@ -150,7 +161,7 @@ def scalar_keys(
     if BY_KEY:
         tl.store(grad_key + at, (bandwidth * (bandwidth * (tl.sum(offset_far, 1) * a))).to(T), mask=counts)
     if BY_WEIGHT:
-        tl.store(grad_weight + at, weight_far.to(T), mask=counts)
+        tl.store(grad_weight + at, (weight_far * tl.exp2(lift)).to(T), mask=counts)
 
 
 @triton.jit
@@ -188,7 +199,15 @@ def tiled_keys(
     f = chunk * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     value_sum = tl.zeros([BLOCK_K, BLOCK_C], T)
     offset_sum = tl.zeros([BLOCK_K, BLOCK_D], T)
-    weight_sum = tl.zeros([BLOCK_K], T)
+    weight_sum = tl.zeros([BLOCK_K], tl.float64)
+    MOST: tl.constexpr = MOST_DOUBLE if T == tl.float64 else MOST_FLOAT  # noqa: SIM300
+    SAFE: tl.constexpr = SAFE_DOUBLE if T == tl.float64 else SAFE_FLOAT  # noqa: SIM300
+    a = tl.full([BLOCK_K], 1.0, tl.float64)
+    lift = tl.zeros([BLOCK_K], T)
+    if WEIGHTED:
+        weight = tl.load(key_weight + j.to(tl.int64) * weight_n, mask=counts, other=0.0).to(T)
+        lift = lift_of(weight, T)
+        a = weight.to(tl.float64) * tl.exp2(lift).to(tl.float64)
     if BLOCK_C == 1:
         v = tl.load(value + j.to(tl.int64) * value_n, mask=counts, other=0.0).to(T)
     first_row = b * m
@@ -205,7 +224,10 @@ def tiled_keys(
             query, query_at, query_d, key, key_at, key_d, w, w_d, near[None, :], counts[:, None],
             D, T, BLOCK_K, BLOCK_M,
         )  # fmt: skip
-        p = tl.exp2(tl.minimum(shift[None, :] - square, MOST)) * inverse[None, :]  # [BLOCK_K, BLOCK_M]
+        score = shift[None, :] - square  # [BLOCK_K, BLOCK_M]
+        if WEIGHTED:
+            score -= lift[:, None]
+        p = tl.exp2(tl.minimum(score, MOST)) * inverse[None, :]
         keep = near[None, :] & counts[:, None]
         if SELF:
             keep = keep & (i[None, :] != j[:, None])
@@ -239,9 +261,15 @@ def tiled_keys(
                 )  # fmt: skip
                 u = product - pull[None, :]
         if BY_KEY or BY_WEIGHT:
-            u = p * u  # [BLOCK_K, BLOCK_M]
             if BY_WEIGHT:
-                weight_sum += tl.sum(u, 1)
+                if WEIGHTED and tl.max(shift, 0) > SAFE:
+                    # Left-out keys may be so much nearer than others that their terms are beyond T.
+                    lower = tl.where(keep, tl.exp2(tl.minimum(score, 0.0)) * inverse[None, :] * u, 0.0)
+                    higher = tl.exp2(tl.maximum(score, 0.0).to(tl.float64))
+                    weight_sum += tl.sum(tl.where(lower == 0.0, 0.0, lower.to(tl.float64) * higher), 1)
+                else:
+                    weight_sum += tl.sum(tl.where(keep, p * u, 0.0), 1).to(tl.float64)
+            u = tl.where(keep, p * u, 0.0)  # [BLOCK_K, BLOCK_M]
             if BY_KEY:
                 for step in tl.static_range(BLOCK_D):
                     if D > BLOCK_D or step < D:
@@ -258,14 +286,12 @@ def tiled_keys(
                         offset_sum += tl.where((f == feature)[None, :], moment, 0.0)
 
     value_far, offset_far, weight_far = far_keys(
-        j, first_row + begin, first_row + end, first_row, query, query_m, query_d, key, key_n, key_d,
+        j, lift.to(tl.float64), first_row + begin, first_row + end, first_row,
+        query, query_m, query_d, key, key_n, key_d,
         value, value_n, value_c, w, w_d, key_weight, weight_n, n, channels, c, f,
         grad_out, grad_lse, out, state, origins, tops, flags, value_sum, offset_sum, weight_sum,
         D, WEIGHTED, SELF, BY_LSE, BY_KEY or BY_WEIGHT, T, BLOCK_K, BLOCK_C, BLOCK_D,
     )  # fmt: skip
-    a = tl.full([BLOCK_K], 1.0, tl.float64)
-    if WEIGHTED:
-        a = tl.load(key_weight + j.to(tl.int64) * weight_n, mask=counts, other=0.0).to(T).to(tl.float64)
     at = (split * batches + b) * n + j  # [BLOCK_K], int64
     if BY_VALUE:
         tl.store(
@@ -281,12 +307,12 @@ def tiled_keys(
         )
     if BY_WEIGHT:  # noqa: SIM102
         if chunk == 0:
-            tl.store(grad_weight + at, weight_far.to(T), mask=counts)
+            tl.store(grad_weight + at, (weight_far * tl.exp2(lift.to(tl.float64))).to(T), mask=counts)
 
 
 @triton.jit
 def far_keys(
-    j, first, last, first_row, query, query_m, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d,
+    j, lift, first, last, first_row, query, query_m, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d,
     key_weight, weight_n, n, channels, c, f, grad_out, grad_lse, out, state, origins, tops, flags,
     value_sum, offset_sum, weight_sum,
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, BY_U: tl.constexpr,
@@ -294,7 +320,7 @@ def far_keys(
 ):  # fmt: skip
     """The sums with what the far ones of the rows first..last add: (BLOCK_K, BLOCK_C), (BLOCK_K, BLOCK_D), (BLOCK_K,).
 
-    Flags of FLAG_ROWS rows each are looked at 256 at once.
+    Sums are those of weights that are 2^lift times as large. Flags of FLAG_ROWS rows each are looked at 256 at once.
     """
     last_flag = (last - 1) // FLAG_ROWS
     for flag in range(first // FLAG_ROWS, last_flag + 1, 256):
@@ -308,7 +334,7 @@ def far_keys(
                         origin = tl.load(origins + row)
                         if origin >= 0:
                             p, u = far_weights(
-                                j, row, row - first_row, origin, query + (row - first_row) * query_m, query_d,
+                                j, lift, row, row - first_row, origin, query + (row - first_row) * query_m, query_d,
                                 key, key_n, key_d, value, value_n, value_c, w, w_d, key_weight, weight_n, n, channels,
                                 grad_out, grad_lse, out, state, tops,
                                 D, WEIGHTED, SELF, BY_LSE, BY_U, T, BLOCK_K,
@@ -316,7 +342,7 @@ def far_keys(
                             kind: tl.constexpr = value_sum.dtype
                             g = tl.load(grad_out + row * channels + c, mask=c < channels, other=0.0)
                             value_sum += (p[:, None] * g.to(tl.float64)[None, :]).to(kind)
-                            weight_sum += u.to(kind)
+                            weight_sum += u
                             q = tl.load(
                                 query + (row - first_row) * query_m + f * query_d, mask=f < D, other=0.0
                             ).to(T).to(tl.float64)  # fmt: skip
@@ -332,12 +358,12 @@ def far_keys(
 
 @triton.jit
 def far_weights(
-    j, row, own, origin, query, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d, key_weight, weight_n, n,
-    channels, grad_out, grad_lse, out, state, tops,
+    j, lift, row, own, origin, query, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d,
+    key_weight, weight_n, n, channels, grad_out, grad_lse, out, state, tops,
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, BY_U: tl.constexpr,
     T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Weights p and terms u of one far row for the keys j, [BLOCK_K], without the keys' own weights."""
+    """Weights p and terms u of one far row for the keys j, [BLOCK_K], without the keys' own weights, by 2^-lift."""
     counts = j < n
     if SELF:
         counts = counts & (j != own)
@@ -346,9 +372,12 @@ def far_weights(
         query, query_d, key, at * key_n, origin * key_n, key_d, w, w_d, counts, D, T, BLOCK_K
     )
     # The top has the log-weights in it that these scores lack.
-    exponent = tl.minimum(score - tl.load(tops + row), MOST_DOUBLE)
-    p = tl.where(counts, tl.exp2(exponent), 0.0) / tl.load(state + 2 * row + 1)
-    u = p * 0.0
+    exponent = score - tl.load(tops + row) - lift
+    # In two factors: a left-out key's may overflow where its product with a small pull does not.
+    root = tl.where(counts, tl.exp2(0.5 * tl.minimum(exponent, 3.0 * MOST_DOUBLE)), 0.0)
+    inverse = 1.0 / tl.load(state + 2 * row + 1)
+    p = root * root * inverse
+    u = tl.zeros([BLOCK_K], tl.float64)
     if BY_U:
         for c in range(channels):
             g = tl.load(grad_out + row * channels + c).to(tl.float64)
@@ -357,5 +386,5 @@ def far_weights(
             u += g * (v - mean)
         if BY_LSE:
             u += tl.load(grad_lse + row).to(tl.float64)
-        u = tl.where(p > 0.0, p * u, 0.0)
+        u = tl.where((p > 0.0) & (u != 0.0), root * inverse * u * root, 0.0)
     return p, u

@@ -11,7 +11,7 @@ gradient of w goes to partial_w (batches, blocks, D), to be summed in order.
 import triton
 import triton.language as tl
 
-from .triton_terms import MOST, element, far_scores, squared_distances
+from .triton_terms import MOST_DOUBLE, MOST_FLOAT, element, far_scores, lift_of, squared_distances
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def query_side(
     near = exists & (inverse != 0.0)
     query_at = i.to(tl.int64)[:, None] * query_m  # [BLOCK_M, 1]
     f = chunk * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    MOST: tl.constexpr = MOST_DOUBLE if T == tl.float64 else MOST_FLOAT  # noqa: SIM300
     firsts = tl.zeros([BLOCK_M, BLOCK_D], T)
     seconds = tl.zeros([BLOCK_M, BLOCK_D], T)
     if BLOCK_C == 1:
@@ -84,10 +85,14 @@ def query_side(
             query, query_at, query_d, key, key_at, key_d, w, w_d, near[:, None], counts[None, :],
             D, T, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        p = tl.exp2(tl.minimum(shift[:, None] - square, MOST)) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
+        score = shift[:, None] - square  # [BLOCK_M, BLOCK_N]
         if WEIGHTED:
             a = tl.load(key_weight + j.to(tl.int64) * weight_n, mask=counts, other=0.0).to(T)
-            p = p * a[None, :]
+            lift = lift_of(a, T)
+            score -= lift[None, :]
+        p = tl.exp2(tl.minimum(score, MOST)) * inverse[:, None]
+        if WEIGHTED:
+            p = p * (a * tl.exp2(lift))[None, :]
         keep = counts[None, :] & near[:, None]
         if SELF:
             keep = keep & (j[None, :] != i[:, None])

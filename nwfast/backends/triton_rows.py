@@ -15,6 +15,8 @@ from .triton_terms import centre_of_values, element, far_top, nearest_key
 
 FLAG_ROWS = tl.constexpr(64)
 SMALLEST_TOTAL = tl.constexpr(2.0**-60)
+# Of one feature and channel, where keys have weights: powers of 2 of a left-out key in a near row stay finite.
+FAR_SCALAR = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -27,7 +29,9 @@ def describe_rows(
 ):  # fmt: skip
     """pulls: <grad_out, out> - grad_lse of each row, what the pull of a value is counted from."""
     T: tl.constexpr = out.dtype.element_ty
-    FAR: tl.constexpr = FAR_DOUBLE if T == tl.float64 else FAR_FLOAT  # noqa: SIM300
+    FAR: tl.constexpr = (
+        FAR_SCALAR if SCALAR and WEIGHTED else FAR_DOUBLE if T == tl.float64 else FAR_FLOAT  # noqa: SIM300
+    )
     first = tl.program_id(0).to(tl.int64) * FLAG_ROWS
     row = first + tl.arange(0, FLAG_ROWS)  # [FLAG_ROWS]
     exists = row < batches * m

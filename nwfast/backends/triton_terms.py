@@ -23,9 +23,10 @@ HALF_LOG2E = tl.constexpr(constants.HALF_LOG2E)
 LN2 = tl.constexpr(constants.LN2)
 # Clamped to this, factors in float64 have finite products, so that 0 * inf cannot occur.
 HUGE = tl.constexpr(1e150)
-# The largest exponent above a row's own that the gradient of a masked key may have; finite in float32.
-MOST = tl.constexpr(126.0)
-MOST_DOUBLE = tl.constexpr(1000.0)
+# The largest power of 2 that near rows make; what lies beyond is that of a left-out key much nearer than all others.
+MOST_FLOAT, MOST_DOUBLE = tl.constexpr(126.0), tl.constexpr(1022.0)
+# Up to here the terms of a weight's gradient are finite, whatever they are multiplied with within reason.
+SAFE_FLOAT, SAFE_DOUBLE = tl.constexpr(96.0), tl.constexpr(900.0)
 
 
 @triton.jit
@@ -148,6 +149,17 @@ def relative_scores(
         k = tl.load(key + key_at + f * key_d, mask=exists, other=0.0).to(T).to(tl.float64)
         score -= clamp((nearest - k) * scale) * clamp(((q - k) + (q - nearest)) * scale)
     return score
+
+
+@triton.jit
+def lift_of(a, T: tl.constexpr):
+    """By which power of 2 to take weights of keys as larger, and what they are multiplied with as smaller.
+
+    Relative to the sum over keys of tiny weight, 1 / a is as large as what float32, or float64, ends at.
+    """
+    least: tl.constexpr = 2.0**-500 if T == tl.float64 else 2.0**-60  # noqa: SIM300
+    lift: tl.constexpr = 512.0 if T == tl.float64 else 64.0  # noqa: SIM300
+    return tl.where((a > 0.0) & (a < least), lift, 0.0).to(T)
 
 
 @triton.jit
