@@ -28,8 +28,8 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # Of a left-out key nearer than all others exp(score) is cut off here. It is for the gradient of its weight alone, which
-# then is a finite number.
-_LARGEST_EXPONENT = 650.0
+# then is a finite number, also times values and divided by weights of usual sizes.
+_LARGEST_EXPONENT = 600.0
 # Distances in bandwidths are cut off here: their squares are still finite.
 _LARGEST_DISTANCE = 1e150
 
