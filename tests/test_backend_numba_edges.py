@@ -1,5 +1,6 @@
 """The Numba backend at the edges: keys left out, outliers, far queries, extreme numbers, many features, no disk."""
 
+import ast
 import math
 import os
 import subprocess
@@ -169,6 +170,52 @@ def test_own_key_that_is_not_a_number(place, method):
     torch.testing.assert_close(found["out"][4], wanted["out"][4])
     assert found["out"].isnan().sum() == 29
     torch.testing.assert_close(found["query"][4], wanted["query"][4])
+
+
+# Far rows.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("features", [2, 3, 20])
+def test_scores_that_cancel_between_features(features, weighted, dtype):
+    """Keys about as far away as each other: in float64 also where a difference of two of them is not a float32."""
+    generator = torch.Generator().manual_seed(2)
+    sideways = 10 ** (4 * torch.rand(60, generator=generator, dtype=torch.float64) - 3.5)
+    key = 0.01 * torch.rand(60, features, generator=generator, dtype=torch.float64)
+    key[:, 0] += sideways
+    key[:, 1] -= sideways
+    query = torch.tensor([[1e5], [-1e6], [1e6]], dtype=torch.float64).expand(-1, features)
+    value, weight = sideways.sin()[:, None], torch.rand(60, generator=generator) + 0.5
+    w = torch.ones(features, dtype=dtype)
+    inputs = query.to(dtype), key.to(dtype), value.to(dtype), w, weight.to(dtype) if weighted else None
+    found, right = run(dense, *inputs), exact(*inputs)
+    if not weighted:
+        del right["key_weight"]
+    # Products of 1e6 and 1 in features that cancel are known to their rounding in float64.
+    assert_exact(found, right, 3e-6 if dtype == torch.float32 else 1e-8)
+
+
+def test_kernels_do_not_widen_by_float():
+    """What Numba compiles of float(x) leaves a float32 as it is; numba_math.double does not."""
+    for path in Path(dense.__file__).parent.glob("numba*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            if not any(word in ast.unparse(d) for d in function.decorator_list for word in ("njit", "entry")):
+                continue
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            assert all(ast.unparse(call.func) != "float" for call in calls), (path.name, function.name)
+
+
+def test_sums_that_are_finite_after_the_last_factor():
+    """w w d p g is multiplied with the second w when it has been summed: no part overflows whose sum does not."""
+    query, key = column([0.0, 1.0, 0.0], torch.float64), column([1.3e-322, 1e-321], torch.float64)
+    value, w = column([1.0, 1e13], torch.float64), column([torch.finfo(torch.float64).max], torch.float64)[0]
+    grad_out = column([30.0, 1.0, -20.0], torch.float64)
+    one = run(dense, query, key, value, w, grad_out=column([10.0, 0.0, 0.0], torch.float64))["key"][0]
+    torch.testing.assert_close(run(dense, query, key, value, w, grad_out=grad_out)["key"][0], one)
+    assert one.isfinite().all()
 
 
 # Rows that nothing depends on, and bandwidths that are not finite.

@@ -30,6 +30,7 @@ from .numba_math import (
     D,
     N,
     W,
+    double,
     exp2_double,
     offset,
     pointer,
@@ -100,7 +101,7 @@ def survey(example, about, b, centre, low, high):
     largest, spread, narrowest = 0.0, 0.0, 0.0
     ordinary = True
     for f in range(n_features):
-        bandwidth = abs(float(w[at_w + f * about[W_D]]))
+        bandwidth = abs(double(w[at_w + f * about[W_D]]))
         narrowest = max(narrowest, bandwidth)
         ordinary &= bandwidth < (1e12 if single else 1e100)
         for tile in range((n + TILE - 1) // TILE):
@@ -113,7 +114,7 @@ def survey(example, about, b, centre, low, high):
                 finite &= k == k
             low[tile, f], high[tile, f] = least, most
             ordinary &= finite
-            largest = max(largest, max(-float(least), float(most)))
+            largest = max(largest, max(-double(least), double(most)))
     # Not so large that squares overflow, nor so small that they all underflow.
     ordinary &= largest < largest_allowed and (largest == 0.0 or largest > 1.0 / largest_allowed)
     for c in range(n_channels):
@@ -125,9 +126,9 @@ def survey(example, about, b, centre, low, high):
             least, most = min(least, v), max(most, v)
             finite &= v == v
         # Terms flushed to 0 must not matter, whatever they are multiplied with.
-        ordinary &= finite and max(-float(least), float(most)) < (1e18 if single else 1e80)
+        ordinary &= finite and max(-double(least), double(most)) < (1e18 if single else 1e80)
         centre[c] = least if least > 0 else (most if most < 0 else 0)
-        spread = max(spread, max(float(most) - float(centre[c]), float(centre[c]) - float(least)))
+        spread = max(spread, max(double(most) - double(centre[c]), double(centre[c]) - double(least)))
     unit = min(1.0, 1.0 / narrowest) if narrowest > 0.0 else 1.0
     if largest > 0.0:
         unit = min(unit, largest)
@@ -136,7 +137,7 @@ def survey(example, about, b, centre, low, high):
     if about[WEIGHT] != 0:
         most_weight, least_weight = 0.0, np.inf
         for j in range(n):
-            a = float(weight[at_a + j * about[WEIGHT_N]])
+            a = double(weight[at_a + j * about[WEIGHT_N]])
             ordinary &= a >= 0.0
             most_weight = max(most_weight, a)
             least_weight = min(least_weight, a if a > 0.0 else np.inf)
@@ -183,7 +184,7 @@ def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
         at = offset(about, b, 3) + first * about[WEIGHT_N]
         scale = 2.0**-exponent
         for j in range(n):
-            weights[j] = float(weight[at + j * about[WEIGHT_N]]) * scale
+            weights[j] = double(weight[at + j * about[WEIGHT_N]]) * scale
 
 
 @njit(**EXACT)
@@ -191,7 +192,7 @@ def box_score(q, w, low, high):
     """The least s that any key within the bounds of a tile can have."""
     score = 0.0
     for f in range(len(q)):
-        d = max(max(float(low[f]) - float(q[f]), float(q[f]) - float(high[f])), 0.0) * float(w[f])
+        d = max(max(double(low[f]) - double(q[f]), double(q[f]) - double(high[f])), 0.0) * double(w[f])
         score += d * d
     return score
 

@@ -25,6 +25,7 @@ from .numba_math import (
     D,
     M,
     N,
+    double,
     entry,
     pointer,
 )  # fmt: skip
@@ -113,11 +114,11 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
                     p[j] = gauss(s[j] - shift)
             if about[SELF] and start <= i < stop:
                 p[i - start] = 0
-            level = -float(grad_lse[row]) / total if about[GRAD_LSE] != 0 else 0.0
+            level = -double(grad_lse[row]) / total if about[GRAD_LSE] != 0 else 0.0
             for c in range(n_channels):
-                g = float(grad_out[row * n_channels + c]) / total
+                g = double(grad_out[row * n_channels + c]) / total
                 gradients[c] = g
-                level += g * (float(out[row * n_channels + c]) - float(centre[c]))
+                level += g * (double(out[row * n_channels + c]) - double(centre[c]))
             level = dtype.type(level)
             if n_features == 1 and n_channels == 1 and through_keys:
                 add_scalar(
@@ -141,17 +142,17 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
         if touched:
             for f in range(n_features):
                 for j in range(n):
-                    by_key[f, j] += float(grad_key[f, j])
+                    by_key[f, j] += double(grad_key[f, j])
             for c in range(n_channels):
                 for j in range(n):
-                    by_value[c, j] += float(grad_value[c, j])
+                    by_value[c, j] += double(grad_value[c, j])
             for j in range(n):
-                by_weight[j] += float(grad_weight[j])
+                by_weight[j] += double(grad_weight[j])
     scale = 2.0**-exponent
     for j in range(n):
-        a = float(weights[j]) if weighted else 1.0
+        a = double(weights[j]) if weighted else 1.0
         for f in range(n_features):
-            by_key[f, j] *= a * float(w[f]) * float(w[f])
+            by_key[f, j] *= a * double(w[f]) * double(w[f])
         for c in range(n_channels):
             by_value[c, j] *= a
         by_weight[j] *= scale

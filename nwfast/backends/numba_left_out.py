@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from .numba_math import DIGEST, EXACT, ROOT, entry, exp2_double
-from .numba_robust import limited, parts_of_score, sum_of_score
+from .numba_scores import limited, parts_of_score, sum_of_score
 
 ROWS = 1024  # whose exponents are held at once
 

@@ -47,6 +47,9 @@ BATCHES = (
 )
 BATCH_ITEMS = 6
 
+# To be written where kernels widen: in them Python's float(x) leaves a float32 as it is, and x - y is rounded to one.
+double: Any = np.float64
+
 # With w scaled by ROOT the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
 ROUND = 6755399441055744.0  # 1.5 * 2^52
 

@@ -51,6 +51,7 @@ from .numba_math import (
     M,
     N,
     W,
+    double,
     entry,
     exp2_double,
     offset,
@@ -72,7 +73,7 @@ def load_queries(example, about, b, start, stop, queries, fit):
         for f in range(about[D]):
             q = query[at + i * about[QUERY_M] + f * about[QUERY_D]]
             queries[i - start, f] = q
-            fit[i - start] &= abs(float(q)) < limit
+            fit[i - start] &= abs(double(q)) < limit
 
 
 @njit(**EXACT)
@@ -100,7 +101,7 @@ def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p, rest):
             for j in range(n):
                 s[j] = s[j] if weights[j] > 0 else s.dtype.type(ABSENT)
         least = least_of(s, n, p)
-        top = min(top, float(least))
+        top = min(top, double(least))
         shift = s.dtype.type(top)
         for j in range(n):
             p[j] = gauss(s[j] - shift)
@@ -172,8 +173,8 @@ def sum_rows(
             mine = start + r - first if about[SELF] else -1
             if buffer_free and not 0 <= mine < size:
                 total, product = unshifted_total_and_product(q[0], keys[0], w[0], values[0], size)
-                row[0] += float(total)
-                row[1] += float(product)
+                row[0] += double(total)
+                row[1] += double(product)
                 continue
             top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p, rest)
             if top >= ABSENT:
@@ -190,29 +191,29 @@ def sum_rows(
                     project(gradients[r], values, levels[r], size, projected)
                     column = projected
                 total, product = total_and_product(p, column, size)
-                total, product = float(total), float(product)
+                total, product = double(total), double(product)
                 row[0] += total
                 row[1] += product
                 if moments:
                     for f in range(n_features):
                         reference = min(max(q[f], low[tile, f]), high[tile, f])
                         by_u, by_uv, by_z, by_zv = tile_moments(p, column, keys[f], q[f], reference, size)
-                        d = float(q[f]) - float(reference)
+                        d = double(q[f]) - double(reference)
                         at = 2 + 4 * f
-                        row[at] += float(by_u) + d * total
-                        row[at + 1] += float(by_uv) + d * product
-                        row[at + 2] += float(by_z) + d * d * total
-                        row[at + 3] += float(by_zv) + d * d * product
+                        row[at] += double(by_u) + d * total
+                        row[at + 1] += double(by_uv) + d * product
+                        row[at + 2] += double(by_z) + d * d * total
+                        row[at + 3] += double(by_zv) + d * d * product
             else:
-                row[0] += float(total_of(p, size))
+                row[0] += double(total_of(p, size))
                 for c in range(0, channels - 3, 4):
                     parts = products4(p, values[c], values[c + 1], values[c + 2], values[c + 3], size)
-                    row[1 + c] += float(parts[0])
-                    row[2 + c] += float(parts[1])
-                    row[3 + c] += float(parts[2])
-                    row[4 + c] += float(parts[3])
+                    row[1 + c] += double(parts[0])
+                    row[2 + c] += double(parts[1])
+                    row[3 + c] += double(parts[2])
+                    row[4 + c] += double(parts[3])
                 for c in range(channels - channels % 4, channels):
-                    row[1 + c] += float(total_and_product(p, values[c], size)[1])
+                    row[1 + c] += double(total_and_product(p, values[c], size)[1])
 
 
 @njit(**EXACT)
@@ -297,9 +298,9 @@ def compile_forward(digest: str) -> Callable:
                 state[2 * row], state[2 * row + 1] = shift, total
                 lse[row] = LN2 * (np.log2(total) - shift)
                 for c in range(n_channels):
-                    out[row * n_channels + c] = float(centre[c]) + sums[r, 1 + c] / total
+                    out[row * n_channels + c] = double(centre[c]) + sums[r, 1 + c] / total
                 if moments:
-                    bandwidth, mean = float(w[0]), sums[r, 1] / total
+                    bandwidth, mean = double(w[0]), sums[r, 1] / total
                     if about[TANGENT_W] != 0:
                         tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
                     if about[TANGENT_Q] != 0:
@@ -353,20 +354,20 @@ def compile_backward(digest: str) -> Callable:
                 near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
                 level, most, silent = 0.0, 0.0, True
                 for c in range(n_channels):
-                    g = float(grad_out[row * n_channels + c])
+                    g = double(grad_out[row * n_channels + c])
                     gradients[r, c] = g
-                    level += g * (float(out[row * n_channels + c]) - float(centre[c]))
+                    level += g * (double(out[row * n_channels + c]) - double(centre[c]))
                     most = max(most, abs(g))
                     silent &= g == 0.0
                 levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
                 near &= in_range(most, 1.0, 1.0, single)
                 size = most * spread
                 if about[GRAD_LSE] != 0:
-                    size += abs(float(grad_lse[row]))
-                    silent &= float(grad_lse[row]) == 0.0
+                    size += abs(double(grad_lse[row]))
+                    silent &= double(grad_lse[row]) == 0.0
                 far = reach
                 for f in range(n_features):
-                    far = max(far, abs(float(queries[r, f])))
+                    far = max(far, abs(double(queries[r, f])))
                 near &= in_range(size, least, far, single)
                 # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
                 empty = silent or state[2 * row + 1] == 0.0
@@ -405,10 +406,10 @@ def compile_backward(digest: str) -> Callable:
                 elif moments:
                     total = sums[r, 0]
                     mean = sums[r, 1] / total
-                    through_lse = float(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+                    through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
                     for f in range(n_features):
                         at = 2 + 4 * f
-                        bandwidth = float(w[f])
+                        bandwidth = double(w[f])
                         by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
                         by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
                         if about[GRAD_QUERY] != 0:

@@ -19,6 +19,7 @@ from .numba_math import (
     TANGENT_Q,
     TANGENT_W,
     M,
+    double,
     entry,
     pointer,
 )
@@ -42,7 +43,7 @@ def _compile_tangents(digest: str) -> Callable:
                 if about[GRAD_QUERY] != 0:
                     grad_query[row] = example.dtype.type(0) if empty else grad_out[row] * tangent_q[row]
                 if about[GRAD_W] != 0 and not empty:
-                    by_w += float(grad_out[row]) * float(tangent_w[row])
+                    by_w += double(grad_out[row]) * double(tangent_w[row])
             if about[GRAD_W] != 0:
                 sums[b] = by_w
 
