@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto is_owned = [&](int i) { return i < owned; };
     const auto stage_features = [&](int64_t first) {
       const int some = part_of(features, first, kGradFeatures);
-#pragma unroll 2
+#pragma unroll 1
       for (int at = thread; at < some * kTile; at += kThreads) {
         const int i = at % kTile, f = at / kTile;
         shared.other[f][i] = counts(i) ? (kKeys ? query : key).read(from + i, first + f) : 0;
