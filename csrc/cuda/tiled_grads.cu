@@ -19,12 +19,13 @@ constexpr int kOwn = 4, kOthers = 8;             // of one lane
 constexpr int kVectorPitch = kChannelChunk + 4;  // eight vectors' quads lie in different banks
 constexpr int kSlice = 16;                       // others whose weights are handed over at once
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-constexpr int64_t kLeastPart = 512;  // others
-constexpr int kInnerTiles = 64;      // of others; longer float32 sums would lose digits: these go to a second level
+constexpr int64_t kLeastPart = 512;     // others
+constexpr int64_t kInnerOthers = 4096;  // longer float32 sums would lose digits: these go to a second level
 static_assert(kThreads / 32 * kWarpOwn == kTile && kOwn * 4 == kWarpOwn && kOthers * 8 == kTile && kOwn == 4,
               "a lane's pairs are of its warp's own rows and of all others");
 static_assert(kThreads >= kTile && kTile % kSlice == 0 && kSlice % 8 == 0 && kChannelChunk == 64,
               "a thread stages a row; a lane sums 2 x 4 channels");
+static_assert(kInnerOthers % kTile == 0, "inner sums are of whole tiles");
 
 struct GradShared {
   float own_vector[kTile][kVectorPitch], other_vector[kTile][kVectorPitch];  // values less their centre, or gradients
@@ -89,12 +90,12 @@ __device__ __forceinline__ void stage_vectors(const Matrix& matrix, int64_t from
 }
 
 // Squared distances, added feature by feature; unscaled if all features have one scale. As in the forward pass.
-// kBlocks: the features at hand are summed apart, so that few roundings are as large as the whole; a quarter of the
-// others at a time, which takes fewer registers.
+// kBlocks: the features at hand are summed apart, so that few roundings are as large as the whole; half of the others
+// at a time, which takes fewer registers.
 template <bool kScaled, bool kBlocks>
 __device__ __forceinline__ void add_distances(const GradShared& shared, int features, int own, int other,
                                               float (&score)[kOwn][kOthers]) {
-  constexpr int kAtOnce = kBlocks ? kOthers / 4 : kOthers;
+  constexpr int kAtOnce = kBlocks ? kOthers / 2 : kOthers;
 #pragma unroll
   for (int begin = 0; begin < kOthers; begin += kAtOnce) {
     float block[kOwn][kAtOnce];
@@ -253,11 +254,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   float moments[kGradFeatures] = {}, weight_sum = 0, value_sums[4][8] = {};
   // Lane l has the sums of its own number l % 4: of offsets and, on the query side from lane 4 on, of their squares.
   // The inner sums go to where the block's results are, which are the outer ones.
-  const auto flush = [&](bool again) {
+  bool flushed = false;
+  const auto flush = [&] {
     const int64_t mine = first_own + own + lane % 4 * 4, slot = b * plan.parts + part;
     const int64_t columns = key_columns(problem);
     const auto add = [&](int64_t at, float& sum) {
-      partial[at] = again ? partial[at] + sum : sum;
+      partial[at] = flushed ? partial[at] + sum : sum;
       sum = 0;
     };
 #pragma unroll
@@ -280,10 +282,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
+    flushed = true;
   };
-  int64_t from = begin;
-  int tiles = 0;
-  do {
+  for (int64_t from = begin; from < end; from += kTile) {
     const int count = part_of(end, from, kTile);
     // Others that add nothing are staged as zeros: whatever they hold, their products with a weight of 0 are 0.
     const auto counts = [&](int i) {
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int at = thread; at < some * kTile; at += kThreads) {
         const int i = at % kTile, f = at / kTile;
         shared.other[f][i] = counts(i) ? (kKeys ? query : key).read(from + i, first + f) : 0;
-        if (tiles == 0 || features > kGradFeatures) {
+        if (from == begin || features > kGradFeatures) {
           shared.own[f][i] = i < owned ? (kKeys ? key : query).read(first_own + i, first + f) : 0;
         }
       }
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto stage_channels = [&](int64_t first) {
       const int some = part_of(channels, first, kChannelChunk);
       stage_vectors(kKeys ? grad : value, from, first, some, kKeys ? nullptr : ranges, counts, shared.other_vector);
-      if (tiles == 0 || channels > kChannelChunk) {
+      if (from == begin || channels > kChannelChunk) {
         stage_vectors(kKeys ? value : grad, first_own, first, some, kKeys ? ranges : nullptr, is_owned,
                       shared.own_vector);
       }
@@ -412,9 +413,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       add_values(shared, some_channels > 32, score, value_sums);
     }
-    if (++tiles % kInnerTiles == 0 || from + kTile >= end) flush(tiles > kInnerTiles);
-    from += kTile;
-  } while (from < end);
+    if ((from - begin + kTile) % kInnerOthers == 0) flush();
+  }
+  flush();
 }
 
 GradPlan plan_grads(const Problem& problem, int64_t owns, int64_t others, int64_t chunks, int multiprocessors) {
