@@ -176,7 +176,7 @@ def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weigh
         if reached and (origin < 0 or relative_score(q, key, place, key_d, at + origin * key_n, w) > 0.0):
             origin = j
     if kept == 0:
-        return -1, 0.0, 0.0, 0.0
+        return -1, 0.0, 0.0, 0.0 if valid else np.nan
     if not valid or origin < 0:
         return -1, 0.0, 0.0, 0.0 if valid else np.nan
 
