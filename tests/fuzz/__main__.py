@@ -140,12 +140,13 @@ def main() -> int:
                 continue
 
             fails = functools.partial(_fails, worker, _kind(failure))
-            if fails(case) is None:
+            again = fails(case)
+            if again is None:
                 print(f"case {number}: {failure}, but not when run again", flush=True)
                 if "return" not in str(failure):  # that is what a busy machine does
                     found[kind] = small = case, failure, number
                 continue
-            found[kind] = small = (*shrink(case, fails, options.shrink), number)
+            found[kind] = small = (*shrink(case, again, fails, options.shrink), number)
             print(f"\n# case {number} of seed {options.seed}\n{as_python(*small[:2])}", flush=True)
         number += 1
         if options.case is not None:

@@ -272,11 +272,11 @@ def _size_of(tensor: Tensor) -> int:
     )
 
 
-def shrink(case: Case, fails: Callable[[Case], Failure | None], seconds: float) -> tuple[Case, Failure]:
+def shrink(
+    case: Case, failure: Failure, fails: Callable[[Case], Failure | None], seconds: float
+) -> tuple[Case, Failure]:
     """The smallest case found in the time that still fails the same way."""
     end = time.monotonic() + seconds
-    failure = fails(case)
-    assert failure is not None
     for steps in (_simpler, _rounder):
         found = True
         while found:
