@@ -248,3 +248,19 @@ def test_a_bandwidth_that_is_not_a_number(backend, batch, features, channels, dt
             if math.isnan(held):
                 for gradient in torch.autograd.grad(alone.sum(), leaves):
                     assert gradient.isnan().all(), method
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+def test_a_query_of_no_number_and_no_key(backend, features, dtype):
+    """NaN comes first: a row without keys has an lse of -inf if its query is a number."""
+    key, value = torch.zeros(1, features, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    for method in methods(backend, features):
+        for held, right in ((math.nan, math.nan), (1.0, -math.inf)):
+            query = torch.full((1, features), held, dtype=dtype)
+            for options in ({"exclude_self": True}, {"key_weight": torch.zeros(1, dtype=dtype)}):
+                out, lse = nwfast.nadaraya_watson(
+                    query, key, value, 2.0, backend=backend, method=method, return_lse=True, **options
+                )
+                assert out.isnan().all() and torch.equal(lse.isnan(), torch.tensor([math.isnan(right)]))
+                assert math.isnan(right) or lse.item() == right

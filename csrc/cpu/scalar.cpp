@@ -45,6 +45,8 @@ class RowBlock {
   double total(int64_t i) const { return sum(i, kTotal); }
   double shift(int64_t i) const { return shift_[i]; }
   double mean(int64_t i) const { return sum(i, kValue) / total(i); }  // of the centred values
+  // NaN without any key is NaN all the same.
+  double empty_lse(int64_t i) const { return std::isnan(rows_.query[i]) ? NAN : -INFINITY; }
   double lse(int64_t i) const {
     const double offset = far_offset(i) * batch_.w;
     return kLn2 * std::log2(total(i) * batch_.weight_unit) - offset * offset / 2;
@@ -98,7 +100,7 @@ void forward_block(const Problem& problem, const ScalarBatch<T>& batch, int64_t 
     if (batch.values.finite) out = std::fmin(std::fmax(out, batch.values.low), batch.values.high);
     // fmin and fmax drop NaN.
     result.out[row] = static_cast<R>(empty ? NAN : std::isnan(mean) ? mean : out);
-    if (result.lse) result.lse[row] = static_cast<R>(empty ? -INFINITY : rows.lse(i));
+    if (result.lse) result.lse[row] = static_cast<R>(empty ? rows.empty_lse(i) : rows.lse(i));
     if (result.state) {
       result.state[2 * row] = empty ? 0 : rows.shift(i);
       result.state[2 * row + 1] = empty ? 0 : rows.total(i) * batch.weight_unit;
