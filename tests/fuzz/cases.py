@@ -231,7 +231,7 @@ def draw(rng, backends, methods, entries=("function", "index", "module")) -> Cas
             (*some(batch), m, d),
             (*some(batch), n, max(1, c)),
         )
-    # Squares of float64 coordinates beyond the range of float32 may leave that of float64 in the kernels of GPUs, and in
+    # Squares of float64 coordinates beyond the range of float32 may leave that of float64 in the kernels of GPUs and in
     # the plain formula of the reference.
     keys = _round(rng, _places(rng, key_shape, key_kind, wide and backend not in ("triton", "reference")))
     query_kind = str(rng.choice(["near", "near", "on keys", "between", "far", "some far"]))
