@@ -275,6 +275,8 @@ def test_attention_weights_are_the_softmax():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_same_bits_for_any_number_of_threads(backend, dtype):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, whose products of matrices promise no order of additions")
     threads = torch.get_num_threads()
     cases = [
         (((1500,), (1300,), (1300,), (1,), None), False),
