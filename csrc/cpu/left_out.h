@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "problem.h"
@@ -146,6 +146,7 @@ template <typename T>
 void settle_left_out(const Problem& problem, const BackwardTask<T>& task, const T* grad_key_weight) {
   const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
   Buffer<double> weight(n), row(std::max(features, channels));
+  const T most = static_cast<T>(most_weight_gradient<T>(problem));
   const auto finite = [&](const View& view, int64_t b, int64_t j, int64_t columns) {
     read(view, view.offset(problem.batch, b) + j * view.row_stride, columns, view.column_stride, row.get());
     bool all = true;
@@ -161,12 +162,11 @@ void settle_left_out(const Problem& problem, const BackwardTask<T>& task, const 
       if (task.grad_key) std::fill_n(task.grad_key + place * features, features, T(0));
       if (task.grad_value) std::fill_n(task.grad_value + place * channels, channels, T(0));
       if (!task.grad_key_weight) continue;
-      constexpr T kMost = std::numeric_limits<T>::max();
       T gradient = grad_key_weight[place];
       if (!finite(problem.key, b, j, features) || !finite(problem.value, b, j, channels)) {
         gradient = 0;
       } else if (std::isinf(gradient)) {  // kept finite: a mask that the caller multiplies it by is 0 there
-        gradient = std::copysign(kMost, gradient);
+        gradient = std::copysign(most, gradient);
       }
       task.grad_key_weight[place] = gradient;
     }
