@@ -84,7 +84,7 @@ class Row {
   // Sets nearest (-1 if no key is left) and distance. Squared distances that overflow are compared at a smaller scale;
   // where they are so large that keys with different ones may look the same, differences of squares decide.
   __device__ __forceinline__ void find_nearest() {
-    is_nan = !finite_w();
+    is_nan = !finite_w() || isnan_query();
     if (is_nan) return;
     compare_squares();
     for (int step = 0; step < kMostSteps && nearest >= 0 && !(distance < kRoundedScore) && step_nearer(); ++step) {
@@ -93,13 +93,19 @@ class Row {
 
   int64_t nearest = -1;
   double distance = 0;  // of the nearest key, squared, in units of the score
-  bool is_nan = false;  // whether some key's score is NaN
+  bool is_nan = false;  // whether the query, w or some key's score is NaN
 
  private:
   __device__ bool finite_w() const {
     bool finite = true;
     for (int64_t f = 0; f < problem_.features; ++f) finite &= isfinite(w(f)) != 0;
     return finite;
+  }
+  // Asked first, since there may be no key whose score it makes NaN.
+  __device__ bool isnan_query() const {
+    bool undefined = false;
+    for (int64_t f = 0; f < problem_.features; ++f) undefined |= isnan(query(f)) != 0;
+    return undefined;
   }
 
   // Takes the least of x over the warp's lanes, and the first of the places that have it.
