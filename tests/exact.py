@@ -58,11 +58,12 @@ def _nearest(q, k, w, kept):
     return relative, condition, reference
 
 
-def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0.0):
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, boxes, halves=0.0, plain=False):
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
-    of the arithmetic; `halves` the unit roundoff of weights that are rounded for products, or 0.
+    of the arithmetic; `halves` the unit roundoff of weights that are rounded for products, or 0; `plain` whether sums
+    are products of matrices, which may add term by term.
     """
     (m, d), (n, c) = q.shape, v.shape
     out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
@@ -95,7 +96,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & place_finite & ~broken_key, unit, tiny, far, boxes, halves,
+            seen[counting] & place_finite & ~broken_key, unit, tiny, boxes, halves, plain,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -117,20 +118,20 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0
     return out, lse, grads
 
 
-def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
     relative, condition, reference = _nearest(q, k, w, kept)
     to_nearest = q - k[reference]
     depth = ((to_nearest * w) ** 2).sum(1) / 2
     # With many features all distances are large, and kernels leave more of them in.
-    near = np.minimum(depth, far * max(1, d / 4))
+    near = np.minimum(depth, FAR * max(1, d / 4))
     e = np.exp(np.where(seen, relative, -np.inf))
     p = np.where(kept, a * e, 0)
     total = p.sum(1)
     p, e = p / total[:, None], e / total[:, None]
     # Relative error of a term: of its score, of exp2, of the weight; then what a term may lose for being small.
-    grow = (8 + np.sqrt(Real(n))) * (1 + boxes)
+    grow = (8 + (n if plain else np.sqrt(Real(n)))) * (1 + boxes)
     off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
@@ -142,8 +143,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
         np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, c), Real),
     )  # fmt: skip
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
-    # The textbook's scores are of the size of the distance.
-    unsettled = Real(2.0) ** -50 * (condition + (near[:, None] if np.isinf(far) else 0))
+    unsettled = Real(2.0) ** -50 * condition
     open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
     open_ties += p * open_ties.sum(1, keepdims=True)
     lost = np.minimum(p, small) + np.maximum(open_ties, 0)
@@ -182,7 +182,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
         pulled_bound[moved],
         lost[moved],
     )
-    grow_m = (8 + np.sqrt(Real(m))) * (1 + boxes)
+    grow_m = (8 + (m if plain else np.sqrt(Real(m)))) * (1 + boxes)
     term = p * pulled
     size = p * pulled_size
     # fgt sums what comes from values and from outputs apart.
@@ -213,14 +213,16 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
         both = np.abs(to_key) + np.abs(nearest)[:, None]
         # Lengths that rounding may cost where they are longer than the difference: a near row may be summed without a
         # reference (its terms then cancel to rounding only), and interpolation knows places to rounding of a box.
-        near = np.minimum(np.abs(nearest), np.sqrt(2 * Real(far)) / wf if wf else 0)[:, None]
+        near = np.minimum(np.abs(nearest), np.sqrt(2 * Real(FAR)) / wf if wf else 0)[:, None]
         box = boxes / wf if wf else 0
         query[moved, f] = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
         query_error = ((error + unit * grow * size) * (np.abs(step) + near + box)).sum(1)
         query_error += 8 * unit * glm * np.abs(nearest)
         query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1))
         key[:, f] = wf * ((term * to_key).sum(0) * wf)
-        key_error = ((error + unit * grow_m * size) * (np.abs(to_key) + box)).sum(0)
+        # The reference has this distance as that to the nearest key and the step from there.
+        lengths = both if plain else np.abs(to_key)
+        key_error = ((error + unit * grow_m * size) * (lengths + box)).sum(0)
         key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0))
         dw[f] = w[f] * ((term * step * (to_key + nearest[:, None])).sum() - (gl[moved] * nearest**2).sum())
         lengths = np.abs(step) * both + near**2 + box**2
@@ -289,16 +291,16 @@ def solve(
     grad_out,
     grad_lse=None,
     exclude_self=False,
-    textbook=False,
+    plain=False,
     boxes=0.0,
     half_products=False,
 ) -> dict[str, Bounded]:
     """Every result by name: out, lse, and the gradients of query, key, value, w and (if given) key_weight.
 
-    For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `textbook` the bounds
-    are those of the textbook in float64, whatever the dtype, where far rows lose what that loses. `boxes` is BOXES
-    where fgt may compute: distances are known to rounding of such a length there, and sums to that many more units.
-    With `half_products` products of matrices may take their weights in the dtype of the inputs.
+    For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `plain` the bounds
+    are those of plain PyTorch in float64, whatever the dtype. `boxes` is BOXES where fgt may compute: distances are
+    known to rounding of such a length there, and sums to that many more units. With `half_products` products of
+    matrices may take their weights in the dtype of the inputs.
     """
     dtype = query.dtype
     w = torch.as_tensor(w)
@@ -324,11 +326,10 @@ def solve(
     elements = len(ws)
     g = _wide(grad_out).reshape(elements, m, c)
     gl = np.zeros((elements, m), Real) if grad_lse is None else _wide(grad_lse).reshape(elements, m)
-    arithmetic = torch.float64 if dtype == torch.float64 or textbook else torch.float32
-    far = np.inf if textbook else FAR
+    arithmetic = torch.float64 if dtype == torch.float64 or plain else torch.float32
     unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
     halves = Real(UNIT[dtype]) if half_products and dtype in (torch.float16, torch.bfloat16) else Real(0)
-    numbers = unit, tiny, far, boxes, halves
+    numbers = unit, tiny, boxes, halves, plain
     parts = [
         element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, *numbers)
         for b in range(elements)

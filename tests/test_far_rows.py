@@ -11,7 +11,7 @@ from oracle import ROUNDING
 import nwfast
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-HELD = ("native", "numba")  # the reference squares rounded distances
+HELD = ("native", "numba", "reference")
 NAMES = ("query", "key", "value", "w", "key_weight")
 LONG = np.longdouble
 

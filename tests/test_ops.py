@@ -212,26 +212,26 @@ def status(name):
     with open("/proc/self/status") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
-def second(n, features):
-    leaves = [torch.rand(n, size, requires_grad=True) for size in (features, features, 1)]
+def second(n, features, dtype):
+    leaves = [torch.rand(n, size, requires_grad=True, dtype=dtype) for size in (features, features, 1)]
     first = torch.autograd.grad(nwfast.nadaraya_watson(*leaves).square().sum(), leaves, create_graph=True)
     torch.autograd.grad(sum(g.sum() for g in first), leaves)
 
-def forward(n, features):
-    leaves = tuple(torch.rand(n, size) for size in (features, features, 1))
+def forward(n, features, dtype):
+    leaves = tuple(torch.rand(n, size, dtype=dtype) for size in (features, features, 1))
     torch.func.jvp(nwfast.nadaraya_watson, leaves, leaves)
 
 for what, run in {"second derivative": second, "forward-mode derivative": forward}.items():
-    for features in (1, 3):
-        run(10, features)
+    for features, dtype in ((1, torch.float32), (3, torch.float32), (1, torch.float64), (3, torch.float64)):
+        run(10, features, dtype)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts again at what is in use
         before = status("VmRSS")
-        run(1000, features)
+        run(1000, features, dtype)
         peak = (status("VmHWM") - before) / 8e6
         matrices, per_feature = derivatives._MATRICES[what]
         estimate = matrices + per_feature * features
-        assert 0.6 * estimate < peak < 1.1 * estimate, (what, features, peak, estimate)
+        assert 0.6 * estimate < peak < 1.1 * estimate, (what, features, dtype, peak, estimate)
 """
     # Freed matrices go back to the system, so that the peak is that of what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}

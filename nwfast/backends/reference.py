@@ -6,6 +6,14 @@ It builds the (M, N) matrix, so time and memory are O(M N). **It computes in flo
 returns float32 for inputs narrower than that (see `arithmetic_dtype`): float64 scores neither overflow nor lose the
 nearest key for any float32 input. Being plain PyTorch it composes with every transform and to any order.
 
+Scores are taken relative to the nearest key r of the row that counts, by products in which no distance to the query
+cancels, so that a row far from all keys is as exact as one among them:
+
+    s_j - s_r = -sum_f w_f^2 (k_rf - k_jf)((q_f - k_jf) + (q_f - k_rf)) / 2,   s_r = -sum_f ((q_f - k_rf) w_f)^2 / 2
+
+As functions of q, k_j and w, with k_r held fixed, these add up to the scores for any r: their derivatives of any order
+are those of the formula.
+
 Numbers that are not finite are taken out before anything is computed, and what they make of a row is put into the
 result: so no product of zero and infinity reaches another row, or a gradient. A key that is left out (weight 0) has no
 part in anything but the gradient of its own weight.
@@ -27,11 +35,12 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Of a left-out key nearer than all others exp(score) is cut off here. It is for the gradient of its weight alone, which
-# then is a finite number, also times values and divided by weights of usual sizes.
-_LARGEST_EXPONENT = 600.0
-# Distances in bandwidths are cut off here: their squares are still finite.
-_LARGEST_DISTANCE = 1e150
+# Of a nearest key further than this, in bandwidths, distances are scaled to this before they are squared and added.
+_LARGEST_ROOT = 1e140
+# And cut off here.
+_LARGEST_SQUARED = 1e150
+# Half the score of a left-out key nearer than all others is cut off here, where exp times a cotangent is still finite.
+_LARGEST_EXPONENT = 470.0
 
 
 class _Terms(NamedTuple):
@@ -83,22 +92,25 @@ class _Replace(torch.autograd.Function):
         return grad, None
 
 
-class _Saturate(torch.autograd.Function):
-    """The identity; the gradient is at most the largest finite number of `dtype`."""
+class _Shared(torch.autograd.Function):
+    """Weights (*B, N) of every row, (*batch, M, N). Their summed gradient is at most `largest`, and NaN only of NaN."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight, largest):
-        return weight.clone()
+    def forward(weight, shape, largest):
+        return weight.unsqueeze(-2).expand(shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.largest = inputs[1]
+        ctx.shape, ctx.largest = inputs[0].shape, inputs[2]
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.clamp(-ctx.largest, ctx.largest), None
+        most = torch.finfo(grad.dtype).max
+        scale = 2.0 ** (grad.numel().bit_length() + 1)  # no partial sum overflows, so that none is inf - inf
+        total = (grad.clamp(-most, most) / scale).sum(-2).sum_to_size(ctx.shape)
+        return total.clamp(-ctx.largest / scale, ctx.largest / scale) * scale, None, None
 
 
 def _plain() -> bool:
@@ -124,24 +136,23 @@ def _unnormalised(
     key_weight: Tensor | None,
     exclude_self: bool,
 ) -> _Terms:
+    wide = query.dtype == torch.float64
     query, key, value, w = query.double(), key.double(), value.double(), w.double()
 
     bad_key, far_key = key.isnan().any(-1), key.isinf().any(-1)
     counted = ~far_key | bad_key  # a key at infinity is infinitely far
     left_out: Any = None
+    no_weight: Any = None
     weight = None
     if key_weight is not None:
         left_out = key_weight == 0
-        largest = torch.finfo(key_weight.dtype).max
         weight = key_weight.double()
-        if not _plain():
-            weight = torch.where(left_out, _Saturate.apply(weight, largest), weight)
         bad_weight = ~weight.isfinite() | (weight < 0)
         bad_key = (bad_key | bad_weight) & ~left_out
         counted = counted & ~left_out
         odd = ~key.isfinite().all(-1) | ~value.isfinite().all(-1)
         value = torch.where(left_out.unsqueeze(-1), torch.where(value.isfinite(), value, 0.0).detach(), value)
-        weight = torch.where((left_out & odd) | bad_weight, 0.0, weight)
+        no_weight = (left_out & odd) | bad_weight
         key = torch.where(left_out.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
     key = torch.where(far_key.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
 
@@ -149,30 +160,96 @@ def _unnormalised(
     poisoned = poisoned | _any_other(bad_key.unsqueeze(-1), exclude_self)
     away = query.isinf().any(-1, keepdim=True)
     query, key, w = _finite(query), _finite(key), _finite(w)
-    if key.shape[-1] == 1:  # keeps the largest temporary at (*B, M, N)
-        distances = (query - key.mT) * w.unsqueeze(-2)
-        scores = -(distances.clamp(-_LARGEST_DISTANCE, _LARGEST_DISTANCE) ** 2) / 2
-    else:
-        distances = (query.unsqueeze(-2) - key.unsqueeze(-3)) * w[..., None, None, :]
-        scores = -(distances.clamp(-_LARGEST_DISTANCE, _LARGEST_DISTANCE) ** 2).sum(-1) / 2
-    del distances
+    if wide:
+        query, key, w = _with_finite_differences(query, key, w)
     counted = counted.unsqueeze(-2)
     keep = counted
     if exclude_self:
-        others = ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        others = ~torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
         keep = counted & others
-    top = torch.where(keep, scores.detach(), -torch.inf).amax(-1, keepdim=True)
-    empty = (top == -torch.inf) | away
-    top = torch.where(top == -torch.inf, 0.0, top)
-    terms = (scores - top).clamp(max=_LARGEST_EXPONENT).exp()
-    if weight is None:
-        terms = torch.where(keep, terms, 0.0)
+    w = w.unsqueeze(-2)
+    nearest, scale = _nearest(query.detach(), key.detach(), w.detach(), keep, wide)
+    if key.shape[-1] == 1:
+        scores = _relative_scores(query, key, w, nearest, wide)
     else:
-        # Left-out keys stay in, with weight 0, for the gradient of that weight.
+        scores = _relative_scores(query, key, w * scale, nearest, wide) / scale / scale
+    to_nearest = _bandwidths(query - nearest, w, wide)
+    top = -(to_nearest**2).sum(-1, keepdim=True) / 2
+    empty = ~keep.any(-1, keepdim=True) | away
+    if weight is None:
+        terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
+    else:
+        # Left-out keys stay in, with weight 0, for the gradient of that weight: two factors, since exp(score) may
+        # overflow where its product with a small difference of values does not.
         present = counted | left_out.unsqueeze(-2)
         present = present & others if exclude_self else present
-        terms = torch.where(present, terms, 0.0) * weight.unsqueeze(-2)
+        half = torch.where(present, (scores / 2).clamp(max=_LARGEST_EXPONENT).exp(), 0.0)
+        weights = weight.unsqueeze(-2)
+        if not _plain():
+            shape = torch.broadcast_shapes(weights.shape, half.shape, no_weight.unsqueeze(-2).shape)
+            shared = _Shared.apply(weight, shape, torch.finfo(key_weight.dtype).max)
+            weights = torch.where(left_out.unsqueeze(-2), shared, weights)
+        weights = torch.where(no_weight.unsqueeze(-2), 0.0, weights)
+        terms = weights * half * half
     return _Terms(terms, terms.sum(-1, keepdim=True), top, poisoned, empty, counted, value)
+
+
+def _with_finite_differences(query: Tensor, key: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same problem in other units if coordinates are so large that sums of two differences may overflow."""
+    most = torch.finfo(query.dtype).max
+    large = (query.abs() > most / 4).any() | (key.abs() > most / 4).any()
+    unit = torch.where(large, 0.25, 1.0).to(query.dtype)
+    return query * unit, key * unit, (w / unit).clamp(-most, most)
+
+
+def _bandwidths(difference: Tensor, w: Tensor, wide: bool) -> Tensor:
+    """Differences of coordinates in bandwidths: finite, so that no gradient is 0 times infinity.
+
+    `wide` tells of float64 data, which has the range to overflow.
+    """
+    scaled = difference * w
+    most = torch.finfo(scaled.dtype).max
+    return scaled.clamp(-most, most) if wide else scaled
+
+
+def _relative_scores(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: bool) -> Tensor:
+    """s_ij less the score of the key `nearest` (*B, M, D) of row i, (*B, M, N), for w (*B, M or 1, D)."""
+    if key.shape[-1] == 1:  # keeps the largest temporary at (*B, M, N)
+        return _score_parts(query, key.mT, w, nearest, wide)
+    parts = _score_parts(query.unsqueeze(-2), key.unsqueeze(-3), w.unsqueeze(-2), nearest.unsqueeze(-2), wide)
+    if wide:
+        most = torch.finfo(parts.dtype).max / parts.shape[-1]
+        parts = parts.clamp(-most, most)
+    return parts.sum(-1)
+
+
+def _score_parts(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: bool) -> Tensor:
+    return _bandwidths(nearest - key, w, wide) * _bandwidths((query - key) + (query - nearest), w / -2, wide)
+
+
+def _nearest(query: Tensor, key: Tensor, w: Tensor, keep: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    """The coordinates (*B, M, D) of the nearest key that each row keeps (of any if it keeps none), and a scale.
+
+    By rounded distances first; of keys that they cannot tell apart the differences of their squares choose. With w
+    times the scale (*B, M, 1) these are finite but for keys that are much further than the nearest.
+    """
+    if key.shape[-1] == 1:
+        nearer, steps = -(query - key.mT).abs(), 1
+        distances = _bandwidths(nearer, w, wide).abs()
+    else:
+        parts = _bandwidths(query.unsqueeze(-2) - key.unsqueeze(-3), w.unsqueeze(-2), wide).abs()
+        distances, steps = parts.amax(-1), 2
+    least = torch.where(keep, distances, torch.finfo(query.dtype).max).amin(-1, keepdim=True)
+    scale = _LARGEST_ROOT / least.clamp(min=_LARGEST_ROOT)
+    if key.shape[-1] > 1:
+        nearer = -((parts * scale.unsqueeze(-1)).clamp(max=_LARGEST_SQUARED) ** 2).sum(-1)
+        del parts
+    for step in range(steps + 1):
+        place = torch.where(keep, nearer, -torch.inf).argmax(-1, keepdim=True)
+        nearest = torch.take_along_dim(key, place, -2)
+        if step < steps:
+            nearer = _relative_scores(query, key, w * scale, nearest, wide)
+    return nearest, scale
 
 
 def _any_other(which: Tensor, exclude_self: bool) -> Tensor:
@@ -182,13 +259,23 @@ def _any_other(which: Tensor, exclude_self: bool) -> Tensor:
     return which.sum(-2, keepdim=True) - which.to(torch.int64) > 0
 
 
+def _normalised(terms: Tensor, total: Tensor) -> Tensor:
+    """Weights p (*B, M, N). Of a row that has all its weight on one key the gradient is exactly 0, however far it is.
+
+    That takes a sum of exactly 1 in the backward pass, where a division by the sum itself leaves its rounding.
+    """
+    share = terms / total.detach()
+    whole = share.sum(-1, keepdim=True)
+    return share / torch.where(whole == 0, 1.0, whole)
+
+
 def attention_weights(
     query: Tensor, key: Tensor, w: Tensor, key_weight: Tensor | None, exclude_self: bool
 ) -> Tensor:
     """Weights p (*B, M, N); a row that has no key left is NaN."""
     terms, total, _, poisoned, empty, _, _ = _unnormalised(query, key, key, w, key_weight, exclude_self)
     zero = empty | (total == 0)
-    weights = torch.where(zero, torch.nan, terms / torch.where(zero, 1.0, total))
+    weights = torch.where(zero, torch.nan, _normalised(terms, torch.where(zero, 1.0, total)))
     weights = _poison(weights, poisoned.expand_as(weights), torch.full_like(weights, torch.nan))
     return weights.to(arithmetic_dtype(query.dtype))
 
@@ -205,9 +292,10 @@ def forward(
     total = torch.where(empty, 1.0, total)
     odd = ~values.isfinite()  # of those that count: they are in every row, whatever they weigh
     infinite = torch.where(odd, values, 0.0).detach()
-    out = torch.where(empty, torch.nan, (terms @ _finite(values)) / total)  # autocast leaves float64 alone
+    weights = _normalised(terms, total)
+    out = torch.where(empty, torch.nan, weights @ _finite(values))  # autocast leaves float64 alone
     odd_rows = poisoned | _any_other(odd & counted.mT, exclude_self)
-    filled = torch.where(poisoned, torch.nan, terms.detach() @ infinite)
+    filled = torch.where(poisoned, torch.nan, weights.detach() @ infinite)
     out = _poison(out, odd_rows.expand_as(out), filled.expand_as(out))
     lse = torch.where(empty, -torch.inf, top + total.log())
     lse = _poison(lse, poisoned.expand_as(lse), torch.full_like(lse, torch.nan)).squeeze(-1)

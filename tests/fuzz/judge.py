@@ -32,7 +32,7 @@ def judge(case: Case, reply: dict[str, Tensor] | str) -> list[Failure]:
         right = solve(
             *(case.query, case.key, case.value, case.w, case.key_weight, case.grad_out, case.grad_lse),
             exclude_self=case.exclude_self,
-            textbook=case.backend == "reference",
+            plain=case.backend == "reference",
             boxes=0.0 if case.method == "dense" else BOXES,
         )
         return [f for name, found in reply.items() for f in _compare(name, found, right[name], case)]
