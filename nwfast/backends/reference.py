@@ -9,7 +9,7 @@ nearest key for any float32 input. Being plain PyTorch it composes with every tr
 Scores are taken relative to the nearest key r of the row that counts, by products in which no distance to the query
 cancels, so that a row far from all keys is as exact as one among them:
 
-    s_j - s_r = -sum_f w_f^2 (k_rf - k_jf)((q_f - k_jf) + (q_f - k_rf)) / 2,   s_r = -sum_f ((q_f - k_rf) w_f)^2 / 2
+    s_j - s_r = -sum_f w_f^2 (k_rf - k_jf)(2 q_f - k_rf - k_jf) / 2,   s_r = -sum_f ((q_f - k_rf) w_f)^2 / 2
 
 As functions of q, k_j and w, with k_r held fixed, these add up to the scores for any r: their derivatives of any order
 are those of the formula.
@@ -224,7 +224,12 @@ def _relative_scores(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wid
 
 
 def _score_parts(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: bool) -> Tensor:
-    return _bandwidths(nearest - key, w, wide) * _bandwidths((query - key) + (query - nearest), w / -2, wide)
+    # 2 q - k_r in two parts: it cancels against k_j where that lies as far on the other side.
+    twice = 2 * query
+    mirrored = twice - nearest
+    part = (mirrored - twice).detach()
+    rest = ((twice - (mirrored - part)) - (nearest + part)).detach()
+    return _bandwidths(nearest - key, w, wide) * _bandwidths((mirrored - key) + rest, w / -2, wide)
 
 
 def _nearest(query: Tensor, key: Tensor, w: Tensor, keep: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
