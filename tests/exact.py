@@ -147,7 +147,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
     open_ties += p * open_ties.sum(1, keepdims=True)
     lost = np.minimum(p, small) + np.maximum(open_ties, 0)
-    open_e = np.where(seen, np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - e
+    # A left-out key may come out nearer than the nearest.
+    highest = np.where(kept, np.minimum(relative + unsettled, 0), relative + unsettled)
+    open_e = np.where(seen, np.exp(highest), 0) / total[:, None] - e
     e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * np.maximum(open_ties, 0).sum(1, keepdims=True)
     if boxes:  # whose sums are as good as their largest terms
         within = (unit + Real(2.0) ** -45) * (relative > -32)
