@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from .numba_fgt_boxes import BLOCK, evaluate_slopes, lower_bound, to_marks
+from .numba_fgt_boxes import BLOCK, evaluate, lower_bound, to_marks
 from .numba_fgt_careful import (
     CHUNK,
     DIRECT,
@@ -48,9 +48,13 @@ def compile_near_keys(digest: str) -> Callable:
         first,
         last,
     ):
-        """Box: of each piece, its place among the series (box, column, term)."""
+        """Box: of each piece, its place among the series (box, column, term), those of order 1 after the others.
+
+        Slopes are sums of w^2 (q - k) times the terms: derivatives of the series lose digits at the ends of boxes.
+        """
         digest  # noqa: B018
-        columns, marks = series.shape[1], np.empty(BLOCK)
+        columns, marks, moved = series.shape[1] // 2, np.empty(BLOCK), np.empty(BLOCK)
+        by_mark = w * w / scale
         for unit in range(first, last):
             for piece in range(unit * group, min((unit + 1) * group, len(box))):
                 for at in range(start[piece], stop[piece], BLOCK):
@@ -58,9 +62,10 @@ def compile_near_keys(digest: str) -> Callable:
                     to_marks(key[at : at + n], centre[piece], scale, marks)
                     for c in range(columns):
                         by_value, by_slope = values[c, at : at + n], slopes[c, at : at + n]
-                        evaluate_slopes(series[box[piece], c], marks, n, by_value, by_slope)
-                        for j in range(at, at + n):
-                            slopes[c, j] *= scale
+                        evaluate(series[box[piece], c], marks, n, by_value)
+                        evaluate(series[box[piece], columns + c], marks, n, moved)
+                        for i in range(n):
+                            by_slope[i] = by_mark * (moved[i] - marks[i] * by_value[i])
                     if len(owner) > 0:
                         for j in range(at, at + n):
                             r = owner[j]
@@ -236,16 +241,17 @@ def compile_box_keys(digest: str) -> Callable:
     ):  # fmt: skip
         """rows, nearest, windows, lowest, highest, charge: of the rows of this level, in order.
 
-        index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again.
+        index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again. Two charges at
+        nodes for each column: of the rows, and times their distances from the box's centre, for the slopes.
         """
         digest  # noqa: B018
         columns, terms = len(charge), len(node)
         factor = -HALF_LOG2E * w * w
-        at_nodes, series = np.empty((columns, terms)), np.empty((columns, terms))
+        at_nodes, series = np.empty((2 * columns, terms)), np.empty((2 * columns, terms))
         term = np.empty(terms)
         for box in range(first, last):
             begin, end = box_start[box], box_stop[box]
-            for c in range(columns):
+            for c in range(2 * columns):
                 for k in range(terms):
                     at_nodes[c, k] = 0.0
             half, middle = box_half[box], box_centre[box]
@@ -258,24 +264,27 @@ def compile_box_keys(digest: str) -> Callable:
                     y = half * node[k]
                     term[k] = exp2_double(min((a - y) * (b - y) * factor, LARGEST))
                 for c in range(columns):
+                    moved = charge[c, index] * (q - middle)
                     for k in range(terms):
                         at_nodes[c, k] += term[k] * charge[c, index]
-            for c in range(columns):
+                        at_nodes[columns + c, k] += term[k] * moved
+            for c in range(2 * columns):
                 for n in range(terms):
                     total = 0.0
                     for k in range(terms):
                         total += at_nodes[c, k] * node_charge[k, n]
                     series[c, n] = total
             for j in range(begin, end):
-                t = (key[j] - middle) / half
+                offset = key[j] - middle
+                t = offset / half
                 for c in range(columns):
-                    value, slope, p, q, dp, dq = 0.0, 0.0, 1.0, t, 0.0, 1.0
-                    for n in range(terms):  # T_n and its derivative by recurrence
+                    value, moved, p, q = 0.0, 0.0, 1.0, t
+                    for n in range(terms):  # T_n by recurrence
                         value += series[c, n] * p
-                        slope += series[c, n] * dp
-                        p, q, dp, dq = q, 2 * t * q - p, dq, 2 * q + 2 * t * dq - dp
+                        moved += series[columns + c, n] * p
+                        p, q = q, 2 * t * q - p
                     values[c, j] += value
-                    slopes[c, j] += slope / half
+                    slopes[c, j] += (moved - offset * value) * w * w
                 if len(owner) > 0 and owner[j] >= 0 and index_of[owner[j]] >= 0:
                     index = index_of[owner[j]]
                     if windows[index, 1] <= begin or windows[index, 0] >= end:
