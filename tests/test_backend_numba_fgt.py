@@ -283,9 +283,9 @@ def test_gradients_of_keys_everywhere_in_their_boxes(m, w, beyond):
 
 @pytest.mark.parametrize("others", [1, 3000])
 def test_windows_hold_what_counts_to_rounding(others):
-    """Keys that weigh exp(-37) times as much as the nearest: small to its sums, but all there is to gradients."""
-    far = 1e6
-    key = torch.cat([torch.zeros(1), torch.full((others,), 37 / far)]).double()
+    """Keys that weigh exp(-36) as much as the nearest, all together: small to sums, but all there is to gradients."""
+    far, score = 1e6, 36 + math.log(others)
+    key = torch.cat([torch.zeros(1), torch.full((others,), score / far)]).double()
     value = torch.ones(1 + others, dtype=torch.float64)
     value[1:] = 0
     inputs = canonical(torch.tensor([-far], dtype=torch.float64), key, value, 1.0)
