@@ -22,6 +22,7 @@ from .numba_fgt_careful import (
     window_stop,
 )
 from .numba_math import EXACT, HALF_LOG2E, LN2, entry, exp2_double
+from .numba_scores import mirrored
 
 LARGEST = 350.0 / LN2  # of exponents above the row's total: a masked key may be nearer than all others
 
@@ -82,10 +83,11 @@ def compile_near_keys(digest: str) -> Callable:
 @njit(**EXACT)
 def total_relative_to(key, weight, star, own, q, w):
     """The sum of weights times exp(-w^2 (d^2 - d*^2) / 2) over all keys but `own`."""
-    total, distance = 0.0, q - key[star]
+    total = 0.0
+    number, rest = mirrored(q, key[star])
     for j in range(len(key)):
         if j != own:
-            z = (key[star] - key[j]) * ((q - key[j]) + distance)
+            z = (key[star] - key[j]) * ((number - key[j]) + rest)
             total += weight[j] * exp2_double(min(-HALF_LOG2E * w * w * z, LARGEST))
     return total
 
@@ -160,9 +162,9 @@ def give(key, start, stop, own, q, nearest, square, charge, index, values, slope
     """Add one row's terms to the keys start .. stop; values and slopes start at key `shift`."""
     if stop <= start:
         return
-    d = q - nearest
+    number, rest = mirrored(q, nearest)
     for j in range(start, stop):
-        z = (nearest - key[j]) * ((q - key[j]) + d)
+        z = (nearest - key[j]) * ((number - key[j]) + rest)
         term[j - start] = exp2_double(min(-HALF_LOG2E * square * z, LARGEST))
         pull[j - start] = square * (q - key[j])
     if start <= own < stop:
@@ -259,7 +261,8 @@ def compile_box_keys(digest: str) -> Callable:
                 if windows[index, 1] <= begin or windows[index, 0] >= end:
                     continue
                 q = x[rows[index]]
-                a, b = nearest[index] - middle, (q - middle) + (q - nearest[index])
+                number, rest = mirrored(q, nearest[index])
+                a, b = nearest[index] - middle, (number - middle) + rest
                 for k in range(terms):
                     y = half * node[k]
                     term[k] = exp2_double(min((a - y) * (b - y) * factor, LARGEST))
@@ -290,7 +293,8 @@ def compile_box_keys(digest: str) -> Callable:
                     if windows[index, 1] <= begin or windows[index, 0] >= end:
                         continue
                     d = x[owner[j]] - key[j]
-                    z = (nearest[index] - key[j]) * (d + (x[owner[j]] - nearest[index]))
+                    number, rest = mirrored(x[owner[j]], nearest[index])
+                    z = (nearest[index] - key[j]) * ((number - key[j]) + rest)
                     own = exp2_double(min(z * factor, LARGEST))
                     for c in range(columns):
                         values[c, j] -= own * charge[c, index]
