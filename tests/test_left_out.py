@@ -196,6 +196,27 @@ def test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number(
             assert not found[1:].any(), method
 
 
+@pytest.mark.parametrize("unit", [2.0**-700, 1e-310, 2.0**-1060])
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (2, 3)])
+def test_weights_that_are_all_tiny(backend, features, channels, unit):
+    """Down to the last subnormal numbers they give what others give; the gradients of weights are what they must be."""
+    if backend == "native" and unit < 1e-315:
+        pytest.xfail("native sums of such terms have few digits")
+    query, key, value, w, _ = draw((), features, channels, torch.float64)
+    weight = torch.randint(4, 9, (N,)).double() / 4
+    weight[::7] = 0
+    grad_out, grad_lse = torch.randn(M, channels).double(), torch.randn(M).double()
+    for method in methods(backend, features):
+        options = {"backend": backend, "method": method}
+        right = results((query, key, value, w, weight), grad_out, grad_lse, **options)
+        found = results((query, key, value, w, weight * unit), grad_out, grad_lse, **options)
+        right[1] = right[1] + math.log(unit)
+        for place, (a, b) in enumerate(zip(found[:6], right[:6], strict=True)):
+            assert (a - b).abs().max() <= 1e-11 * b.abs().max(), (method, place)
+        small = results((query, key, value, w, weight * unit), grad_out * unit, grad_lse * unit, **options)[6]
+        assert (small - right[6]).abs().max() <= 1e-3 * right[6].abs().max(), method
+
+
 @DTYPES
 @pytest.mark.parametrize("features", [1, 3])
 def test_gradients_of_shared_weights_that_overflow(native, features, dtype):

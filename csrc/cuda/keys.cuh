@@ -4,7 +4,8 @@
 //   dv_jc = sum_i p_ij g_ic,   dk_jf = w_f^2 sum_i u_ij (q_if - k_jf),   da_j = sum_i u_ij / a_j
 //
 // with p_ij = a_j e_ij, and e_ij = 2^t_ij / total_i recomputed relative to the row's base, which a first kernel found
-// (gather_rows in backward.cu). a_j is factored out: nothing is divided by it, as it may be 0.
+// (gather_rows in backward.cu). a_j is factored out: nothing is divided by it, as it may be 0. Where it is tiny, e_ij
+// is 2^-kKeyLift times as large.
 
 #pragma once
 
@@ -19,9 +20,21 @@ struct KeyRow {
   int64_t nearest;  // -1: powers are not relative to any key
   int32_t skip;     // a row without keys, which adds nothing
   int32_t far;      // a row that the float32 kernels leave to the ones in double
+  double lift;      // see rows.cuh
 };
 
 constexpr double kLargestTerm = 0x1p980;  // sums of so many stay finite
+constexpr double kKeyLift = 512;
+constexpr double kShare = 0x1p-40;  // of terms whose sum may overflow, on the way too
+
+// 2^exponent pull / total of a key that is left out, at most the largest number: its factors may overflow alone.
+__device__ inline double left_out_term(double exponent, double pull, double total) {
+  const double half = exponent <= 0 ? exponent : exponent / 2;
+  const double root = exp2_of(half > kMostScore ? kMostScore : half);
+  double term = total < 1 ? root * pull / total : root / total * pull;
+  if (exponent > 0) term *= root;
+  return fabs(term) > DBL_MAX ? copysign(DBL_MAX, term) : term;
+}
 
 // The gradient of a key's weight as it is written: that of a key which is left out may be too large for its dtype, and
 // is 0 where the key itself is not finite.
@@ -44,6 +57,8 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
   const int64_t place = b * problem.keys + j;
   Row row(problem, b, 0);
   const double weight = row.weight(j);
+  const bool left_out = weight == 0, tiny = weight > 0 && weight < kTinyWeight;
+  const double lifted = tiny ? weight * exp2_of(kKeyLift) : weight;
   const bool inner = task.grad_key.data || task.grad_key_weight.data;
   const int lane = kShared ? lane_number() : 0;
   const auto sum = [](double x) { return kShared ? warp_sum(x) : x; };
@@ -53,17 +68,28 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
   };
   const int64_t passes = features > channels ? features : channels;
   for (int64_t first = 0; first < passes; first += kChunk) {
-    double values[kChunk] = {}, offsets[kChunk] = {}, weights = 0;
+    double values[kChunk] = {}, offsets[kChunk] = {}, weights = 0, shares = 0;
     for (int64_t i = lane; i < m; i += kShared ? kWarp : 1) {
       const KeyRow info = rows[b * m + i];
       if (info.skip || (add_far && !info.far)) continue;
       row.move_to(i);
       if (row.excluded(j)) continue;
       row.nearest = info.nearest;
+      row.lift = tiny ? info.lift - kKeyLift : info.lift;
       const RowGrad grad(problem, task, b, i);
+      row.rounded = !(grad.shift < kRoundedScore);
+      if (left_out) {
+        if (!task.grad_key_weight.data || first > 0) continue;
+        const double exponent = row.exponent(j);
+        if (exponent <= -1022) continue;  // what it holds may be infinite
+        const double pull = grad.pull(problem, task, row, j) + grad.lse;
+        const double u = left_out_term(exponent, pull, grad.total);
+        weights += u;
+        shares += fabs(u) < DBL_MAX ? u * kShare : left_out_term(exponent + log2(kShare), pull, grad.total);
+        continue;
+      }
       double e = row.power(j) / grad.total;
-      if (e == 0) continue;          // the key's offset may be infinite
-      if (e > DBL_MAX) e = DBL_MAX;  // of a key that is left out: 0 * e must stay 0
+      if (e == 0) continue;  // the key's offset may be infinite
 #pragma unroll
       for (int r = 0; r < kChunk; ++r) {
         if (first + r < channels) values[r] += e * grad.out(task, first + r);
@@ -81,15 +107,21 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
     for (int r = 0; r < kChunk; ++r) {
       if (task.grad_value.data && first + r < channels) {
         const double total = sum(values[r]);
-        give(task.grad_value, place * channels + first + r, weight == 0 ? 0 : weight * total);
+        give(task.grad_value, place * channels + first + r, left_out ? 0 : lifted * total);
       }
       if (task.grad_key.data && first + r < features) {
         const double w = row.w(first + r), total = sum(offsets[r]);
-        give(task.grad_key, place * features + first + r, weight == 0 ? 0 : w * (w * (weight * total)));
+        give(task.grad_key, place * features + first + r, left_out ? 0 : w * (w * (lifted * total)));
       }
     }
     if (task.grad_key_weight.data && first == 0) {
-      const double total = sum(weights) + (add_far ? task.grad_key_weight.read(place) : 0);
+      double total = sum(weights);
+      if (left_out) {
+        const double share = sum(shares), most = DBL_MAX * kShare;
+        if (!isfinite(total)) total = (share > most ? most : share < -most ? -most : share) / kShare;
+      }
+      if (tiny) total *= exp2_of(kKeyLift);
+      if (add_far) total += task.grad_key_weight.read(place);
       if (lane == 0) {
         const bool wide = task.grad_key_weight.wide;
         task.grad_key_weight.write(place, weight_gradient(problem, row, j, total, wide));
