@@ -24,17 +24,36 @@ struct KeyRow {
 };
 
 constexpr double kLargestTerm = 0x1p980;  // sums of so many stay finite
-constexpr double kKeyLift = 512;
-constexpr double kShare = 0x1p-40;  // of terms whose sum may overflow, on the way too
+constexpr double kKeyLift = 512, kLargestExponent = 1e300;
+// A sum of terms x 2^exponent, each of which may be beyond all numbers: relative to the largest exponent.
+struct PowerSum {
+  double sum = 0, top = -HUGE_VAL;
 
-// 2^exponent pull / total of a key that is left out, at most the largest number: its factors may overflow alone.
-__device__ inline double left_out_term(double exponent, double pull, double total) {
-  const double half = exponent <= 0 ? exponent : exponent / 2;
-  const double root = exp2_of(half > kMostScore ? kMostScore : half);
-  double term = total < 1 ? root * pull / total : root / total * pull;
-  if (exponent > 0) term *= root;
-  return fabs(term) > DBL_MAX ? copysign(DBL_MAX, term) : term;
-}
+  __device__ void add(double x, double exponent) {
+    if (x == 0) return;
+    if (exponent > kLargestExponent) exponent = kLargestExponent;  // differences of exponents are numbers
+    const double before = top;
+    if (exponent > top) top = exponent;
+    sum = (before == top ? sum : sum * exp2_of(before - top)) + x * exp2_of(exponent - top);
+    if (isinf(sum)) sum = copysign(DBL_MAX, sum);  // 0 times it is 0
+  }
+  // Of one thread, or of all lanes; infinite where it is beyond the largest number.
+  __device__ double total(bool of_lanes) const {
+    double all = sum, most = top;
+    if (of_lanes) {
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) most = fmax(most, __shfl_xor_sync(kAllLanes, most, step));
+      all = warp_sum(top == most ? sum : sum * exp2_of(top - most));
+    }
+    if (most == -HUGE_VAL) return all;
+    int step = 0;
+    do {
+      all *= exp2_of(most < kMostScore ? most : kMostScore);
+      most -= kMostScore;
+    } while (most > 0 && ++step < 3);
+    return all;
+  }
+};
 
 // The gradient of a key's weight as it is written: that of a key which is left out may be too large for its dtype, and
 // is 0 where the key itself is not finite.
@@ -68,7 +87,8 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
   };
   const int64_t passes = features > channels ? features : channels;
   for (int64_t first = 0; first < passes; first += kChunk) {
-    double values[kChunk] = {}, offsets[kChunk] = {}, weights = 0, shares = 0;
+    double values[kChunk] = {}, offsets[kChunk] = {}, weights = 0;
+    PowerSum steep;
     for (int64_t i = lane; i < m; i += kShared ? kWarp : 1) {
       const KeyRow info = rows[b * m + i];
       if (info.skip || (add_far && !info.far)) continue;
@@ -82,10 +102,7 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
         if (!task.grad_key_weight.data || first > 0) continue;
         const double exponent = row.exponent(j);
         if (exponent <= -1022) continue;  // what it holds may be infinite
-        const double pull = grad.pull(problem, task, row, j) + grad.lse;
-        const double u = left_out_term(exponent, pull, grad.total);
-        weights += u;
-        shares += fabs(u) < DBL_MAX ? u * kShare : left_out_term(exponent + log2(kShare), pull, grad.total);
+        steep.add((grad.pull(problem, task, row, j) + grad.lse) / grad.total, exponent);
         continue;
       }
       double e = row.power(j) / grad.total;
@@ -115,11 +132,7 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
       }
     }
     if (task.grad_key_weight.data && first == 0) {
-      double total = sum(weights);
-      if (left_out) {
-        const double share = sum(shares), most = DBL_MAX * kShare;
-        if (!isfinite(total)) total = (share > most ? most : share < -most ? -most : share) / kShare;
-      }
+      double total = left_out ? steep.total(kShared) : sum(weights);
       if (tiny) total *= exp2_of(kKeyLift);
       if (add_far) total += task.grad_key_weight.read(place);
       if (lane == 0) {
