@@ -53,8 +53,12 @@ def _nearest(q, k, w, kept):
         if not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
             break
         reference = best
-    # Ties below the precision of long double, which the bounds allow for: none may overflow.
-    relative -= np.maximum(np.where(kept, relative, 0).max(1, keepdims=True), 0)
+    # Ties below the precision of long double, which the bounds allow for: none may overflow. Scores become those
+    # relative to the best key, and the condition of the reference is that of the two.
+    best = np.where(kept, relative, -np.inf).argmax(1)[:, None]
+    above = np.maximum(np.where(kept, relative, 0).max(1, keepdims=True), 0)
+    condition += np.where(above > 0, np.take_along_axis(condition, best, 1), 0)
+    relative -= above
     return relative, condition, reference
 
 
@@ -144,6 +148,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     )  # fmt: skip
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
     unsettled = Real(2.0) ** -50 * condition
+    # A kernel may count from any of the keys that may be the nearest.
+    unsettled += np.where(kept & (relative + unsettled >= 0), unsettled, 0).max(1, keepdims=True)
     open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
     open_ties += p * open_ties.sum(1, keepdims=True)
     lost = np.minimum(p, small) + np.maximum(open_ties, 0)
@@ -151,8 +157,10 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     highest = np.where(kept, np.minimum(relative + unsettled, 0), relative + unsettled)
     open_e = np.where(seen, np.exp(highest), 0) / total[:, None] - e
     e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * np.maximum(open_ties, 0).sum(1, keepdims=True)
-    if boxes:  # whose sums are as good as their largest terms
-        within = (unit + Real(2.0) ** -45) * (relative > -32)
+    if (
+        boxes
+    ):  # whose sums are as good as their largest terms; the error of an expansion falls as exp(-z^2 / 4)
+        within = (unit + Real(2.0) ** -45) * np.where(relative > -32, 1, np.exp(np.minimum(relative, 0) / 2))
         lost += within * kept * p.max(1, keepdims=True)
         e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
     for x in range(c):

@@ -267,6 +267,34 @@ def test_gradients_of_a_crowd_seen_from_afar():
     assert_gradients(canonical(queries, key, torch.sin(3 * key), 1.0), True, tolerance=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("m", "w", "beyond"), [(1000, 3.0, 0.0), (1000, 100.0, 0.0), (1, 3.0, 0.0), (3, 3.0, 2.0)]
+)
+def test_gradients_of_keys_everywhere_in_their_boxes(m, w, beyond):
+    """No series is differentiated, whose slope at the end of a box has T^2 times the error of its values."""
+    query, key = torch.rand(m, dtype=torch.float64) + beyond, torch.rand(3000, dtype=torch.float64)
+    inputs = canonical(query, key, torch.randn(3000, dtype=torch.float64), w)
+    results = fgt.forward(*inputs, False, False, False)
+    grad_out = torch.randn_like(results[0])
+    found = backward(fgt, grad_out, None, inputs, results, needs=backends.NEEDS_KEY)[1]
+    right = exact_gradients(inputs, grad_out, None, False)[1]
+    assert np.abs(found.numpy()[:, 0] - right).max() <= 2e-14 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("others", [1, 3000])
+def test_windows_hold_what_counts_to_rounding(others):
+    """Keys that weigh exp(-36) as much as the nearest, all together: small to sums, but all there is to gradients."""
+    far, score = 1e6, 36 + math.log(others)
+    key = torch.cat([torch.zeros(1), torch.full((others,), score / far)]).double()
+    value = torch.ones(1 + others, dtype=torch.float64)
+    value[1:] = 0
+    inputs = canonical(torch.tensor([-far], dtype=torch.float64), key, value, 1.0)
+    results = fgt.forward(*inputs, False, False, False)
+    found = backward(fgt, torch.ones_like(results[0]), None, inputs, results, needs=backends.NEEDS_KEY)[1]
+    right = exact_gradients(inputs, torch.ones_like(results[0]), None, False)[1]
+    np.testing.assert_allclose(found.numpy()[1:, 0], right[1:].astype(float), rtol=1e-8)
+
+
 def test_gradients_in_float32():
     query, key, value = torch.rand(2000) * 6 - 0.5, torch.rand(3000) * 5, torch.randn(3000, 1)
     inputs = canonical(query, key, value, 20.0)

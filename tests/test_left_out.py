@@ -158,6 +158,65 @@ def test_a_key_of_weight_zero_nearer_than_all_others(backend, features, apart, d
             torch.testing.assert_close(a, b, rtol=64 * torch.finfo(dtype).eps, atol=0)
 
 
+# The weights of the keys that count, the exponent of 10 of exp(score) of the left-out one, and the cotangent.
+STEEP = [
+    (1.0, 305, 10.0),
+    (1.0, 310, 1e-3),
+    (1.0, 330, 1e-23),
+    (1e-310, 0, 1e-3),
+    (1e-310, 10, 1e-13),
+    (1.0, 330, 1.0),
+]
+
+
+@pytest.mark.parametrize(("weight", "steepness", "cotangent"), STEEP)
+@pytest.mark.parametrize("features", [1, 2])
+def test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number(
+    backend, features, weight, steepness, cotangent
+):
+    """In float64, whether its factors alone overflow or not; beyond the largest number that number stands."""
+    if backend == "native" and features > 1 and steepness > 300:
+        pytest.xfail("native exponents of several features end before")
+    apart = math.sqrt(2 * math.log(10) * steepness / features)
+    key = torch.tensor([0.0, apart, apart], dtype=torch.float64)[:, None].expand(-1, features)
+    query, grad = torch.zeros(1, features).double(), torch.tensor([[cotangent]], dtype=torch.float64)
+    for held in (3.0, -1.0):
+        value = torch.tensor([[held], [1.0], [1.0]], dtype=torch.float64)
+        for method in methods(backend, features):
+            leaf = torch.tensor([0.0, weight, weight], dtype=torch.float64, requires_grad=True)
+            out = nwfast.nadaraya_watson(
+                query, key, value, 1.0, key_weight=leaf, backend=backend, method=method
+            )
+            (found,) = torch.autograd.grad(out, leaf, grad)
+            # Halves of the exponent, since exp(score) itself may be beyond the largest number.
+            half = math.exp(math.log(10) * steepness / 2)
+            right = half * (cotangent * (held - 1) / 2) * half / weight
+            right = min(max(right, -torch.finfo(torch.float64).max), torch.finfo(torch.float64).max)
+            assert float(found[0]) == pytest.approx(right, rel=1e-9), method
+            assert not found[1:].any(), method
+
+
+@pytest.mark.parametrize("unit", [2.0**-700, 1e-310, 2.0**-1060])
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (2, 3)])
+def test_weights_that_are_all_tiny(backend, features, channels, unit):
+    """Down to the last subnormal numbers they give what others give; the gradients of weights are what they must be."""
+    if backend == "native" and unit < 1e-315:
+        pytest.xfail("native sums of such terms have few digits")
+    query, key, value, w, _ = draw((), features, channels, torch.float64)
+    weight = torch.randint(4, 9, (N,)).double() / 4
+    weight[::7] = 0
+    grad_out, grad_lse = torch.randn(M, channels).double(), torch.randn(M).double()
+    for method in methods(backend, features):
+        options = {"backend": backend, "method": method}
+        right = results((query, key, value, w, weight), grad_out, grad_lse, **options)
+        found = results((query, key, value, w, weight * unit), grad_out, grad_lse, **options)
+        right[1] = right[1] + math.log(unit)
+        for place, (a, b) in enumerate(zip(found[:6], right[:6], strict=True)):
+            assert (a - b).abs().max() <= 1e-11 * b.abs().max(), (method, place)
+        small = results((query, key, value, w, weight * unit), grad_out * unit, grad_lse * unit, **options)[6]
+        assert (small - right[6]).abs().max() <= 1e-3 * right[6].abs().max(), method
+
+
 @DTYPES
 @pytest.mark.parametrize("features", [1, 3])
 def test_gradients_of_shared_weights_that_overflow(native, features, dtype):

@@ -202,13 +202,16 @@ __global__ void __launch_bounds__(kScalarTile, 3)
     shift = task.state[2 * place];
     total = task.state[2 * place + 1];
   }
-  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0};
+  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0, 0};
   unsigned relative = __ballot_sync(kAllLanes, i < m && !own.skip && shift != 0);
   for (; relative; relative &= relative - 1) {
     const int lane = __ffs(static_cast<int>(relative)) - 1;
     Row row(problem, b, i - lane_number() + lane);
     row.find_nearest();
-    if (lane == lane_number()) own.nearest = row.nearest;
+    if (lane == lane_number()) {
+      own.nearest = row.nearest;
+      own.lift = row.lift;
+    }
   }
   if (!fast_rows) {
     if (i < m) rows[place] = own;

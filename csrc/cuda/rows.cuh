@@ -4,7 +4,10 @@
 //
 // relative to the row's nearest key k* (of positive weight), which a first pass finds. The difference of squares is
 // written as (k* - k_j)(q - k_j + q - k*), so that nothing cancels however far the query lies, and no score of a key
-// that counts can underflow. Values are taken relative to the nearest key's, which makes one-hot rows exact.
+// that counts can underflow; far from all keys 2 q - k* is taken with the rest that it rounds off, which tells keys
+// apart that lie across a gap from k*. Where all weights that count are tiny, terms are 2^lift times as large, and the
+// shift of the row's state as much larger. Values are taken relative to the nearest key's, which makes one-hot rows
+// exact.
 //
 // This is the path of float64, of small problems and of keys of their own for each query, and the fallback for the rows
 // that the float32 kernels leave out. Lanes share the keys; every lane ends up with the same sums.
@@ -17,6 +20,8 @@ namespace nwfast {
 
 constexpr double kMostScore = 1023;       // a key of weight 0 may lie nearer than all that count: 0 * 2^t must stay 0
 constexpr double kRoundedScore = 0x1p30;  // from here on the rounding of a squared distance may tell keys apart
+constexpr double kTinyWeight = 0x1p-500;  // below it sums of terms may leave the normal numbers
+constexpr double kMostLift = 1000;
 constexpr int kMostSteps = 8;  // from a key to a nearer one: each is exact to the rounding of the step before
 constexpr int kChunk = 4;      // channels, or features, whose sums a lane holds at once
 
@@ -70,14 +75,16 @@ class Row {
     double sum = 0;
     for (int64_t f = 0; f < problem_.features; ++f) {
       const double k = key(j, f), q = query(f), origin = base(f), scale = w(f);
-      sum += (scale * (origin - k)) * (scale * ((q - k) + (q - origin)));
+      sum += (scale * (origin - k)) * (scale * (rounded ? both_distances(q, k, origin) : (q - k) + (q - origin)));
     }
     return sum * kHalfLog2E;
   }
 
+  __device__ double exponent(int64_t j) const { return lift - excess(j); }
+
   // a_j 2^t_j without a_j.
   __device__ double power(int64_t j) const {
-    const double t = -excess(j);
+    const double t = exponent(j);
     return exp2_of(t > kMostScore ? kMostScore : t);
   }
 
@@ -87,13 +94,17 @@ class Row {
     is_nan = !finite_w() || isnan_query();
     if (is_nan) return;
     compare_squares();
-    for (int step = 0; step < kMostSteps && nearest >= 0 && !(distance < kRoundedScore) && step_nearer(); ++step) {
+    rounded = !(distance < kRoundedScore);
+    for (int step = 0; step < kMostSteps && nearest >= 0 && rounded && step_nearer(); ++step) {
     }
+    if (nearest >= 0 && !is_nan && weight(nearest) < kTinyWeight) find_lift();
   }
 
   int64_t nearest = -1;
   double distance = 0;  // of the nearest key, squared, in units of the score
-  bool is_nan = false;  // whether the query, w or some key's score is NaN
+  double lift = 0;
+  bool rounded = false;  // whether sums of two distances need the rest that they round off
+  bool is_nan = false;   // whether the query, w or some key's score is NaN
 
  private:
   __device__ bool finite_w() const {
@@ -119,6 +130,26 @@ class Row {
         at = place;
       }
     }
+  }
+
+  // (q - k) + (q - origin) to its own rounding, however small it is beside the two.
+  __device__ static double both_distances(double q, double k, double origin) {
+    const double twice = 2 * q, number = twice - origin, back = number - twice;
+    const double both = (number - k) + ((twice - (number - back)) - (origin + back));
+    return isfinite(both) ? both : (q - k) + (q - origin);  // twice, too, may overflow
+  }
+
+  // Sets the lift from the largest term of the row.
+  __device__ __forceinline__ void find_lift() {
+    double least = HUGE_VAL;
+    int64_t at = -1;
+    for (int64_t j = lane_number(); j < problem_.keys; j += kWarp) {
+      if (!counts(j)) continue;
+      const double below = excess(j) - log2(weight(j));
+      if (below < least) least = below;
+    }
+    take_least(least, at);
+    if (least > -log2(kTinyWeight)) lift = floor(least < kMostLift ? least : kMostLift);
   }
 
   // Whether a key is nearer than `nearest`, by its excess: the one with the least takes its place.
@@ -246,7 +277,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
     }
   }
   if (lane > 0) return;
-  const SoftmaxState state{empty ? 0 : row.distance, total};
+  const SoftmaxState state{empty ? 0 : row.distance + row.lift, total};
   result.lse.write(place, log_sum(state));
   result.state[2 * place] = state.shift;
   result.state[2 * place + 1] = state.total;

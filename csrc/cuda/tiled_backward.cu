@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     shift = task.state[2 * place];
     total = task.state[2 * place + 1];
   }
-  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0};
+  KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0, 0};
   own.far = !own.skip && (shift != 0 || !isfinite(total) || (weights && !weights[b].usable));
   if (i < m) {
     TileRow row{0, 0, 0};
@@ -95,7 +95,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int lane = __ffs(static_cast<int>(relative)) - 1;
     Row row(problem, b, i - lane_number() + lane);
     row.find_nearest();
-    if (lane == lane_number()) own.nearest = row.nearest;
+    if (lane == lane_number()) {
+      own.nearest = row.nearest;
+      own.lift = row.lift;
+    }
   }
   if (i < m) exact[place] = own;
   const unsigned vote = __ballot_sync(kAllLanes, own.far);

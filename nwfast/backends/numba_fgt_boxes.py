@@ -437,18 +437,3 @@ def evaluate(series, s, n, values):
             x = s[i]
             upper = (((values[i] * x + h) * x + g) * x + f) * x + e
             values[i] = (((upper * x + d) * x + c) * x + b) * x + a
-
-
-@njit(**EXACT)
-def evaluate_slopes(series, s, n, values, slopes):
-    """Power series and their derivatives."""
-    for i in range(n):
-        values[i], slopes[i] = 0.0, 0.0
-    for m in range(len(series) - 2, -1, -2):
-        b, a = series[m + 1], series[m]
-        for i in range(n):
-            x, value = s[i], values[i]
-            slope = slopes[i] * x + value
-            value = value * x + b
-            slopes[i] = slope * x + value
-            values[i] = value * x + a

@@ -2,12 +2,12 @@
 
 With k* the nearest key (but the row's own, where that is left out), scores are
 
-    z_j = d_j^2 - d*^2 = (k* - k_j) ((x - k_j) + (x - k*)),
+    z_j = d_j^2 - d*^2 = (k* - k_j) ((2 x - k*) - k_j),
 
-which does not cancel however far x is. Keys with w^2 z_j / 2 beyond log(N / eps) - log(a*) do not count. Where the
-window holds many keys, boxes of half width 2^-level bandwidths, level = log2 of the distance / 2, that hold more than
-CROWD keys are replaced by charges at Chebyshev nodes: each row keeps its relative accuracy, since a source box changes
-its scores by a few units at most.
+which does not cancel however far x is; 2 x - k* comes as a number and the rest that it rounds off. Keys with w^2 z_j /
+2 beyond log(N / eps) - log(a*) do not count. Where the window holds many keys, boxes of half width 2^-level bandwidths,
+level = log2 of the distance / 2, that hold more than CROWD keys are replaced by charges at Chebyshev nodes: each row
+keeps its relative accuracy, since a source box changes its scores by a few units at most.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from numba import njit
 from .numba_fgt_boxes import BLOCK, box_of, end_of_box
 from .numba_fgt_rows import finish_rows
 from .numba_math import EXACT, HALF_LOG2E, SUMS, entry, exp2_double
+from .numba_scores import mirrored
 
 CHUNK = 1024  # rows of a task
 DIRECT = 384  # keys that a row visits one by one in any case
@@ -35,9 +36,10 @@ def nearest_key(key, place, x, own):
     right += right == own
     if left < 0:
         return right if right < len(key) else -1
-    if right >= len(key) or x - key[left] <= key[right] - x:
+    if right >= len(key):
         return left
-    return right
+    number, rest = mirrored(x, key[left])
+    return left if (number - key[right]) + rest <= 0.0 else right
 
 
 @njit(**EXACT)
@@ -69,7 +71,8 @@ def first_at_least(key, place, x):
 @njit(**EXACT)
 def counts(k, nearest, x, limit):
     """Whether the key's score exceeds that of k* by no more than the limit."""
-    return not (nearest - k) * ((x - k) + (x - nearest)) > limit
+    number, rest = mirrored(x, nearest)
+    return not (nearest - k) * ((number - k) + rest) > limit
 
 
 @njit(**EXACT)
@@ -140,11 +143,11 @@ def window_stop(key, place, guess, nearest, x, limit):
 @njit(**EXACT)
 def terms_of_keys(key, at, n, nearest, x, factor, term, offset, score):
     """exp(-w^2 z / 2), k* - k and z of a strip of n keys from `at`."""
-    d = x - nearest
+    number, rest = mirrored(x, nearest)
     for j in range(n):
         k = key[at + j]
         near = nearest - k
-        z = near * ((x - k) + d)
+        z = near * ((number - k) + rest)
         offset[j] = near
         score[j] = z
         term[j] = exp2_double(min(z * factor, LARGEST))
@@ -153,7 +156,8 @@ def terms_of_keys(key, at, n, nearest, x, factor, term, offset, score):
 @njit(**EXACT)
 def terms_of_nodes(nodes, half, centre, nearest, x, factor, term, offset, score):
     """The same for the nodes of a box."""
-    a, b = nearest - centre, (x - centre) + (x - nearest)
+    number, rest = mirrored(x, nearest)
+    a, b = nearest - centre, (number - centre) + rest
     for j in range(len(nodes)):
         y = half * nodes[j]
         near = a - y
@@ -182,21 +186,22 @@ def add_sums(term, offset, score, charge, c, at, n, orders, sums, i):
 
 
 @njit(**EXACT)
-def term_of(k, nearest, x, d, factor):
-    """exp(-w^2 z / 2) of one key."""
-    return exp2_double(min((nearest - k) * ((x - k) + d) * factor, LARGEST))
+def term_of(k, nearest, number, rest, factor):
+    """exp(-w^2 z / 2) of one key; number and rest: 2 x - nearest."""
+    return exp2_double(min((nearest - k) * ((number - k) + rest) * factor, LARGEST))
 
 
 @njit(**SUMS)
 def sum_pair(key, charge, start, stop, own, nearest, x, factor, sums, i):
     """sum_keys for two columns and no distances: in groups of 8 keys, which is one vector loop without a rest."""
-    d, total, product = x - nearest, 0.0, 0.0
+    total, product = 0.0, 0.0
+    number, rest = mirrored(x, nearest)
     last = min(stop, len(key) - 7)
     at = start
     while at < last:
         by, by_value = 0.0, 0.0
         for j in range(8):
-            term = term_of(key[at + j], nearest, x, d, factor)
+            term = term_of(key[at + j], nearest, number, rest, factor)
             term = term if at + j < stop else 0.0
             term = term if at + j != own else 0.0
             by += term * charge[0, at + j]
@@ -205,7 +210,7 @@ def sum_pair(key, charge, start, stop, own, nearest, x, factor, sums, i):
         product += by_value
         at += 8
     for j in range(at, stop):
-        term = term_of(key[j], nearest, x, d, factor)
+        term = term_of(key[j], nearest, number, rest, factor)
         term = term if j != own else 0.0
         total += term * charge[0, j]
         product += term * charge[1, j]
@@ -397,7 +402,8 @@ def compile_careful(digest: str) -> Callable:
                     if in_box:
                         before = sums[0, 0, i]
                         near = nearest - key[own]
-                        z = near * ((q - key[own]) + distance)
+                        number, rest = mirrored(q, nearest)
+                        z = near * ((number - key[own]) + rest)
                         part = exp2_double(min(z * factor, LARGEST))
                         for c in range(columns):
                             sums[0, c, i] -= part * charge[c, own]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from .numba_fgt_boxes import BLOCK, evaluate_slopes, lower_bound, to_marks
+from .numba_fgt_boxes import BLOCK, evaluate, lower_bound, to_marks
 from .numba_fgt_careful import (
     CHUNK,
     DIRECT,
@@ -22,6 +22,7 @@ from .numba_fgt_careful import (
     window_stop,
 )
 from .numba_math import EXACT, HALF_LOG2E, LN2, entry, exp2_double
+from .numba_scores import mirrored
 
 LARGEST = 350.0 / LN2  # of exponents above the row's total: a masked key may be nearer than all others
 
@@ -48,9 +49,13 @@ def compile_near_keys(digest: str) -> Callable:
         first,
         last,
     ):
-        """Box: of each piece, its place among the series (box, column, term)."""
+        """Box: of each piece, its place among the series (box, column, term), those of order 1 after the others.
+
+        Slopes are sums of w^2 (q - k) times the terms: derivatives of the series lose digits at the ends of boxes.
+        """
         digest  # noqa: B018
-        columns, marks = series.shape[1], np.empty(BLOCK)
+        columns, marks, moved = series.shape[1] // 2, np.empty(BLOCK), np.empty(BLOCK)
+        by_mark = w * w / scale
         for unit in range(first, last):
             for piece in range(unit * group, min((unit + 1) * group, len(box))):
                 for at in range(start[piece], stop[piece], BLOCK):
@@ -58,9 +63,10 @@ def compile_near_keys(digest: str) -> Callable:
                     to_marks(key[at : at + n], centre[piece], scale, marks)
                     for c in range(columns):
                         by_value, by_slope = values[c, at : at + n], slopes[c, at : at + n]
-                        evaluate_slopes(series[box[piece], c], marks, n, by_value, by_slope)
-                        for j in range(at, at + n):
-                            slopes[c, j] *= scale
+                        evaluate(series[box[piece], c], marks, n, by_value)
+                        evaluate(series[box[piece], columns + c], marks, n, moved)
+                        for i in range(n):
+                            by_slope[i] = by_mark * (moved[i] - marks[i] * by_value[i])
                     if len(owner) > 0:
                         for j in range(at, at + n):
                             r = owner[j]
@@ -77,10 +83,11 @@ def compile_near_keys(digest: str) -> Callable:
 @njit(**EXACT)
 def total_relative_to(key, weight, star, own, q, w):
     """The sum of weights times exp(-w^2 (d^2 - d*^2) / 2) over all keys but `own`."""
-    total, distance = 0.0, q - key[star]
+    total = 0.0
+    number, rest = mirrored(q, key[star])
     for j in range(len(key)):
         if j != own:
-            z = (key[star] - key[j]) * ((q - key[j]) + distance)
+            z = (key[star] - key[j]) * ((number - key[j]) + rest)
             total += weight[j] * exp2_double(min(-HALF_LOG2E * w * w * z, LARGEST))
     return total
 
@@ -155,9 +162,9 @@ def give(key, start, stop, own, q, nearest, square, charge, index, values, slope
     """Add one row's terms to the keys start .. stop; values and slopes start at key `shift`."""
     if stop <= start:
         return
-    d = q - nearest
+    number, rest = mirrored(q, nearest)
     for j in range(start, stop):
-        z = (nearest - key[j]) * ((q - key[j]) + d)
+        z = (nearest - key[j]) * ((number - key[j]) + rest)
         term[j - start] = exp2_double(min(-HALF_LOG2E * square * z, LARGEST))
         pull[j - start] = square * (q - key[j])
     if start <= own < stop:
@@ -236,16 +243,17 @@ def compile_box_keys(digest: str) -> Callable:
     ):  # fmt: skip
         """rows, nearest, windows, lowest, highest, charge: of the rows of this level, in order.
 
-        index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again.
+        index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again. Two charges at
+        nodes for each column: of the rows, and times their distances from the box's centre, for the slopes.
         """
         digest  # noqa: B018
         columns, terms = len(charge), len(node)
         factor = -HALF_LOG2E * w * w
-        at_nodes, series = np.empty((columns, terms)), np.empty((columns, terms))
+        at_nodes, series = np.empty((2 * columns, terms)), np.empty((2 * columns, terms))
         term = np.empty(terms)
         for box in range(first, last):
             begin, end = box_start[box], box_stop[box]
-            for c in range(columns):
+            for c in range(2 * columns):
                 for k in range(terms):
                     at_nodes[c, k] = 0.0
             half, middle = box_half[box], box_centre[box]
@@ -253,35 +261,40 @@ def compile_box_keys(digest: str) -> Callable:
                 if windows[index, 1] <= begin or windows[index, 0] >= end:
                     continue
                 q = x[rows[index]]
-                a, b = nearest[index] - middle, (q - middle) + (q - nearest[index])
+                number, rest = mirrored(q, nearest[index])
+                a, b = nearest[index] - middle, (number - middle) + rest
                 for k in range(terms):
                     y = half * node[k]
                     term[k] = exp2_double(min((a - y) * (b - y) * factor, LARGEST))
                 for c in range(columns):
+                    moved = charge[c, index] * (q - middle)
                     for k in range(terms):
                         at_nodes[c, k] += term[k] * charge[c, index]
-            for c in range(columns):
+                        at_nodes[columns + c, k] += term[k] * moved
+            for c in range(2 * columns):
                 for n in range(terms):
                     total = 0.0
                     for k in range(terms):
                         total += at_nodes[c, k] * node_charge[k, n]
                     series[c, n] = total
             for j in range(begin, end):
-                t = (key[j] - middle) / half
+                offset = key[j] - middle
+                t = offset / half
                 for c in range(columns):
-                    value, slope, p, q, dp, dq = 0.0, 0.0, 1.0, t, 0.0, 1.0
-                    for n in range(terms):  # T_n and its derivative by recurrence
+                    value, moved, p, q = 0.0, 0.0, 1.0, t
+                    for n in range(terms):  # T_n by recurrence
                         value += series[c, n] * p
-                        slope += series[c, n] * dp
-                        p, q, dp, dq = q, 2 * t * q - p, dq, 2 * q + 2 * t * dq - dp
+                        moved += series[columns + c, n] * p
+                        p, q = q, 2 * t * q - p
                     values[c, j] += value
-                    slopes[c, j] += slope / half
+                    slopes[c, j] += (moved - offset * value) * w * w
                 if len(owner) > 0 and owner[j] >= 0 and index_of[owner[j]] >= 0:
                     index = index_of[owner[j]]
                     if windows[index, 1] <= begin or windows[index, 0] >= end:
                         continue
                     d = x[owner[j]] - key[j]
-                    z = (nearest[index] - key[j]) * (d + (x[owner[j]] - nearest[index]))
+                    number, rest = mirrored(x[owner[j]], nearest[index])
+                    z = (nearest[index] - key[j]) * ((number - key[j]) + rest)
                     own = exp2_double(min(z * factor, LARGEST))
                     for c in range(columns):
                         values[c, j] -= own * charge[c, index]

@@ -15,6 +15,7 @@ from .numba_fgt_data import LARGEST, MOST_BANDWIDTHS, Data, as_double
 from .numba_fgt_plan import Accuracy, make_plan
 from .numba_fgt_transpose import Targets, key_side
 from .numba_math import HALF_LOG2E
+from .numba_scores import mirrored
 
 OUTSIDE = 60.0  # bandwidths from all other data: no series reaches so far
 STEEP = 300.0  # exponents in base 2 that the key side holds
@@ -118,5 +119,6 @@ def _nearest(key: np.ndarray, x: np.ndarray, own: np.ndarray) -> np.ndarray:
     left = right - 1
     left, right = left - (left == own), right + (right == own)
     lower, upper = key[np.maximum(left, 0)], key[np.minimum(right, len(key) - 1)]
-    take_left = (left >= 0) & ((right >= len(key)) | (x - lower <= upper - x))
+    number, rest = mirrored(x, lower)
+    take_left = (left >= 0) & ((right >= len(key)) | ((number - upper) + rest <= 0))
     return np.where(take_left, left, right)

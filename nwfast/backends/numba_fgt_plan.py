@@ -26,13 +26,18 @@ class Accuracy:
 
     truncation: float  # of expansions, relative to the mass of a box
     accept: float  # of a row's total: a row with a larger error bound is summed with care
+    negligible: float  # of a row's total: what keys may add together that no sum with care takes
     largest_half: float  # half width of a box in bandwidths
     far_terms: int  # nodes of a box of half width 2^-level, seen from rows that are summed with care
     one_box_terms: int
 
 
-SINGLE = Accuracy(constants.TRUNCATION_FLOAT, constants.ACCEPT_FLOAT, 1.5, 16, 12)
-DOUBLE = Accuracy(constants.TRUNCATION_DOUBLE, constants.ACCEPT_DOUBLE, 1.0, 24, 20)
+SINGLE = Accuracy(
+    constants.TRUNCATION_FLOAT, constants.ACCEPT_FLOAT, 0.01 * constants.ACCEPT_FLOAT, 1.5, 16, 12
+)
+DOUBLE = Accuracy(
+    constants.TRUNCATION_DOUBLE, constants.ACCEPT_DOUBLE, 2.0**-constants.NEGLIGIBLE_DOUBLE, 1.0, 24, 20
+)
 
 
 @dataclass
@@ -93,7 +98,8 @@ def make_plan(
     if len(query):
         low, high = min(low, float(query[0])), max(high, float(query[-1]))
     n, m = len(key), len(query)
-    log_span = math.log(n / (0.01 * accuracy.accept)) + math.log(unevenness)
+    window = math.sqrt(2 * (math.log(n / (0.01 * accuracy.accept)) + math.log(unevenness)))
+    log_span = math.log(n / accuracy.negligible) + math.log(unevenness)
     spread = high / 2 - low / 2
     if wide and scale == 0:
         spread = 1e100
@@ -107,7 +113,6 @@ def make_plan(
         return Plan(
             2 * half, low + (high - low) / 2, True, terms, matrix[None], error, *kernels, 0.0, log_span
         )
-    window = math.sqrt(2 * log_span)
     gaps = np.diff(key[np.linspace(0, n - 1, min(n, 257)).astype(np.int64)].astype(np.float64))
     share = n / max(1, len(gaps))
     best = math.inf

@@ -159,7 +159,7 @@ def _near_field(
     charge = np.where(served, rows.charge, 0.0)
     boxes = Boxes(near.queries.number, near.queries.start)
     charges = ready(charge, data.query.dtype)
-    moments = moments_of(data.query, charges, len(charge), boxes, near.chosen, plan, plan.terms)
+    moments = moments_of(data.query, charges, len(charge), boxes, near.chosen, plan, plan.terms + 4)
     # Keys further from all queries than the reach get nothing; their numbers of boxes may be beyond all bounds.
     first_key, last_key = 0, len(keys.key)
     if not plan.one_box:
@@ -179,7 +179,7 @@ def _near_field(
     for at in range(0, len(targets.number), SLAB):
         number, start = targets.number[at : at + SLAB], targets.start[at : at + SLAB + 1]
         pieces = pieces_of(number, start[:-1], start[1:], plan)
-        series = translated(number, reaches, sources, moments, plan, 0)
+        series = translated(number, reaches, sources, moments, plan, 1)
 
         def run(first: int, last: int, pieces=pieces, series=series, values=values, slopes=slopes) -> None:
             units.near_keys(

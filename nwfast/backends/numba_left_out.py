@@ -19,6 +19,7 @@ from .numba_math import DIGEST, EXACT, ROOT, entry, exp2_double
 from .numba_scores import limited, parts_of_score, sum_of_score
 
 ROWS = 1024  # whose exponents are held at once
+MOST_STEP = 1000.0  # of exponents in base 2, whose power is finite
 
 
 def places(key_weight: Tensor | None) -> Tensor | None:
@@ -63,13 +64,11 @@ def _exponent(q, k, reference, w, base):
 @njit(**EXACT)
 def scaled(x, exponent):
     """X 2^exponent, at most the largest finite number."""
-    while exponent > 0.0 and abs(x) < 1e290:
-        step = min(exponent, 60.0)
+    while exponent > 0.0 and x != 0.0 and abs(x) < np.inf:
+        step = min(exponent, MOST_STEP)
         x *= exp2_double(step)
         exponent -= step
-    if exponent > 0.0:
-        return limited(x * np.inf) if x != 0.0 else x
-    return x * exp2_double(exponent)
+    return limited(x) if exponent > 0.0 else limited(x * exp2_double(exponent))
 
 
 def _compile_weights(digest: str) -> Callable:
@@ -99,11 +98,11 @@ def _compile_weights(digest: str) -> Callable:
                         by = pull[i]
                         for c in range(channels):
                             by += grad_out[i, c] * (value[j, c] - out[i, c])
-                        part += exp2_double(exponents[i - begin] - here) * limited(by)
+                        part = limited(part + exp2_double(exponents[i - begin] - here) * limited(by))
                 if here > top:
                     total *= exp2_double(top - here)
                     top = here
-                total += part * exp2_double(here - top)
+                total = limited(total + part * exp2_double(here - top))
             result[j] = scaled(total, top) if top > -np.inf else 0.0
 
     return weights

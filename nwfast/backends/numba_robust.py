@@ -273,15 +273,11 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
             if total == 0.0 or (about[SELF] and i == j):
                 continue
             load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
-            by_weight = np.nan
+            p = score = np.nan
             if rows[3 * row] >= 0:
                 origin_at = at_k + int(rows[3 * row]) * about[KEY_N]
                 score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
                 p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
-                # Of a key that is near and of little weight the second is exact where the first overflows.
-                by_weight = exp2_double(score) / total if score < CLAMP else p / a
-            else:
-                p = np.nan
             pull = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c])
@@ -292,7 +288,9 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
                         - means[row * n_channels + c]
                     )
             if wanted:
-                grad_weight[j - first] += limited(by_weight * pull)
+                # Of a key that is near and of little weight the second is exact where the first overflows.
+                by_weight = exp2_double(score) / total * pull if score < CLAMP else p * pull / a
+                grad_weight[j - first] += limited(by_weight)
                 if p != 0.0:
                     for f in range(n_features):
                         d = limited((q[f] - double(key[place + f * about[KEY_D]])) * plain_w[f])

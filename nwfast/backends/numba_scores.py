@@ -4,8 +4,9 @@ Scores are taken relative to a key k* near the query, feature by feature as
 
     d_j^2 - d*^2 = (k* - k_j) (2 q - k_j - k*)
 
-which does not cancel: a query far from every key still tells its nearest keys apart, where q - k_j rounds to one
-number for all of them. A row's terms are 2^(score - top) with `top` the largest score (the weight's power of 2
+which does not cancel: a query far from every key still tells its nearest keys apart, where q - k_j rounds to one number
+for all of them; and so it tells those at its other side apart that are as far away as k*, since 2 q - k* is taken with
+the rest that it rounds off. A row's terms are 2^(score - top) with `top` the largest score (the weight's power of 2
 included), so the sum is at least 1/2, never 0/0.
 """
 
@@ -29,9 +30,26 @@ def limited(x):
 
 
 @njit(**EXACT)
+def mirrored(q, k):
+    """2 q - k, and the rest of it that this number rounds off."""
+    twice = q + q
+    number = twice - k
+    back = number - twice
+    return number, (twice - (number - back)) - (k + back)
+
+
+@njit(**EXACT)
+def both_distances(q, k, k0):
+    """(q - k) + (q - k0) to its own rounding, however small it is beside the two."""
+    scale = 1.0 if max(abs(q), max(abs(k), abs(k0))) < LEAST_DISTANCE else 0.125
+    number, rest = mirrored(scale * q, scale * k0)
+    return ((number - scale * k) + rest) / scale
+
+
+@njit(**EXACT)
 def parts_of_score(q, k, k0, w):
     """-((q - k)^2 - (q - k0)^2) w^2 as two terms of a sum, the second times SMALL^2 where it is huge."""
-    near, far = limited((k0 - k) * w), limited(((q - k) + (q - k0)) * w)
+    near, far = limited((k0 - k) * w), limited(both_distances(q, k, k0) * w)
     product = near * far
     if abs(product) < HUGE:
         return -product, 0.0
@@ -84,9 +102,9 @@ def distances(q, k, x):
 def scores_of_one(q, k, origin, w, x):
     """As relative_score, for all keys of one feature."""
     k0 = k[origin]
-    d0 = q - k0
+    number, rest = mirrored(q, k0)
     for j in range(len(k)):
-        x[j] = -min(max(limited((k0 - k[j]) * w) * limited(((q - k[j]) + d0) * w), -HUGE), HUGE)
+        x[j] = -min(max(limited((k0 - k[j]) * w) * limited(((number - k[j]) + rest) * w), -HUGE), HUGE)
 
 
 @njit(**EXACT)
@@ -201,10 +219,13 @@ def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weigh
                 terms[j] *= math.frexp(double(weight[weight_at + j * weight_n]))[0]
             part += terms[j]
         total += part
-    shift = -top
-    for f in range(n_features):
-        shift += squared(q[f] - double(key[origin_at + f * key_d]), w[f])
-    return origin, top, min(shift, MOST), total
+    square = 0.0
+    for first in range(0, n_features, 16):  # few roundings are as large as the whole
+        part = 0.0
+        for f in range(first, min(first + 16, n_features)):
+            part += squared(q[f] - double(key[origin_at + f * key_d]), w[f])
+        square += part
+    return origin, top, min(square - top, MOST), total
 
 
 @njit(**EXACT)

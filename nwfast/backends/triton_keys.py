@@ -28,6 +28,24 @@ from .triton_terms import (
 )
 
 HUGE_OFFSET = tl.constexpr(2.0**126)
+LARGEST_FLOAT, LARGEST_DOUBLE = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.7976931348623157e308)
+# Terms of the gradients of weights may overflow, of either sign: they are added up a second time, over 2^top.
+NEAR_TOP, NEAR_SCALE = (
+    tl.constexpr(512.0),
+    tl.constexpr(2.0**-512),
+)  # of near rows, whose powers end at 2^1024
+
+
+@triton.jit
+def weight_gradient(total, scaled, top, lift, a, T: tl.constexpr):
+    """The sum of terms, from scaled 2^top where a part of it is beyond all numbers; finite if the key's weight is 0."""
+    largest: tl.constexpr = LARGEST_DOUBLE if T == tl.float64 else LARGEST_FLOAT  # noqa: SIM300
+    beyond = scaled
+    for part in tl.static_range(4):  # of 2^top: more is beyond all numbers for any sum
+        beyond *= tl.exp2(tl.minimum(tl.maximum(top - 512.0 * part, 0.0), 512.0))
+    gradient = tl.where(tl.abs(total) < float("inf"), total, beyond) * tl.exp2(lift)
+    limited = tl.minimum(tl.maximum(gradient, -largest), largest)
+    return tl.where((a == 0.0) & (gradient == gradient), limited, gradient).to(T)
 
 
 @triton.jit
@@ -148,10 +166,10 @@ def scalar_keys(
         value64, offset64, weight64 = value64 * lower, offset64 * lower, weight64 * lower
         a = a * tl.exp2(lift)
     c = tl.zeros([1], tl.int64)
-    value_far, offset_far, weight_far = far_keys(
+    value_far, offset_far, weight_far, scaled_far, top_far = far_keys(
         j, lift, row + begin, row + end, row, query, query_m, 0, key, key_n, 0, value, value_n, 0, w, 0,
         key_weight, weight_n, n, 1, c, c, grad_out, grad_lse, out, state, origins, tops, flags,
-        value64[:, None], offset64[:, None], weight64,
+        value64[:, None], offset64[:, None], weight64, weight64 * NEAR_SCALE,
         1, WEIGHTED, SELF, BY_LSE, BY_KEY or BY_WEIGHT, T, BLOCK_K, 1, 1,
     )  # fmt: skip
     bandwidth = tl.load(w).to(tl.float64)
@@ -161,7 +179,7 @@ def scalar_keys(
     if BY_KEY:
         tl.store(grad_key + at, (bandwidth * (bandwidth * (tl.sum(offset_far, 1) * a))).to(T), mask=counts)
     if BY_WEIGHT:
-        tl.store(grad_weight + at, (weight_far * tl.exp2(lift)).to(T), mask=counts)
+        tl.store(grad_weight + at, weight_gradient(weight_far, scaled_far, top_far, lift, a, T), mask=counts)
 
 
 @triton.jit
@@ -200,6 +218,7 @@ def tiled_keys(
     value_sum = tl.zeros([BLOCK_K, BLOCK_C], T)
     offset_sum = tl.zeros([BLOCK_K, BLOCK_D], T)
     weight_sum = tl.zeros([BLOCK_K], tl.float64)
+    scaled_sum = tl.zeros([BLOCK_K], tl.float64)
     MOST: tl.constexpr = MOST_DOUBLE if T == tl.float64 else MOST_FLOAT  # noqa: SIM300
     SAFE: tl.constexpr = SAFE_DOUBLE if T == tl.float64 else SAFE_FLOAT  # noqa: SIM300
     a = tl.full([BLOCK_K], 1.0, tl.float64)
@@ -266,9 +285,13 @@ def tiled_keys(
                     # Left-out keys may be so much nearer than others that their terms are beyond T.
                     lower = tl.where(keep, tl.exp2(tl.minimum(score, 0.0)) * inverse[None, :] * u, 0.0)
                     higher = tl.exp2(tl.maximum(score, 0.0).to(tl.float64))
-                    weight_sum += tl.sum(tl.where(lower == 0.0, 0.0, lower.to(tl.float64) * higher), 1)
+                    wide = lower.to(tl.float64)
+                    weight_sum += tl.sum(tl.where(lower == 0.0, 0.0, wide * higher), 1)
+                    scaled_sum += tl.sum(tl.where(lower == 0.0, 0.0, wide * NEAR_SCALE * higher), 1)
                 else:
-                    weight_sum += tl.sum(tl.where(keep, p * u, 0.0), 1).to(tl.float64)
+                    terms = tl.sum(tl.where(keep, p * u, 0.0), 1).to(tl.float64)
+                    weight_sum += terms
+                    scaled_sum += terms * NEAR_SCALE
             u = tl.where(keep, p * u, 0.0)  # [BLOCK_K, BLOCK_M]
             if BY_KEY:
                 for step in tl.static_range(BLOCK_D):
@@ -285,11 +308,11 @@ def tiled_keys(
                         moment = tl.sum(u * offset, 1)[:, None]  # [BLOCK_K, 1]
                         offset_sum += tl.where((f == feature)[None, :], moment, 0.0)
 
-    value_far, offset_far, weight_far = far_keys(
+    value_far, offset_far, weight_far, scaled_far, top_far = far_keys(
         j, lift.to(tl.float64), first_row + begin, first_row + end, first_row,
         query, query_m, query_d, key, key_n, key_d,
         value, value_n, value_c, w, w_d, key_weight, weight_n, n, channels, c, f,
-        grad_out, grad_lse, out, state, origins, tops, flags, value_sum, offset_sum, weight_sum,
+        grad_out, grad_lse, out, state, origins, tops, flags, value_sum, offset_sum, weight_sum, scaled_sum,
         D, WEIGHTED, SELF, BY_LSE, BY_KEY or BY_WEIGHT, T, BLOCK_K, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     at = (split * batches + b) * n + j  # [BLOCK_K], int64
@@ -307,21 +330,24 @@ def tiled_keys(
         )
     if BY_WEIGHT:  # noqa: SIM102
         if chunk == 0:
-            tl.store(grad_weight + at, (weight_far * tl.exp2(lift.to(tl.float64))).to(T), mask=counts)
+            gradient = weight_gradient(weight_far, scaled_far, top_far, lift.to(tl.float64), a, T)
+            tl.store(grad_weight + at, gradient, mask=counts)
 
 
 @triton.jit
 def far_keys(
     j, lift, first, last, first_row, query, query_m, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d,
     key_weight, weight_n, n, channels, c, f, grad_out, grad_lse, out, state, origins, tops, flags,
-    value_sum, offset_sum, weight_sum,
+    value_sum, offset_sum, weight_sum, scaled_sum,
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, BY_U: tl.constexpr,
     T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums with what the far ones of the rows first..last add: (BLOCK_K, BLOCK_C), (BLOCK_K, BLOCK_D), (BLOCK_K,).
 
-    Sums are those of weights that are 2^lift times as large. Flags of FLAG_ROWS rows each are looked at 256 at once.
+    And that of weights over 2^top, with top, which is NEAR_TOP in what is given. Sums are those of weights that are
+    2^lift times as large. Flags of FLAG_ROWS rows each are looked at 256 at once.
     """
+    top_sum = tl.zeros_like(scaled_sum) + NEAR_TOP
     last_flag = (last - 1) // FLAG_ROWS
     for flag in range(first // FLAG_ROWS, last_flag + 1, 256):
         many = flag + tl.arange(0, 256)
@@ -333,7 +359,7 @@ def far_keys(
                     ):
                         origin = tl.load(origins + row)
                         if origin >= 0:
-                            p, u = far_weights(
+                            p, u, pull, exponent = far_weights(
                                 j, lift, row, row - first_row, origin, query + (row - first_row) * query_m, query_d,
                                 key, key_n, key_d, value, value_n, value_c, w, w_d, key_weight, weight_n, n, channels,
                                 grad_out, grad_lse, out, state, tops,
@@ -343,6 +369,10 @@ def far_keys(
                             g = tl.load(grad_out + row * channels + c, mask=c < channels, other=0.0)
                             value_sum += (p[:, None] * g.to(tl.float64)[None, :]).to(kind)
                             weight_sum += u
+                            higher = tl.maximum(top_sum, tl.where(pull == 0.0, top_sum, exponent))
+                            term = tl.where(pull == 0.0, 0.0, pull * tl.exp2(exponent - higher))
+                            scaled_sum = scaled_sum * tl.exp2(top_sum - higher) + term
+                            top_sum = higher
                             q = tl.load(
                                 query + (row - first_row) * query_m + f * query_d, mask=f < D, other=0.0
                             ).to(T).to(tl.float64)  # fmt: skip
@@ -353,7 +383,7 @@ def far_keys(
                             ).to(T)
                             moment = u[:, None] * (q[None, :] - k.to(tl.float64))
                             offset_sum += tl.where(u[:, None] == 0.0, 0.0, moment).to(kind)
-    return value_sum, offset_sum, weight_sum
+    return value_sum, offset_sum, weight_sum, scaled_sum, top_sum
 
 
 @triton.jit
@@ -363,7 +393,10 @@ def far_weights(
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, BY_U: tl.constexpr,
     T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Weights p and terms u of one far row for the keys j, [BLOCK_K], without the keys' own weights, by 2^-lift."""
+    """Weights p and terms u of one far row for the keys j, [BLOCK_K], without the keys' own weights, by 2^-lift.
+
+    And what u is but for a power of 2, with its exponent.
+    """
     counts = j < n
     if SELF:
         counts = counts & (j != own)
@@ -378,6 +411,7 @@ def far_weights(
     inverse = 1.0 / tl.load(state + 2 * row + 1)
     p = root * root * inverse
     u = tl.zeros([BLOCK_K], tl.float64)
+    pull = tl.zeros([BLOCK_K], tl.float64)
     if BY_U:
         for c in range(channels):
             g = tl.load(grad_out + row * channels + c).to(tl.float64)
@@ -386,5 +420,7 @@ def far_weights(
             u += g * (v - mean)
         if BY_LSE:
             u += tl.load(grad_lse + row).to(tl.float64)
-        u = tl.where((p > 0.0) & (u != 0.0), root * inverse * u * root, 0.0)
-    return p, u
+        there = (p > 0.0) & (u != 0.0)
+        pull = tl.where(there, inverse * u, 0.0)
+        u = tl.where(there, root * inverse * u * root, 0.0)
+    return p, u, pull, exponent
