@@ -17,11 +17,17 @@ import torch
 Real = np.longdouble
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Half a squared distance, in bandwidths, from which on a row is far: its nearest key's distance may cost nothing then.
+# With one feature and one channel kernels have sums of their own for such rows. Tiles of keys, whose scores are sums of
+# squares, are the textbook's arithmetic, and as good, for as long as its weights are numbers: up to -log(tiny).
 FAR = 64.0
 # Below it float16 rounds as it does there.
 SMALL_HALVES = Real(2.0) ** -14
 # What fgt interpolates over, in bandwidths.
 BOXES = 4.0
+# The share of the nearest key's term that all keys beyond fgt's windows may add: docs/linear-time.md. A single one of N
+# is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64.
+BEYOND = {torch.float64: 2.5e-14, torch.float32: 5e-9}
+SHRUNK = 64
 
 
 @dataclasses.dataclass
@@ -58,11 +64,12 @@ def _nearest(q, k, w, kept):
     return relative, condition, reference
 
 
-def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0.0):
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, share=0.0, halves=0.0):
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
-    of the arithmetic; `halves` the unit roundoff of weights that are rounded for products, or 0.
+    of the arithmetic; `share` BEYOND of it where fgt may compute, or 0; `halves` the unit roundoff of weights that are
+    rounded for products, or 0.
     """
     (m, d), (n, c) = q.shape, v.shape
     out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
@@ -95,7 +102,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & place_finite & ~broken_key, unit, tiny, far, boxes, halves,
+            seen[counting] & place_finite & ~broken_key, unit, tiny, far, boxes, share, halves,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -117,14 +124,14 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, halves=0
     return out, lse, grads
 
 
-def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halves):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
     relative, condition, reference = _nearest(q, k, w, kept)
     to_nearest = q - k[reference]
     depth = ((to_nearest * w) ** 2).sum(1) / 2
     # With many features all distances are large, and kernels leave more of them in.
-    near = np.minimum(depth, far * max(1, d / 4))
+    near = np.minimum(depth, max(far, FAR * d / 4))
     e = np.exp(np.where(seen, relative, -np.inf))
     p = np.where(kept, a * e, 0)
     total = p.sum(1)
@@ -134,7 +141,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
     off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
-    normaliser = (p * off).sum(1) + unit * grow
+    dropped, e_dropped = _beyond(p, kept, reference, share), _beyond(e, seen, reference, share)
+    normaliser = (p * off).sum(1) + unit * grow + dropped.sum(1)
     off = off + normaliser[:, None]
 
     out = np.zeros((m, c), Real)
@@ -144,15 +152,20 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
     # The textbook's scores are of the size of the distance.
     unsettled = Real(2.0) ** -50 * (condition + (near[:, None] if np.isinf(far) else 0))
-    open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
-    open_ties += p * open_ties.sum(1, keepdims=True)
-    lost = np.minimum(p, small) + np.maximum(open_ties, 0)
-    open_e = np.where(seen, np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - e
-    e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * np.maximum(open_ties, 0).sum(1, keepdims=True)
+    # Such a key may be the nearest by any measure: it takes its part from all others, here from the reference.
+    most = np.minimum(relative + unsettled, 10000)
+    gained = np.where(kept, a * (np.exp(most) - np.exp(np.minimum(relative, most))), 0) / total[:, None]
+    gained = gained / (1 + gained)
+    taken = np.minimum(gained.sum(1, keepdims=True), 1)
+    lost = np.minimum(p, small) + gained + p * taken
+    open_e = np.where(seen, np.exp(most), 0) / total[:, None] - e
+    e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * taken
     if boxes:  # whose sums are as good as their largest terms
         within = (unit + Real(2.0) ** -45) * (relative > -32)
         lost += within * kept * p.max(1, keepdims=True)
         e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
+        lost += dropped
+        e_lost += e_dropped
     for x in range(c):
         out[:, x] = (p * v[None, :, x]).sum(1)
         deviation = np.abs(v[None, :, x] - out[:, x, None])
@@ -230,6 +243,12 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, halves):
         dw_bound[f] = wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0)
     results |= {"query": (query, query_bound), "key": (key, key_bound), "w": (dw, dw_bound)}
     return results
+
+
+def _beyond(terms, of, reference, share):
+    """Those terms that fgt leaves out: so small a share of the nearest key's."""
+    nearest = np.take_along_axis(terms, reference[:, None], 1)
+    return np.where(of & (terms <= nearest * (share / min(terms.shape[1], SHRUNK))), terms, 0)
 
 
 def _ends(ended, lengths):
@@ -325,10 +344,10 @@ def solve(
     g = _wide(grad_out).reshape(elements, m, c)
     gl = np.zeros((elements, m), Real) if grad_lse is None else _wide(grad_lse).reshape(elements, m)
     arithmetic = torch.float64 if dtype == torch.float64 or textbook else torch.float32
-    far = np.inf if textbook else FAR
     unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
+    far = np.inf if textbook else FAR if d == c == 1 else max(FAR, float(-np.log(tiny)))
     halves = Real(UNIT[dtype]) if half_products and dtype in (torch.float16, torch.bfloat16) else Real(0)
-    numbers = unit, tiny, far, boxes, halves
+    numbers = unit, tiny, far, boxes, BEYOND[arithmetic] if boxes else 0.0, halves
     parts = [
         element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, *numbers)
         for b in range(elements)
