@@ -288,15 +288,16 @@ def assert_accurate(found: torch.Tensor, right: Bounded, what: str = "") -> None
 
 
 def _summed_to(result: Bounded, shape: tuple[int, ...], dtype: torch.dtype) -> Bounded:
-    """Sums over the dimensions that were broadcast; nothing is promised of terms that overflow."""
-    beyond = (np.abs(result.value) > 0.9 * torch.finfo(dtype).max) & np.isfinite(result.value)
-    result.bound = np.where(beyond, np.inf, result.bound)
-    for array_name in ("value", "bound"):
-        array = getattr(result, array_name)
+    """Sums over the dimensions that were broadcast; nothing is promised of terms that overflow on the way."""
+
+    def summed(array):
         array = array.sum(tuple(range(array.ndim - len(shape))))
         axes = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] != 1)
-        setattr(result, array_name, array.sum(axes, keepdims=True).reshape(shape))
-    return result
+        return array.sum(axes, keepdims=True).reshape(shape)
+
+    size = summed(np.abs(result.value))
+    beyond = (size > 0.9 * torch.finfo(dtype).max) & np.isfinite(size)
+    return Bounded(summed(result.value), np.where(beyond, np.inf, summed(result.bound)))
 
 
 def solve(

@@ -275,7 +275,7 @@ struct KeySide {
     if (sum == 0 || !(sum * 0 == 0)) return sum;
     most = std::fmax(-0x1p20, std::fmin(most, 0x1p20));  // beyond, any number of double is 0 or infinite
     const double whole = std::floor(most);
-    return std::ldexp(sum * std::exp2(most - whole), static_cast<int>(whole));
+    return std::ldexp(sum * std::exp2(most - whole), static_cast<int>(whole) - std::ilogb(batch.weight_unit));
   }
 };
 
@@ -325,9 +325,9 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
       task.grad_key_weight[place] = static_cast<R>(sum_weight[i] / batch.weight_unit);
       continue;
     }
-    if (!std::isfinite(sum_weight[i])) sum_weight[i] = side.weight_gradient(batch, problem.queries, j);
-    task.grad_key_weight[place] =
-        batch.absent(j) ? R(0) : static_cast<R>(within(sum_weight[i] / batch.weight_unit, most));
+    const double gradient = std::isfinite(sum_weight[i]) ? sum_weight[i] / batch.weight_unit
+                                                         : side.weight_gradient(batch, problem.queries, j);
+    task.grad_key_weight[place] = batch.absent(j) ? R(0) : static_cast<R>(within(gradient, most));
   }
 }
 
