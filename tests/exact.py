@@ -17,11 +17,17 @@ import torch
 Real = np.longdouble
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Half a squared distance, in bandwidths, from which on a row is far: its nearest key's distance may cost nothing then.
+# With one feature and one channel kernels have sums of their own for such rows. Tiles of keys, whose scores are sums of
+# squares, are the textbook's arithmetic, and as good, for as long as its weights are numbers: up to -log(tiny).
 FAR = 64.0
 # Below it float16 rounds as it does there.
 SMALL_HALVES = Real(2.0) ** -14
 # What fgt interpolates over, in bandwidths.
 BOXES = 4.0
+# The share of the nearest key's term that all keys beyond fgt's windows may add: docs/linear-time.md. A single one of N
+# is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64.
+BEYOND = {torch.float64: 2.5e-14, torch.float32: 5e-9}
+SHRUNK = 64
 
 
 @dataclasses.dataclass
@@ -62,12 +68,12 @@ def _nearest(q, k, w, kept):
     return relative, condition, reference
 
 
-def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, boxes, halves=0.0, plain=False):
+def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, share=0.0, halves=0.0, plain=False):
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
-    of the arithmetic; `halves` the unit roundoff of weights that are rounded for products, or 0; `plain` whether sums
-    are products of matrices, which may add term by term.
+    of the arithmetic; `share` BEYOND of it where fgt may compute, or 0; `halves` the unit roundoff of weights that are
+    rounded for products, or 0; `plain` whether sums are products of matrices, which may add term by term.
     """
     (m, d), (n, c) = q.shape, v.shape
     out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
@@ -100,7 +106,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, boxes, halves=0.0, p
     if counting.size and not np.isnan(w).any():
         rows = _rows(
             q[counting], k0, v0, w, a, g[counting], gl[counting], kept[counting],
-            seen[counting] & place_finite & ~broken_key, unit, tiny, boxes, halves, plain,
+            seen[counting] & place_finite & ~broken_key, unit, tiny, far, boxes, share, halves, plain,
         )  # fmt: skip
         out.value[counting], out.bound[counting] = rows["out"]
         lse.value[counting], lse.bound[counting] = rows["lse"]
@@ -122,14 +128,14 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, boxes, halves=0.0, p
     return out, lse, grads
 
 
-def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
+def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halves, plain):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
     relative, condition, reference = _nearest(q, k, w, kept)
     to_nearest = q - k[reference]
     depth = ((to_nearest * w) ** 2).sum(1) / 2
     # With many features all distances are large, and kernels leave more of them in.
-    near = np.minimum(depth, FAR * max(1, d / 4))
+    near = np.minimum(depth, max(far, FAR * d / 4))
     e = np.exp(np.where(seen, relative, -np.inf))
     p = np.where(kept, a * e, 0)
     total = p.sum(1)
@@ -139,7 +145,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
-    normaliser = (p * off).sum(1) + unit * grow
+    dropped, e_dropped = _beyond(p, kept, reference, share), _beyond(e, seen, reference, share)
+    normaliser = (p * off).sum(1) + unit * grow + dropped.sum(1)
     off = off + normaliser[:, None]
 
     out = np.zeros((m, c), Real)
@@ -150,19 +157,22 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     unsettled = Real(2.0) ** -50 * condition
     # A kernel may count from any of the keys that may be the nearest.
     unsettled += np.where(kept & (relative + unsettled >= 0), unsettled, 0).max(1, keepdims=True)
-    open_ties = np.where(kept, a * np.exp(np.minimum(relative + unsettled, 0)), 0) / total[:, None] - p
-    open_ties += p * open_ties.sum(1, keepdims=True)
-    lost = np.minimum(p, small) + np.maximum(open_ties, 0)
-    # A left-out key may come out nearer than the nearest.
-    highest = np.where(kept, np.minimum(relative + unsettled, 0), relative + unsettled)
-    open_e = np.where(seen, np.exp(highest), 0) / total[:, None] - e
-    e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * np.maximum(open_ties, 0).sum(1, keepdims=True)
+    # Such a key may be the nearest by any measure: it takes its part from all others, here from the reference.
+    most = np.minimum(relative + unsettled, 10000)
+    gained = np.where(kept, a * (np.exp(most) - np.exp(np.minimum(relative, most))), 0) / total[:, None]
+    gained = gained / (1 + gained)
+    taken = np.minimum(gained.sum(1, keepdims=True), 1)
+    lost = np.minimum(p, small) + gained + p * taken
+    open_e = np.where(seen, np.exp(most), 0) / total[:, None] - e
+    e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * taken
     if (
         boxes
-    ):  # whose sums are as good as their largest terms; the error of an expansion falls as exp(-z^2 / 4)
+    ):  # whose sums are as good as their largest terms, and whose expansions err as exp(-z^2 / 4) falls
         within = (unit + Real(2.0) ** -45) * np.where(relative > -32, 1, np.exp(np.minimum(relative, 0) / 2))
         lost += within * kept * p.max(1, keepdims=True)
         e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
+        lost += dropped
+        e_lost += e_dropped
     for x in range(c):
         out[:, x] = (p * v[None, :, x]).sum(1)
         deviation = np.abs(v[None, :, x] - out[:, x, None])
@@ -244,6 +254,12 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, boxes, halves, plain):
     return results
 
 
+def _beyond(terms, of, reference, share):
+    """Those terms that fgt leaves out: so small a share of the nearest key's."""
+    nearest = np.take_along_axis(terms, reference[:, None], 1)
+    return np.where(of & (terms <= nearest * (share / min(terms.shape[1], SHRUNK))), terms, 0)
+
+
 def _ends(ended, lengths):
     """What weights that are not quite zero add, at lengths in bandwidths that are not too long for them."""
     return ended * np.minimum(np.abs(lengths), 1e6)
@@ -281,15 +297,16 @@ def assert_accurate(found: torch.Tensor, right: Bounded, what: str = "") -> None
 
 
 def _summed_to(result: Bounded, shape: tuple[int, ...], dtype: torch.dtype) -> Bounded:
-    """Sums over the dimensions that were broadcast; nothing is promised of terms that overflow."""
-    beyond = (np.abs(result.value) > 0.9 * torch.finfo(dtype).max) & np.isfinite(result.value)
-    result.bound = np.where(beyond, np.inf, result.bound)
-    for array_name in ("value", "bound"):
-        array = getattr(result, array_name)
+    """Sums over the dimensions that were broadcast; nothing is promised of terms that overflow on the way."""
+
+    def summed(array):
         array = array.sum(tuple(range(array.ndim - len(shape))))
         axes = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] != 1)
-        setattr(result, array_name, array.sum(axes, keepdims=True).reshape(shape))
-    return result
+        return array.sum(axes, keepdims=True).reshape(shape)
+
+    size = summed(np.abs(result.value))
+    beyond = (size > 0.9 * torch.finfo(dtype).max) & np.isfinite(size)
+    return Bounded(summed(result.value), np.where(beyond, np.inf, summed(result.bound)))
 
 
 def solve(
@@ -338,8 +355,9 @@ def solve(
     gl = np.zeros((elements, m), Real) if grad_lse is None else _wide(grad_lse).reshape(elements, m)
     arithmetic = torch.float64 if dtype == torch.float64 or plain else torch.float32
     unit, tiny = Real(UNIT[arithmetic]), Real(torch.finfo(arithmetic).tiny)
+    far = FAR if plain or d == c == 1 else max(FAR, float(-np.log(tiny)))
     halves = Real(UNIT[dtype]) if half_products and dtype in (torch.float16, torch.bfloat16) else Real(0)
-    numbers = unit, tiny, boxes, halves, plain
+    numbers = unit, tiny, far, boxes, BEYOND[arithmetic] if boxes else 0.0, halves, plain
     parts = [
         element(*(x[b] for x in arrays), ws[b], a[b], g[b], gl[b], exclude_self, *numbers)
         for b in range(elements)

@@ -116,3 +116,36 @@ def test_left_out_keys_hold_anything():
     np.testing.assert_array_equal(right["out"].value, kept["out"].value)
     assert right["key"].value[1] == right["key_weight"].value[1] == 0
     np.testing.assert_array_equal(right["key"].value[[0, 2]], kept["key"].value)
+
+
+def test_tiles_have_the_textbooks_distances():
+    """Its float64 is within the bounds of several features at all distances where its weights are numbers."""
+    generator = torch.Generator().manual_seed(2)
+    for apart in (10.0, 20.0, 26.0):  # times the root of 2, and 37 bandwidths give the smallest number
+        query = apart + torch.rand(200, 2, generator=generator, dtype=torch.float64)
+        key = 1e-2 * torch.rand(5, 2, generator=generator, dtype=torch.float64)
+        inputs = [
+            query,
+            key,
+            torch.rand(5, generator=generator, dtype=torch.float64),
+            torch.tensor(1.0),
+            None,
+        ]
+        inputs[3] = inputs[3].double()
+        grad_out, grad_lse = torch.ones(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
+        right = solve(*inputs, grad_out, grad_lse)
+        for name, found in computed(inputs, grad_out, grad_lse, False, DOUBLE).items():
+            assert_accurate(found, right[name], name)
+
+
+def test_nothing_is_promised_of_which_key_is_nearest_where_long_double_ends():
+    """The second key is nearer by 0.24, at a distance of 1e38."""
+    query = torch.tensor([[-1.5e38, 0.0]], dtype=torch.float64)
+    key = torch.tensor([[0.24, 0.0], [-3e38, 0.88]], dtype=torch.float64)
+    value, grad = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for weight in (None, torch.tensor([1.0, 0.17], dtype=torch.float64)):
+        right = solve(query, key, value, 3e3, weight, grad)
+        for found in (0.0, 1.0):
+            assert_accurate(torch.tensor([found], dtype=torch.float64), right["out"], "out")
+        for found in ([0.0, 1.0], [1.0, 0.0]):
+            assert_accurate(torch.tensor(found, dtype=torch.float64), right["value"], "value")

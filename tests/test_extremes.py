@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from exact import BOXES, assert_accurate, solve
 from oracle import ROUNDING, gradients, textbook
 
 import nwfast
@@ -317,3 +318,22 @@ assert 2e6 < peak < 100e6, peak
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ["dense", "fgt"])
+@pytest.mark.parametrize(("keys", "extent"), [(40, 100), (700, 10_000)])
+def test_tiny_weights_of_tiny_values(native, method, keys, extent):
+    """Their products with each other and with small scores are below what float32 holds."""
+    key = torch.rand(keys) * extent
+    query = key + torch.randn(keys) * 10 ** -(6 * torch.rand(keys))
+    for size in (1e-20, 1e-30):
+        value, weight = size * torch.randn(keys), 10 ** (-12 * torch.rand(keys))
+        tensors = query, key, value, torch.tensor(1.0), weight
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        grad = torch.randn(keys)
+        out = nwfast.nadaraya_watson(*leaves[:4], key_weight=leaves[4], method=method, backend="native")
+        gradients = torch.autograd.grad(out, leaves, grad)
+        right = solve(*tensors, grad, boxes=BOXES if method == "fgt" else 0.0)
+        names = ("out", "query", "key", "value", "w", "key_weight")
+        for name, found in zip(names, (out, *gradients), strict=True):
+            assert_accurate(found.detach(), right[name], name)

@@ -138,6 +138,24 @@ def test_tiny_data_and_tiny_w(native, features, channels, dtype):
         assert_precise(query, key, value, w, grad, grad_lse)
 
 
+@FORMS
+def test_w_times_squares_of_the_least_coordinates(native, features, channels):
+    """A gradient that is a number, though squares of coordinates are none."""
+    if features == channels == 1:
+        return
+    largest = torch.finfo(torch.float64).max
+    for place in (2e-314, 3e-310, 1e-300, 1e-160):
+        query, key = (torch.full((1, features), x, dtype=torch.float64) for x in (place, 0.0))
+        value, w = torch.ones(1, channels, dtype=torch.float64), torch.tensor(largest, dtype=torch.float64)
+        w = min(w, w * 0 + 1e3 / place).requires_grad_()
+        _, lse = nwfast.nadaraya_watson(
+            query, key, value, w, backend="native", method="dense", return_lse=True
+        )
+        (found,) = torch.autograd.grad(lse.sum(), w)
+        right = -(w.item() * place) * place * features  # both factors are numbers
+        assert abs(found.item() - right) <= 1e-13 * abs(right) + 5e-324 * features
+
+
 @DTYPES
 @FORMS
 def test_values_of_all_sizes(native, features, channels, dtype):
@@ -226,6 +244,15 @@ def test_keys_and_queries_at_infinity(native, features, channels, dtype):
         found[3], found[4] = found[3][kept], found[4][kept]
         for a, b in zip(found, right, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=64 * ROUNDING[dtype] * float(b.abs().max()))
+        lone = torch.full((1, features), 1.0, dtype=dtype)
+        lone[0, 0] = held
+        some = torch.ones(features, dtype=dtype)
+        some[0] = 0
+        for w in (torch.zeros(features, dtype=dtype), some):
+            out, lse = nwfast.nadaraya_watson(
+                lone, key, value, w, backend="native", method="dense", return_lse=True
+            )
+            assert out.isnan().all() and lse == -math.inf  # a product with a w of 0 is none
         away = query.clone()
         away[2, 0] = held
         found = run(away, key, value, grad, grad_lse)

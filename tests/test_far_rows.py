@@ -303,3 +303,43 @@ def test_keys_at_infinity_count_for_nothing(backend, queries, dtype):
         if name in ("key", "value"):
             assert not found[name][40:].any(), name
         torch.testing.assert_close(found[name][: len(result)] if result.dim() else found[name], result)
+
+
+@pytest.mark.parametrize("needs", [["query"], ["query", "w"], ["query", "key"]], ids=str)
+def test_tangents_beyond_float32(backend, needs):
+    """Where a slope of out is no float32, its product with a small cotangent may be one."""
+    if backend != "native":
+        pytest.skip("saves float32 tangents")
+    key = torch.tensor([1.25e-43, 1.36e-43, 1.5e-43])
+    value, w = torch.tensor([3e6, -2e6, 1e6]), torch.tensor(torch.finfo(torch.float32).max)
+    query, grad = torch.zeros(3), torch.tensor([-0.02, 0.0, 1e-3])
+    right = exact(query, key, value, w, torch.ones(3), False, grad, torch.zeros(3))
+    leaves = {"query": query, "key": key, "value": value, "w": w}
+    for name in needs:
+        leaves[name] = leaves[name].clone().requires_grad_()
+    for method in ("dense", "fgt"):
+        out = nwfast.nadaraya_watson(*leaves.values(), method=method, backend=backend)
+        found = torch.autograd.grad(out, [leaves[name] for name in needs], grad)
+        for name, gradient in zip(needs, found, strict=True):
+            size = right[name][1] + torch.finfo(torch.float32).tiny
+            assert (np.abs(gradient.numpy().astype(LONG) - right[name][0]) <= 1e-6 * size).all(), name
+
+
+@DTYPES
+def test_tiny_totals_beside_large_values(backend, dtype):
+    """A row whose nearest key has a tiny weight divides by that: what is far from it still gets a gradient of 0."""
+    info = torch.finfo(dtype)
+    small, large = (1e-14, 1e22) if dtype == torch.float32 else (1e-100, 1e200)
+    key, query = torch.tensor([-1.0, 0.0, -1.01], dtype=dtype), torch.tensor([-0.97], dtype=dtype)
+    value, weight = (
+        torch.tensor([-large, 1.0, large], dtype=dtype),
+        torch.tensor([small, 1, small], dtype=dtype),
+    )
+    grad = torch.tensor([-300.0], dtype=dtype)
+    w = torch.tensor(1e3, dtype=dtype)
+    found = evaluate(backend, query, key, value, w, weight, grad=grad)
+    right = exact(query, key, value, w, weight, False, grad, torch.zeros(1, dtype=dtype))
+    for name in NAMES[:4]:
+        # The scores are some hundred.
+        error = np.abs(found[name].numpy().astype(LONG) - right[name][0])
+        assert (error <= 4096 * info.eps * right[name][1] + info.tiny).all(), name

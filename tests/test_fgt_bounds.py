@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from exact import BEYOND, BOXES, assert_accurate, solve
 
 import nwfast
 from nwfast.backends import numba_fgt_plan
@@ -73,3 +74,28 @@ def test_expansions_keep_their_bound(request, plan, case):
     # Keys in boxes that are not translated are further away than so.
     assert np.exp(-((2 * half * reach) ** 2) / 2) <= tail * (1 + 1e-12) or 2 * reach * half >= 5 * w
     assert tail <= TRUNCATION[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("keys", [2, 8, 500])
+def test_windows_leave_out_what_they_may(backend, keys, dtype):
+    """A second key with a share of the nearest one's term that is just below, and just above, what may be left out."""
+    for of_share in (0.5, 2.0):
+        score = -np.log(of_share * BEYOND[dtype] / min(keys, 64))
+        # 800 bandwidths from the nearest key, the other one lies score / 800 behind it: at the window's edge.
+        key = torch.zeros(keys, dtype=torch.float64)
+        key[1:] = -100.0
+        key[keys // 2] = -score / 800
+        key, value = key.to(dtype), torch.zeros(keys, dtype=dtype)
+        value[keys // 2] = 1.0
+        query, weight = torch.full((300,), 800.0, dtype=dtype), torch.ones(keys, dtype=dtype)
+        leaves = [x.requires_grad_() for x in (query, key, value, torch.tensor(1.0, dtype=dtype), weight)]
+        out, lse = nwfast.nadaraya_watson(
+            *leaves[:4], key_weight=weight, backend=backend, method="fgt", return_lse=True
+        )
+        cotangents = torch.ones_like(out), torch.ones_like(lse)
+        gradients = torch.autograd.grad((out, lse), leaves, cotangents)
+        right = solve(*leaves[:4], weight, *cotangents, boxes=BOXES)
+        names = ("out", "lse", "query", "key", "value", "w", "key_weight")
+        for name, found in zip(names, (out, lse, *gradients), strict=True):
+            assert_accurate(found, right[name], name)

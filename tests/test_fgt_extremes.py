@@ -221,8 +221,10 @@ def test_queries_that_are_no_numbers(bad, channels, w):
         out, lse = fgt(*tensors[:4], key_weight=tensors[4], return_lse=True)
         results.append((out, lse, torch.autograd.grad((out, lse), tensors, (grad, grad_lse))))
     (out, lse, grads), (clean_out, clean_lse, clean_grads) = results
-    assert out[odd].isnan().all() and torch.equal(out[~odd], clean_out[~odd])
-    assert torch.equal(lse[~odd], clean_lse[~odd])
+    # Other rows may share vectors with rows than they did, which order their sums.
+    assert out[odd].isnan().all()
+    torch.testing.assert_close(out[~odd], clean_out[~odd], rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(lse[~odd], clean_lse[~odd], rtol=1e-13, atol=1e-14)
     assert lse[odd].isnan().all() if math.isnan(bad) else (lse[odd] == -math.inf).all()
     for actual, wanted in zip(grads, clean_grads, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-13 * float(wanted.abs().max()))

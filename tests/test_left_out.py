@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,8 +176,6 @@ def test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number(
     backend, features, weight, steepness, cotangent
 ):
     """In float64, whether its factors alone overflow or not; beyond the largest number that number stands."""
-    if backend == "native" and features > 1 and steepness > 300:
-        pytest.xfail("native exponents of several features end before")
     apart = math.sqrt(2 * math.log(10) * steepness / features)
     key = torch.tensor([0.0, apart, apart], dtype=torch.float64)[:, None].expand(-1, features)
     query, grad = torch.zeros(1, features).double(), torch.tensor([[cotangent]], dtype=torch.float64)
@@ -201,7 +200,7 @@ def test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number(
 def test_weights_that_are_all_tiny(backend, features, channels, unit):
     """Down to the last subnormal numbers they give what others give; the gradients of weights are what they must be."""
     if backend == "native" and unit < 1e-315:
-        pytest.xfail("native sums of such terms have few digits")
+        pytest.xfail("native sums of subnormal terms have fewer digits")
     query, key, value, w, _ = draw((), features, channels, torch.float64)
     weight = torch.randint(4, 9, (N,)).double() / 4
     weight[::7] = 0
@@ -215,6 +214,43 @@ def test_weights_that_are_all_tiny(backend, features, channels, unit):
             assert (a - b).abs().max() <= 1e-11 * b.abs().max(), (method, place)
         small = results((query, key, value, w, weight * unit), grad_out * unit, grad_lse * unit, **options)[6]
         assert (small - right[6]).abs().max() <= 1e-3 * right[6].abs().max(), method
+
+
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 2), (2, 1), (70, 1)])
+@pytest.mark.parametrize("decades", [250, 280, 305, 307.9, 320])
+def test_gradients_up_to_the_largest_number(native, features, channels, decades):
+    """Of the weight of a key that lies so much nearer than the one that counts; a row further away changes nothing."""
+    apart = math.sqrt(2 * decades * math.log(10) / features)
+    key = torch.tensor([apart, 0.0], dtype=torch.float64)[:, None].expand(-1, features)
+    value = torch.tensor([1.0, 3.0], dtype=torch.float64)[:, None].expand(-1, channels)
+    weight = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    for places in ([0.0], [0.0, 1.5 * apart], [1.5 * apart, 0.0]):
+        query = torch.tensor(places, dtype=torch.float64)[:, None].expand(-1, features)
+        out = nwfast.nadaraya_watson(
+            query, key, value, 1.0, key_weight=weight, backend="native", method="dense"
+        )
+        (gradient,) = torch.autograd.grad(-out[:, 0].sum(), weight)
+        score = np.longdouble(apart) ** 2 * features / 2
+        right = max(-2 * np.exp(score), -np.longdouble(torch.finfo(torch.float64).max))
+        assert abs(gradient[1].item() - right) <= 1e-11 * abs(right)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+def test_infinitely_near_and_infinitely_far(native, features, dtype):
+    """A key of weight 0 that is nearer to one row, and further from the other, by more than any number."""
+    most = torch.finfo(dtype).max
+    for w in (most, most / 2**80):
+        for order in (1, -1):
+            query = torch.tensor([-0.2, 1.9][::order], dtype=dtype)[:, None].expand(-1, features)
+            key = torch.tensor([0.0, 2.6], dtype=dtype)[:, None].expand(-1, features)
+            value = torch.tensor([1.0, 2.0], dtype=dtype)
+            weight = torch.tensor([1.0, 0.0], dtype=dtype, requires_grad=True)
+            leaves = [x.clone().requires_grad_() for x in (query, key, value, torch.tensor(w, dtype=dtype))]
+            out = nwfast.nadaraya_watson(*leaves, key_weight=weight, backend="native", method="dense")
+            gradients = torch.autograd.grad(out.sum(), [*leaves, weight])
+            assert gradients[4][0] == 0 and gradients[4][1] == most
+            assert not any(gradient.any() for gradient in (*gradients[:2], gradients[3]))
 
 
 @DTYPES

@@ -22,6 +22,7 @@ constexpr double kNearWeightSpan = 40;  // so that the sum of float weights stay
 // Floats do not underflow to 0 where near kernels sum (fgt_near.h), and what far keys add by that must not show.
 constexpr double kNearMost = 1e13;  // bandwidths from 0
 constexpr double kNearMostValue = 1e15;
+constexpr double kNearLeastCharge = -40;          // log of the least product of the size of values and a float weight
 constexpr double kNearMostGrad = 1e12;            // divided by the total
 constexpr double kNearLeast = 1e-15;              // scale, whose square and the squares of whose bandwidths are floats
 constexpr int64_t kEvaluated = 512;               // rows whose results are written together
@@ -124,9 +125,11 @@ template <typename R>
 bool near_suits(const Data<R>& data, const Plan& plan) {
   const double magnitude = std::fmax(data.key_range.magnitude(), data.query_range.magnitude());
   if (magnitude * plan.scale > kNearMost) return false;
+  const double size = data.channels == 1 ? data.values[0].magnitude() : 0;
+  if (sizeof(R) == 4 && size > 0 && std::log(size) - data.weight_span < kNearLeastCharge) return false;
   return data.channels == 1 && data.weight_span < kNearWeightSpan && data.weight_factor < 1e38 &&
          plan.scale > kNearLeast && plan.scale < 1 / kNearLeast && magnitude * plan.scale * plan.scale < 1e36 &&
-         data.values[0].magnitude() < kNearMostValue;
+         size < kNearMostValue;
 }
 
 template <typename R, typename Finish>

@@ -117,6 +117,8 @@ struct TiledQueryGrad {
 
 // Key side: for the keys [key_begin, key_end), at most kKeyTile of them, over all rows:
 //   sum_i p value_grad_i (per channel),   sum_i u,   sum_i u (x_if - k_jf) (per feature)
+// Where a key is so much nearer to a row than its shift says that p overflows (it has no weight), its sums are not
+// finite.
 template <typename T>
 struct TiledKeyGrad {
   TiledData<T> data;

@@ -198,12 +198,21 @@ struct KeySide {
   Buffer<double> shift;
   Buffer<int64_t> windows;
   Buffer<uint8_t> skipped;  // rows whose cotangents are 0
+  Buffer<double> largest;   // gradient of each block of rows, by a value or by lse
 
   void allocate(int64_t rows) {
     for (Buffer<T>* buffer : {&nearest, &value_grad, &mean, &lse_grad}) buffer->allocate(rows);
     shift.allocate(rows);
     skipped.allocate(rows);
     windows.allocate(2 * ((rows + kRowBlock - 1) / kRowBlock));
+    largest.allocate((rows + kRowBlock - 1) / kRowBlock);
+  }
+
+  // Whether no product with what rows are multiplied by overflows: totals of small key weights make that large.
+  bool fits(const ScalarBatch<T>& batch, int64_t rows) const {
+    double most = 0;
+    for (int64_t block = 0; block < (rows + kRowBlock - 1) / kRowBlock; ++block) most = std::fmax(most, largest[block]);
+    return sizeof(T) == 8 || most * std::fmax(1, 2 * batch.values.magnitude()) < Limits<T>::kMostValue;
   }
 
   template <typename R>
@@ -214,6 +223,7 @@ struct KeySide {
     const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
     ScalarRows<T> rows;
     bool far = false;
+    double most = 0;
     for (int64_t i = first; i < std::min(first + kRowBlock, problem.queries); ++i) {
       far |= task.state[2 * (b * problem.queries + batch.original_row(i))] > 0;
     }
@@ -236,7 +246,9 @@ struct KeySide {
       value_grad[i] = static_cast<T>(skipped[i] ? 0 : g / total);
       mean[i] = static_cast<T>(skipped[i] ? 0 : task.out[row] - batch.centre);
       lse_grad[i] = static_cast<T>(skipped[i] ? 0 : g_lse / total);
+      if (!skipped[i]) most = std::fmax(most, std::fmax(std::fabs(g / total), std::fabs(g_lse / total)));
     }
+    largest[block] = most;
   }
 
   // The derivative by the weight of a key that has none and lies so near to rows that it overflows on the way: relative
@@ -252,7 +264,8 @@ struct KeySide {
       const double x = batch.query()[i], near = shift[i] > 0 ? static_cast<double>(nearest[i]) : x;
       double score = ((key - near) * scale) * (((x - key) + (x - near)) * scale);
       if (shift[i] == 0) score = -((x - key) * scale) * ((x - key) * scale);
-      score = std::fmin(score, std::numeric_limits<double>::max());
+      constexpr double kMost = std::numeric_limits<double>::max();
+      score = std::fmax(-kMost, std::fmin(score, kMost));  // differences of scores are numbers
       if (score > most) {
         sum *= std::exp2(most - score);
         most = score;
@@ -260,8 +273,9 @@ struct KeySide {
       sum += u * std::exp2(score - most);
     }
     if (sum == 0 || !(sum * 0 == 0)) return sum;
-    const double whole = std::floor(std::fmin(most, 0x1p20));
-    return std::ldexp(sum * std::exp2(std::fmin(most, 0x1p20) - whole), static_cast<int>(whole));
+    most = std::fmax(-0x1p20, std::fmin(most, 0x1p20));  // beyond, any number of double is 0 or infinite
+    const double whole = std::floor(most);
+    return std::ldexp(sum * std::exp2(most - whole), static_cast<int>(whole) - std::ilogb(batch.weight_unit));
   }
 };
 
@@ -311,9 +325,9 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
       task.grad_key_weight[place] = static_cast<R>(sum_weight[i] / batch.weight_unit);
       continue;
     }
-    if (!std::isfinite(sum_weight[i])) sum_weight[i] = side.weight_gradient(batch, problem.queries, j);
-    task.grad_key_weight[place] =
-        batch.absent(j) ? R(0) : static_cast<R>(within(sum_weight[i] / batch.weight_unit, most));
+    const double gradient = std::isfinite(sum_weight[i]) ? sum_weight[i] / batch.weight_unit
+                                                         : side.weight_gradient(batch, problem.queries, j);
+    task.grad_key_weight[place] = batch.absent(j) ? R(0) : static_cast<R>(within(gradient, most));
   }
 }
 
@@ -327,17 +341,16 @@ void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task) {
   const auto run = [&](const auto& batch, auto& side, int64_t b, bool serial) {
     side.allocate(problem.queries);
     parallel_blocks(row_blocks, serial, [&](int64_t block) { side.gather(problem, task, batch, b, block); });
+    if (!side.fits(batch, problem.queries)) return false;
     parallel_blocks(key_blocks, serial, [&](int64_t block) { key_block(problem, task, batch, side, b, block); });
+    return true;
   };
   const auto run_element = [&](ScalarBatch<T>& batch, KeySide<T>& side, int64_t b, bool serial) {
-    if (batch.prepare(problem, b, Purpose::kKeyGradients)) {
-      run(batch, side, b, serial);
-    } else {
-      ScalarBatch<double> wider;
-      KeySide<double> wider_side;
-      wider.prepare(problem, b, Purpose::kKeyGradients);
-      run(wider, wider_side, b, serial);
-    }
+    if (batch.prepare(problem, b, Purpose::kKeyGradients) && run(batch, side, b, serial)) return;
+    ScalarBatch<double> wider;
+    KeySide<double> wider_side;
+    wider.prepare(problem, b, Purpose::kKeyGradients);
+    run(wider, wider_side, b, serial);
   };
   if (problem.batch.count > key_blocks) {
     const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;

@@ -36,6 +36,7 @@ struct Limits<float> {
   static constexpr double kNegligible = kNegligibleFloat;
   static constexpr double kWeightRange = 60;  // log2 of the ratio of key weights that fits beside scores
   static constexpr double kMostValue = 0x1p100;
+  static constexpr double kLeastCharge = -60;  // log2 of the least product of the size of values and a weight
   static constexpr double kTieScore = 0x1p18;  // from here on, the scores of keys at one rounded distance differ
 };
 template <>
@@ -44,6 +45,7 @@ struct Limits<double> {
   static constexpr double kNegligible = kNegligibleDouble;
   static constexpr double kWeightRange = 900;
   static constexpr double kMostValue = INFINITY;
+  static constexpr double kLeastCharge = -INFINITY;
   static constexpr double kTieScore = 0x1p46;
 };
 
@@ -68,7 +70,7 @@ class ScalarBatch {
     if (!std::isfinite(w)) w = NAN;  // there is no limit: all results are NaN
     if (!scale_coordinates(purpose) || !centre_values()) return false;
     if (weighted_ || absent_) read_weights(problem, b);
-    if (weight_span_ > Limits<T>::kWeightRange && sizeof(T) == 4) return false;
+    if (sizeof(T) == 4 && (weight_span_ > Limits<T>::kWeightRange || !holds_charges())) return false;
     order();
     if (weighted_) {
       value_charge_.allocate(keys_);
@@ -270,6 +272,12 @@ class ScalarBatch {
     centre = static_cast<double>(middle);
     for (int64_t j = 0; j < keys_; ++j) value_[j] -= middle;
     return true;
+  }
+
+  // Whether what is left of the range below values times weights is enough for their products with small scores.
+  bool holds_charges() const {
+    const double size = values.magnitude();
+    return size == 0 || std::log2(size) - weight_span_ > Limits<T>::kLeastCharge;
   }
 
   void read_weights(const Problem& problem, int64_t b) {

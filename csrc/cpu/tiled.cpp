@@ -351,7 +351,10 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
         }
         sum += second[i * features + f];
       }
-      if (grad_w) partial[block * features + f] = w == 0 ? sum * 0 : -(w / unit) * (sum / unit);
+      if (!grad_w) continue;
+      int exponent;  // of w, apart: neither w nor the square of the unit need leave a number in between
+      const double fraction = std::frexp(w, &exponent);
+      partial[block * features + f] = w == 0 ? sum * 0 : -std::ldexp(fraction * sum, exponent - 2 * std::ilogb(unit));
     }
   });
   for (int64_t i = 0; grad_w && i < blocks * features; ++i) grad_w[i % features] += partial[i];
@@ -437,12 +440,11 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
   });
 }
 
+// In long double: terms may overflow in double where their sum does not.
 template <typename R>
-void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                      const Element<R>& element, KeySums<double>& total) {
-  const Rows& rows = element.plan.careful;
-  if (rows.empty()) return;
-  KeySums<CarefulBatch::Real> sums(problem);  // terms may overflow in double where their sum does not
+KeySums<CarefulBatch::Real> careful_key_sums(const Problem& problem, const BackwardTask<R>& task, int64_t b,
+                                             bool serial, const CarefulBatch& batch, const Rows& rows) {
+  KeySums<CarefulBatch::Real> sums(problem);
   const int64_t features = problem.features, channels = problem.channels, n = problem.keys;
   std::vector<std::unique_ptr<RowGrad>> grads(kCarefulRows);
   std::vector<CarefulBatch::Row> weighed(kCarefulRows);
@@ -453,8 +455,8 @@ void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64
       const int64_t row = rows[begin + i];
       grads[i] = std::make_unique<RowGrad>(channels);
       grads[i]->read_from(problem, task, b, row);
-      weighed[i] = element.careful->weigh(row);
-      parts[i] = element.careful->differentiate(weighed[i], grads[i]->out.get(), grads[i]->lse, nullptr, nullptr);
+      weighed[i] = batch.weigh(row);
+      parts[i] = batch.differentiate(weighed[i], grads[i]->out.get(), grads[i]->lse, nullptr, nullptr);
     });
     parallel_blocks((n + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
       for (int64_t i = 0; i < count; ++i) {
@@ -469,18 +471,43 @@ void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64
           }
           if (score == 0) continue;
           for (int64_t f = 0; f < features; ++f) {
-            sums.key[j * features + f] += score * element.careful->score_by_key(weighed[i], j, f);
+            sums.key[j * features + f] += score * batch.score_by_key(weighed[i], j, f);
           }
         }
       }
     });
   }
+  return sums;
+}
+
+template <typename R>
+void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                      const Element<R>& element, KeySums<double>& total) {
+  if (element.plan.careful.empty()) return;
+  const auto sums = careful_key_sums(problem, task, b, serial, *element.careful, element.plan.careful);
   const auto add = [](const std::vector<CarefulBatch::Real>& from, std::vector<double>& to) {
     for (size_t i = 0; i < to.size(); ++i) to[i] += static_cast<double>(from[i]);
   };
   add(sums.value, total.value);
   add(sums.weight, total.weight);
   add(sums.key, total.key);
+}
+
+// The derivatives by the weights of keys that have none and lie so much nearer to rows than all that count that double
+// does not hold what a row gives them.
+template <typename R>
+void settle_beyond(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                   const Element<R>& element, const double* weight, std::vector<double>& sums) {
+  const auto beyond = [&](int64_t j) { return weight[j] == 0 && !std::isfinite(sums[j]); };
+  bool any = false;
+  for (int64_t j = 0; j < problem.keys; ++j) any |= beyond(j);
+  if (!any) return;
+  Rows rows = element.plan.wide;
+  rows.insert(rows.end(), element.plan.careful.begin(), element.plan.careful.end());
+  const auto again = careful_key_sums(problem, task, b, serial, CarefulBatch(problem, b), rows);
+  for (int64_t j = 0; j < problem.keys; ++j) {
+    if (beyond(j)) sums[j] = static_cast<double>(again.weight[j]);
+  }
 }
 
 template <typename R>
@@ -501,6 +528,7 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
     key_side(problem, serial, element.single.get(), sums);
     key_side(problem, serial, element.wide.get(), sums);
     careful_key_side(problem, task, b, serial, element, sums);
+    if (nearer) settle_beyond(problem, task, b, serial, element, weight.get(), sums.weight);
     if (!element.plan.nan.empty()) {
       for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
     }

@@ -148,7 +148,7 @@ class TiledBatch {
     for (int64_t i = 0; i < m; ++i) {
       T& x = query[i * features + f];
       const double scaled = x * factor;
-      if (std::fabs(scaled) > most / 2 && std::isfinite(x)) {
+      if (std::fabs(scaled) > most / 2) {  // at infinity too, where a product with a w of 0 is NaN
         odd[i] = true;
         x = static_cast<T>(std::copysign(most, scaled));
       } else {

@@ -137,8 +137,8 @@ class CarefulBatch {
       for (int64_t c = 0; c < channels; ++c) pull += grad[c] * (value_[j * channels + c] - row.mean[c]);
       pull += grad_lse;
       if (kind_[j] == kLeftOut) {
-        // It may lie nearer than all that count by any measure: sums of several rows stay finite in double.
-        constexpr Real kMost = 0x1p1000L;
+        // It may lie nearer than all that count by any measure: sums of several rows stay finite.
+        constexpr Real kMost = std::numeric_limits<Real>::max() / 0x1p64L;
         const Real grad_weight = std::exp2(std::fmin(row.relative[i] - row.top, Real(12000))) / row.total * pull;
         parts.weight[i] = std::isnan(pull) ? pull : std::fmin(std::fmax(grad_weight, -kMost), kMost);
         continue;

@@ -356,11 +356,11 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
       T* const place = weights + r * pitch + v * kLanes<T>;
       Vec<T> score = load(place);
       if (!kShifted) score += static_cast<T>(block.shift[r]);
-      // A key of weight 0 (whose log is not part of the score here) may lie nearer than all that count. What its weight
-      // is multiplied with stays finite.
-      const Vec<T> most = splat<T>(sizeof(T) == 4 ? 100 : 900);
-      score = select<T>(score > most, most, score);
-      const Vec<T> weight = exp2<T>(score) * block.inverse_total[r];
+      // A key of weight 0 (whose log is not part of the score here) may lie so much nearer than all that count that no
+      // number holds what it weighs.
+      const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
+      const Vec<T> exponential = select<T>(score > splat<T>(Simd<T>::kBias - 1), infinite, exp2<T>(score));
+      const Vec<T> weight = exponential * block.inverse_total[r];
       store<T>(place, weight);
       // The difference first: where a row's weight is all on one key it is exactly 0, and the gradient of lse is left.
       store<T>(grads + r * pitch + v * kLanes<T>, weight * (product[r][v] - block.offset_grad[r] + block.lse_grad[r]));
