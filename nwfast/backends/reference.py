@@ -243,7 +243,7 @@ def _nearest(query: Tensor, key: Tensor, w: Tensor, keep: Tensor, wide: bool) ->
         distances = _bandwidths(nearer, w, wide).abs()
     else:
         parts = _bandwidths(query.unsqueeze(-2) - key.unsqueeze(-3), w.unsqueeze(-2), wide).abs()
-        distances, steps = parts.amax(-1), 2
+        distances, steps = parts.amax(-1), 2 if wide else 1  # others leave float64 half of its digits
     least = torch.where(keep, distances, torch.finfo(query.dtype).max).amin(-1, keepdim=True)
     scale = _LARGEST_ROOT / least.clamp(min=_LARGEST_ROOT)
     if key.shape[-1] > 1:
