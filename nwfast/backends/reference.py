@@ -176,7 +176,7 @@ def _unnormalised(
     to_nearest = _bandwidths(query - nearest, w, wide)
     top = -(to_nearest**2).sum(-1, keepdim=True) / 2
     empty = ~keep.any(-1, keepdim=True) | away
-    if weight is None:
+    if key_weight is None or weight is None:
         terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
     else:
         # Left-out keys stay in, with weight 0, for the gradient of that weight: two factors, since exp(score) may
