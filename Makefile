@@ -6,15 +6,16 @@ ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
 EXTENSION := nwfast/_C.abi3.so
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulation/*.h tests/emulation/*.cpp)
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # What the machine with the GPU has: python with torch, pytest and a compiler. No .venv is made there.
 GPU_PYTHON ?= python3
 GPU_JOBS ?= 12
-GPU_TESTS := $(addprefix tests/test_,functional.py extremes.py properties.py ops.py compile.py nn.py reference.py \
-    validation.py dispatch.py left_out.py constants.py)
+GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py ops.py compile.py nn.py \
+    validation.py left_out.py) \
+    $(addprefix tests/backends/test_,reference.py dispatch.py constants.py)
 
 .PHONY: help setup demo info test fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
     gpu-bench report regression
@@ -45,16 +46,16 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: setup  ## rewrite the sources as lint wants them, and the header of constants
-	$(BIN)/python csrc/write_constants.py
+	$(BIN)/python csrc/common/write_constants.py
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
 bench: setup .venv/peers  ## all benchmarks against all peers, 20 minutes: benchmarks/results/<machine>.json
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 report: setup  ## docs/benchmarks.md, figures and the README's tables from the results
-	$(BIN)/python benchmarks/report.py $(ARGS)
+	$(BIN)/python benchmarks/pages/report.py $(ARGS)
 
 regression: setup .venv/peers  ## fails where we are 20 percent slower than committed, by ratios to the peers
 	$(BIN)/python benchmarks/regression.py $(ARGS)
@@ -100,7 +101,7 @@ gpu-suite:
 GPU_XDIST = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n $(GPU_JOBS)')
 
 gpu-bench:
-	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+	$(GPU_PYTHON) benchmarks/gpu/run.py $(ARGS)
 
 wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI of Python and of torch
 	rm -rf dist build/wheel

@@ -74,8 +74,12 @@ def cuda_extension() -> Extension:
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX"
     return CUDAExtension(
         "nwfast._C_cuda",
-        sources=sorted(glob("csrc/cuda/*.cu")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
+        sources=sorted(glob("csrc/cuda/**/*.cu", recursive=True)),
+        depends=sorted(
+            path
+            for part in ("common/*.h", "cuda/**/*.h", "cuda/**/*.cuh")
+            for path in glob(f"csrc/{part}", recursive=True)
+        ),
         py_limited_api=True,
         extra_compile_args={"cxx": COMPILE, "nvcc": NVCC},
     )
@@ -103,7 +107,7 @@ def extensions() -> list[Extension]:
     found = [
         CppExtension(
             "nwfast._C",
-            sources=sorted(glob("csrc/cpu/*.cpp")),
+            sources=sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
             depends=sorted(glob("csrc/**/*.h", recursive=True)),
             py_limited_api=True,
             extra_compile_args=[*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", ""))],

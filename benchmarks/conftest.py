@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks: sizes, the check before the timing, alternating runs, and where it was measured.
 
-    python benchmarks/bench.py                           all of it, with a progress bar and a result file
+    python benchmarks/run.py                             all of it, with a progress bar and a result file
     pytest benchmarks --benchmark-only -k dense          some of it, as pytest-benchmark reports it
     pytest benchmarks --benchmark-disable                each once, small: checks results, times nothing
 
@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # measure this checkout, wherever called from
 
-import machine
 import pytest
-from cases import Group
-from peers import PEERS
-from scale import SCALES, Scale
-from session import Session
+
+from benchmarks.measure import machine
+from benchmarks.measure.scale import SCALES, Scale
+from benchmarks.measure.session import Session
+from benchmarks.peers import PEERS
+from benchmarks.problems.cases import Group
 
 
 class Clock:

@@ -80,7 +80,7 @@ def comparable(then: dict, now: dict) -> str:
 
 def packages_of_peers() -> dict[str, str]:
     """Peer -> the package whose version decides whether it is the same peer."""
-    from peers import PEERS
+    from benchmarks.peers import PEERS
 
     return {name: peer.package or name for name, peer in PEERS.items()}
 
@@ -102,7 +102,7 @@ def measured(questions: Iterable[str]) -> dict:
     merged: dict = {}
     for question in questions:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, str(HERE / "bench.py"), "--only", question, "--to", file.name]
+            command = [sys.executable, str(HERE / "run.py"), "--only", question, "--to", file.name]
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(f"the benchmarks of {question} have failed")
             content = json.loads(Path(file.name).read_text())
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, nargs="?", help="a result file (default: measure now)")
     parser.add_argument("--baseline", type=Path, help="a result file (default: this machine's, as committed)")
     options = parser.parse_args()
-    import machine
+    from benchmarks.measure import machine
 
     name = machine.name(machine.fingerprint())
     then = json.loads(options.baseline.read_text()) if options.baseline else committed(name)

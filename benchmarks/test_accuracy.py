@@ -2,10 +2,11 @@
 
 import dataclasses
 
-import accuracy
 import numpy as np
 import pytest
-from peers import OWN, PEERS
+
+from benchmarks.peers import OWN, PEERS
+from benchmarks.problems import accuracy
 
 KEYS = 1000
 

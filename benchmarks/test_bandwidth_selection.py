@@ -5,8 +5,8 @@ Ours: leave-one-out loss and its gradient through the op, minimised over log w b
 
 from collections.abc import Iterator
 
-from cases import Group, selection
-from scale import Scale
+from benchmarks.measure.scale import Scale
+from benchmarks.problems.cases import Group, selection
 
 QUESTION = "bandwidth selection"
 

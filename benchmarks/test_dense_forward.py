@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Iterator
 
-from cases import Group, forward
-from peers import PEERS
-from scale import Scale
-from workloads import data
+from benchmarks.measure.scale import Scale
+from benchmarks.peers import PEERS
+from benchmarks.problems.cases import Group, forward
+from benchmarks.problems.workloads import data
 
 QUESTION = "dense forward"
 # The textbook is left out, with its (M, N, D).

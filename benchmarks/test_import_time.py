@@ -2,7 +2,7 @@
 
 import statistics
 
-import fresh
+from benchmarks.measure import fresh
 
 
 def test_import(benchmark, session, scale):

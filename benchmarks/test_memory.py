@@ -2,11 +2,12 @@
 
 import sys
 
-import fresh
 import pytest
-from peers import PEERS
-from scale import Scale
-from workloads import TOLERANCE
+
+from benchmarks.measure import fresh
+from benchmarks.measure.scale import Scale
+from benchmarks.peers import PEERS
+from benchmarks.problems.workloads import TOLERANCE
 
 LONGEST = 3.0  # seconds of one call, of which a case makes two
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is rea
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        from conftest import scale_of
+        from benchmarks.conftest import scale_of
 
         scale: Scale = scale_of(metafunc.config)
         cases = [(name, n, "") for n in scale.memory for name, peer in PEERS.items() if peer.forward]

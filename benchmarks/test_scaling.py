@@ -4,10 +4,10 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cases import Group, forward, sorting
-from peers import PEERS
-from scale import Scale
-from workloads import data
+from benchmarks.measure.scale import Scale
+from benchmarks.peers import PEERS
+from benchmarks.problems.cases import Group, forward, sorting
+from benchmarks.problems.workloads import data
 
 QUESTION = "scaling in N"
 W = 3.0

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from cases import SMALL, Group, small
-from scale import Scale
+from benchmarks.measure.scale import Scale
+from benchmarks.problems.cases import SMALL, Group, small
 
 QUESTION = "small n"
 

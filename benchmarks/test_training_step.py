@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from cases import Group, gradients
-from scale import Scale
+from benchmarks.measure.scale import Scale
+from benchmarks.problems.cases import Group, gradients
 
 QUESTION = "training step"
 

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import DemoError, Options, run
+    from .demo.chapter import DemoError, Options, run
 
     given = vars(arguments).copy()
     quiet = given.pop("quiet")

@@ -1,7 +1,8 @@
 """The numbers that all kernels share: the one source from which C++, CUDA, Numba and Triton take theirs.
 
-``python csrc/write_constants.py`` writes csrc/constants.h from it (`make format` does so); a test compares the two and
-measures every polynomial. Nothing is imported here, so that the header can be written without torch.
+``python csrc/common/write_constants.py`` writes csrc/common/constants.h from it (`make format` does so); a test
+compares the two and measures every polynomial. Nothing is imported here, so that the header can be written without
+torch.
 """
 
 LN2 = 0.69314718055994530942

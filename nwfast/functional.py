@@ -4,8 +4,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from . import backends, ops
+from . import backends
 from .backends import reference
+from .op import call
 from .validation import canonical, check_method
 
 
@@ -151,14 +152,14 @@ def nadaraya_watson(
     """
     check_method(method)
     if backend == "auto" or backend == "native":
-        result = ops.direct(query, key, value, w, key_weight, exclude_self, method, return_lse)
+        result = call.direct(query, key, value, w, key_weight, exclude_self, method, return_lse)
         if result is not None:
             return result
     form = canonical(query, key, value, w, key_weight, exclude_self)
     query = form[0]  # under autocast of another dtype than the one given
     backend = backends.resolve(backend, query.device, method)
-    kernel = ops.choose_kernel(backend, method, query.shape[-1], query.shape[-2] * form[1].shape[-2])
-    out, lse = ops.nadaraya_watson(kernel, *form[:5], exclude_self, return_lse, form[5])
+    kernel = call.choose_kernel(backend, method, query.shape[-1], query.shape[-2] * form[1].shape[-2])
+    out, lse = call.nadaraya_watson(kernel, *form[:5], exclude_self, return_lse, form[5])
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
     return out if lse is None else (out, lse)

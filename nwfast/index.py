@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends
 from .functional import nadaraya_watson
+from .op import call
 from .validation import canonical, check_method
 
 
@@ -202,7 +203,7 @@ class KeyIndex:
 
     def _predict(self, query: Tensor, w: float | Tensor) -> tuple[Tensor, Tensor] | None:
         """(out, lse) from compressed keys, or None where the call is one for the op."""
-        if not self._is_sorted or ops.is_transformed() or torch.compiler.is_compiling():
+        if not self._is_sorted or call.is_transformed() or torch.compiler.is_compiling():
             return None
         if isinstance(w, Tensor) and w.numel() != 1:
             return None
@@ -214,13 +215,13 @@ class KeyIndex:
         if query.ndim > 2:  # w has leading dimensions
             return None
         backend = backends.resolve(self.backend, query.device, self.method)
-        kernel = ops.choose_kernel(backend, self.method, 1, query.shape[0] * key.shape[0])
+        kernel = call.choose_kernel(backend, self.method, 1, query.shape[0] * key.shape[0])
         if kernel == backend:
             return None
         number = w.item()
         compressed = self._compressed
         if compressed is None or compressed.w != number:
             compressed = self._compressed = _Compressed(
-                number, ops.compress(kernel, key, value, w, key_weight)
+                number, call.compress(kernel, key, value, w, key_weight)
             )
-        return ops.predict(kernel, compressed.tensors, query, drop) if compressed.tensors else None
+        return call.predict(kernel, compressed.tensors, query, drop) if compressed.tensors else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import attention_weights, nadaraya_watson
-from .ops import is_transformed
+from .op.call import is_transformed
 from .validation import check_method
 
 

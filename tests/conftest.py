@@ -14,14 +14,14 @@ import torch
 import nwfast
 
 # Run in processes of their own.
-collect_ignore = ["emulation/plugin.py", "emulation/small_case.py", "fuzz"]
+collect_ignore = ["backends/cuda/emulation/plugin.py", "backends/cuda/emulation/small_case.py", "fuzz"]
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILING = (
-    "test_sanitizers.py",
-    "test_cuda_emulated.py",
-    "test_packaging.py",
-    "test_cuda_compile.py",
+    "backends/native/test_sanitizers.py",
+    "backends/cuda/test_emulated.py",
+    "tools/test_packaging.py",
+    "backends/cuda/test_compile.py",
 )
 
 if importlib.util.find_spec(
@@ -86,7 +86,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that compile for minutes come first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in COMPILING)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(COMPILING))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,8 +2,8 @@
 
     python tests/kernels.py          `make kernels`: exit status 1 over a budget, with a spill, or with nothing to show
 
-The rows come from `triton_resources` and `cuda_resources`, which compile the kernels without a GPU. Kernels whose
-compiler is missing are left out, and it is said; kernels that do not compile are an error.
+The rows come from `backends/triton/resources.py` and `backends/cuda/resources.py`, which compile the kernels without a
+GPU. Kernels whose compiler is missing are left out, and it is said; kernels that do not compile are an error.
 """
 
 import importlib.util
@@ -82,15 +82,15 @@ def report(sources: dict[str, Source]) -> int:
 
 
 def main() -> int:
-    import cuda_resources
+    from backends.cuda import resources
 
     if importlib.util.find_spec("triton"):
-        import triton_resources
+        from backends.triton import resources as triton_resources
 
         triton = Source(triton_resources.rows)
     else:
         triton = Source(list, "the package triton is not installed")
-    return report({"Triton": triton, "CUDA": Source(cuda_resources.rows, cuda_resources.why_not())})
+    return report({"Triton": triton, "CUDA": Source(resources.rows, resources.why_not())})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-from workloads import Call, Data
+
+from benchmarks.problems.workloads import Call, Data
 
 from .own import differentiate
 from .peer import Peer, no_compiler

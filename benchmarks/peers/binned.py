@@ -7,7 +7,8 @@ linearly at the queries. Fast, and only as accurate as the grid: it is held to 1
 import functools
 
 import numpy as np
-from workloads import Call, Data
+
+from benchmarks.problems.workloads import Call, Data
 
 from .peer import Peer, missing
 

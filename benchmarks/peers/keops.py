@@ -4,7 +4,8 @@ import functools
 
 import torch
 from torch import Tensor
-from workloads import Call, Data
+
+from benchmarks.problems.workloads import Call, Data
 
 from .own import differentiate
 from .peer import Peer, missing, no_compiler

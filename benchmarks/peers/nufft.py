@@ -8,7 +8,8 @@ import functools
 import os
 
 import numpy as np
-from workloads import Call, Data
+
+from benchmarks.problems.workloads import Call, Data
 
 from .peer import Peer, missing
 

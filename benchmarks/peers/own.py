@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from workloads import Call, Data, small_call, training_step
 
 import nwfast
+from benchmarks.problems.workloads import Call, Data, small_call, training_step
 
 from .peer import Peer
 

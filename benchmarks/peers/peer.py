@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 
 from torch import Tensor
-from workloads import TOLERANCE, Call, Data
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from benchmarks.problems.workloads import TOLERANCE, Call, Data
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def always() -> str:

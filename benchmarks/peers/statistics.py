@@ -4,7 +4,8 @@ import functools
 
 import numpy as np
 from torch import Tensor
-from workloads import Call, Data
+
+from benchmarks.problems.workloads import Call, Data
 
 from .own import rule_of_thumb
 from .peer import Peer, missing

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from workloads import (
+
+from benchmarks.problems.workloads import (
     Call,
     Data,
     TextbookModule,

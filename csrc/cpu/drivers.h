@@ -37,7 +37,7 @@ void parallel_blocks(int64_t blocks, bool serial, const Body& body) {
 // Below so many pairs a second thread costs more than it does.
 constexpr double kSerialPairs = 65536;
 
-// One feature, one channel (scalar.cpp).
+// One feature, one channel (dense/single.cpp).
 template <typename T>
 void scalar_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
@@ -53,8 +53,8 @@ void tiled_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void tiled_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// One feature, in linear time (fgt.cpp, fgt_keys.cpp); false where the dense drivers have to serve: coordinates, values
-// or weights that are not finite, or scales beyond what boxes can hold.
+// One feature, in linear time (linear/drivers.cpp, linear/keys.cpp); false where the dense drivers have to serve:
+// coordinates, values or weights that are not finite, or scales beyond what boxes can hold.
 template <typename T>
 bool fgt_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
@@ -62,10 +62,10 @@ bool fgt_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// Whether that is expected to be faster than the drivers above (method.cpp).
+// Whether that is expected to be faster than the drivers above (choose.cpp).
 bool linear_is_faster(const Problem& problem);
 
-// Keys prepared for a fixed w (fgt_prepared.cpp): sorted, with the moments of crowded boxes and the matrices between
+// Keys prepared for a fixed w (linear/prepared.cpp): sorted, with the moments of crowded boxes and the matrices between
 // boxes. All that a prediction needs, in plain arrays.
 template <typename T>
 struct FgtPrepared {

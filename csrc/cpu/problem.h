@@ -18,8 +18,8 @@
 #include <new>
 #include <utility>
 
-#include "../softmax_state.h"
-#include "kernels.h"
+#include "../common/softmax_state.h"
+#include "dense/kernels.h"
 
 namespace nwfast {
 

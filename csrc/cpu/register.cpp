@@ -125,7 +125,7 @@ View output_view(const Tensor& tensor, const Call& call) {
   }
 }
 
-// A refusal, by whose first words nwfast/ops.py tells it from a failure.
+// A refusal, by whose first words nwfast/op/call.py tells it from a failure.
 void check(bool valid) {
   STD_TORCH_CHECK(valid, "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
 }

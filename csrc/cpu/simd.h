@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../exp2.h"
+#include "../common/exp2.h"
 
 #define NWFAST_INLINE inline __attribute__((always_inline))
 

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "../exp2.h"
-#include "../softmax_state.h"
+#include "../common/exp2.h"
+#include "../common/softmax_state.h"
 
 #ifdef NWFAST_EMULATED
 #include NWFAST_EMULATED

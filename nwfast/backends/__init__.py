@@ -24,7 +24,7 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
 * grad_lse may be None. needs is a sum of NEEDS flags; a gradient not asked for is an empty tensor of shape (0,).
   backward uses the tangents it is given unless grad_lse is not None, which they do not cover.
 * fgt kernels (see `operators`) take D = 1 alone.
-* The native operators also take the one-feature forms of the public function as they are (`nwfast.ops.direct`).
+* The native operators also take the one-feature forms of the public function as they are (`nwfast.op.call.direct`).
 * Rows without any key left (all weights 0) give out NaN, lse -inf, and add nothing to any gradient.
 """
 
@@ -154,9 +154,18 @@ def operators() -> list[str]:
     return names
 
 
+# The modules of kernels in Python, by the kernels' names.
+_MODULES = {
+    "numba": "numba.dense.call",
+    "numba_fgt": "numba.linear.call",
+    "numba_auto": "numba.choose",
+    "triton": "triton.call",
+}
+
+
 def load(name: str) -> ModuleType:
-    """The module of a backend, imported on first use."""
-    return importlib.import_module(f"{__name__}.{name}")
+    """The module of a kernel (or one of this package), imported on first use: Numba and Triton load slowly."""
+    return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
 
 
 def is_captured() -> bool:

@@ -1,0 +1,456 @@
+// Sums for one feature and one channel. Lanes hold keys; kRows queries share each vector of keys, so a pair costs
+// about twelve instructions per vector of pairs and no memory traffic. One pass, no running maximum: the shift of a
+// Gaussian softmax is known from the nearest key. Parallel over row blocks (forward) and key blocks (key side) in the
+// drivers; every sum has one owner and a fixed order.
+
+#pragma once
+
+#include "../simd.h"
+#include "kernels.h"
+#include "mirrored.h"
+
+namespace nwfast {
+namespace NWFAST_ISA {
+
+constexpr int kRows = 4;         // queries in flight; 1 where a batch element has a single query
+constexpr int64_t kFlush = 128;  // vectors of keys between flushes of the accumulators into double
+
+// Runs plain(begin, end) over ranges of whole vectors and special(vector) for each vector that needs a lane mask:
+// those of the excluded keys, and the last one if it is partial.
+template <typename T, int kRows, typename Plain, typename Special>
+NWFAST_INLINE void over_vectors(int64_t begin, int64_t end, int64_t n, const int64_t* excluded, int rows,
+                                const Plain& plain, const Special& special) {
+  constexpr int64_t kStep = kLanes<T>;
+  int64_t vectors[kRows + 1];
+  int count = 0;
+  const auto insert = [&](int64_t vector) {
+    if (vector < begin / kStep || vector * kStep >= end) return;
+    int place = count;
+    while (place > 0 && vectors[place - 1] > vector) --place;
+    if (place > 0 && vectors[place - 1] == vector) return;
+    for (int i = count; i > place; --i) vectors[i] = vectors[i - 1];
+    vectors[place] = vector;
+    ++count;
+  };
+  if (excluded) {
+    for (int r = 0; r < rows; ++r) {
+      if (excluded[r] >= 0) insert(excluded[r] / kStep);
+    }
+  }
+  if (n % kStep) insert(n / kStep);
+  int64_t current = begin / kStep;
+  const int64_t last = (end + kStep - 1) / kStep;
+  for (int i = 0; i < count; ++i) {
+    if (current < vectors[i]) plain(current, vectors[i]);
+    special(vectors[i]);
+    current = vectors[i] + 1;
+  }
+  if (current < last) plain(current, last);
+}
+
+template <typename T>
+NWFAST_INLINE IntVec<T> valid_lanes(int64_t vector, int64_t n, const int64_t* excluded, int r) {
+  const IntVec<T> lane = lane_numbers<T>();
+  const int64_t base = vector * kLanes<T>;
+  typedef typename std::remove_reference<decltype(lane[0])>::type Raw;
+  typedef typename std::remove_const<Raw>::type Int;
+  const Int left = static_cast<Int>(n - base < kLanes<T> ? n - base : kLanes<T>);
+  IntVec<T> mask = lane < left;
+  if (excluded) {
+    const int64_t place = excluded[r] - base;
+    const Int out = static_cast<Int>(place >= 0 && place < kLanes<T> ? place : -1);
+    mask &= lane != out;
+  }
+  return mask;
+}
+
+// How scores are formed: relative to the nearest key, the same where products may overflow, from offsets, or from
+// offsets that need no scaling any more.
+enum class Scores { kFar, kWide, kNear, kUnit };
+constexpr bool relative(Scores mode) { return mode == Scores::kFar || mode == Scores::kWide; }
+template <typename T>
+constexpr Scores kWideScores = sizeof(T) == 8 ? Scores::kWide : Scores::kFar;  // data beyond float is never in float
+
+// x within [-bound, bound]; NaN stays.
+template <typename T>
+NWFAST_INLINE Vec<T> within(Vec<T> x, T bound) {
+  x = select<T>(x > splat<T>(bound), splat<T>(bound), x);
+  return select<T>(x < splat<T>(-bound), splat<T>(-bound), x);
+}
+
+// -(k* - k)(2 x - k* - k) scale^2; offset becomes (k* - k) scale. The second factor has the exact 2 x - k* in two
+// parts: it keeps all digits where k lies as far on the other side of x.
+template <typename T, Scores kMode>
+NWFAST_INLINE Vec<T> relative_score(Vec<T> key, Vec<T> nearest, const Mirrored<Vec<T>>& mirrored, Vec<T> scale,
+                                    Vec<T>& offset) {
+  offset = (nearest - key) * scale;
+  Vec<T> other = ((mirrored.high - key) + mirrored.low) * scale;
+  if (kMode != Scores::kWide) return Vec<T>{} - offset * other;
+  constexpr T kMost = std::numeric_limits<T>::max();
+  offset = within<T>(offset, kMost);
+  other = within<T>(other, kMost);
+  return within<T>(Vec<T>{} - offset * other, std::numeric_limits<T>::max() * T(0x1p-64));
+}
+
+template <typename T>
+NWFAST_INLINE Mirrored<Vec<T>> splat(const Mirrored<T>& mirrored) {
+  return {splat<T>(mirrored.high), splat<T>(mirrored.low)};
+}
+
+template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
+struct ScalarAccumulator {
+  static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
+  Vec<T> sums[kRows][kCount];
+  Vec<T> query[kRows], nearest[kRows];
+  Mirrored<Vec<T>> mirrored[kRows];
+
+  NWFAST_INLINE void clear() {
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kCount; ++s) sums[r][s] = Vec<T>{};
+    }
+  }
+
+  template <bool kMasked>
+  NWFAST_INLINE void add(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded) {
+    const Vec<T> scale = splat<T>(task.scale);
+    const int64_t j = vector * kLanes<T>;
+    const Vec<T> key = load(task.key + j), charge_of_value = load(task.value_charge + j);
+    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      Vec<T> offset, score, value = charge_of_value;
+      if (relative(kMode)) {
+        score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
+        // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
+        const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
+        if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
+      } else {
+        offset = query[r] - key;
+        if (kMode == Scores::kNear) offset = offset * scale;
+        score = Vec<T>{} - offset * offset;
+      }
+      Vec<T> weight = exp2<T>(score);
+      if (kMode == Scores::kWide && kOffsets) {
+        const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
+        offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
+      }
+      if (kMasked) {  // whatever the key left out holds
+        const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
+        weight = select<T>(valid, weight, Vec<T>{});
+        value = select<T>(valid, value, Vec<T>{});
+        if (kScores) score = select<T>(valid, score, Vec<T>{});
+        if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
+      }
+      sums[r][0] += kCharged ? weight * charge : weight;
+      sums[r][1] += weight * value;
+      if (kScores) {
+        const Vec<T> moment = weight * score;
+        sums[r][2] += kCharged ? moment * charge : moment;
+        sums[r][3] += moment * value;
+      }
+      if (kOffsets) {
+        const Vec<T> moment = weight * offset;
+        sums[r][2 + 2 * kScores] += kCharged ? moment * charge : moment;
+        sums[r][3 + 2 * kScores] += moment * value;
+      }
+    }
+  }
+
+  NWFAST_INLINE void flush(int rows, double* out) {
+    for (int r = 0; r < rows; ++r) {
+      double* row = out + r * kScalarSums;
+      row[kTotal] += horizontal_sum<T>(sums[r][0]);
+      row[kValue] += horizontal_sum<T>(sums[r][1]);
+      if (kScores) {
+        row[kScoreTotal] += horizontal_sum<T>(sums[r][2]);
+        row[kScoreValue] += horizontal_sum<T>(sums[r][3]);
+      }
+      if (kOffsets) {
+        row[kOffsetTotal] += horizontal_sum<T>(sums[r][2 + 2 * kScores]);
+        row[kOffsetValue] += horizontal_sum<T>(sums[r][3 + 2 * kScores]);
+      }
+    }
+    clear();
+  }
+};
+
+template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
+void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
+  ScalarAccumulator<T, kRows, kMode, kCharged, kScores, kOffsets> sums;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + (r < rows ? r : 0);
+    const T x = task.query[row], nearest = task.nearest[row];
+    sums.query[r] = splat<T>(x);
+    sums.nearest[r] = splat<T>(nearest);
+    sums.mirrored[r] = splat<T>(mirrored(x, nearest));
+  }
+  sums.clear();
+  const int64_t* excluded = task.excluded ? task.excluded + first : nullptr;
+  int64_t padded_excluded[kRows];
+  if (excluded && rows < kRows) {
+    for (int r = 0; r < kRows; ++r) padded_excluded[r] = r < rows ? excluded[r] : -1;
+    excluded = padded_excluded;
+  }
+  double* out = task.sums + first * kScalarSums;
+  int64_t pending = 0;  // vectors since the last flush
+  over_vectors<T, kRows>(
+      task.window_begin, task.window_end, task.n, excluded, rows,
+      [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t stop = begin + kFlush - pending < end ? begin + kFlush - pending : end;
+          auto local = sums;  // lets the accumulators live in registers
+          for (int64_t vector = begin; vector < stop; ++vector) local.template add<false>(task, vector, nullptr);
+          sums = local;
+          pending += stop - begin;
+          if (pending >= kFlush) {
+            sums.flush(rows, out);
+            pending = 0;
+          }
+          begin = stop;
+        }
+      },
+      [&](int64_t vector) { sums.template add<true>(task, vector, excluded); });
+  sums.flush(rows, out);
+}
+
+template <typename T, int kRows, Scores kMode, bool kCharged>
+NWFAST_INLINE void scalar_group_sums(const ScalarRows<T>& task, int64_t first, int rows) {
+  if (task.scores) {
+    if (task.offsets) {
+      scalar_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
+    } else {
+      scalar_group<T, kRows, kMode, kCharged, true, false>(task, first, rows);
+    }
+  } else if (task.offsets) {
+    scalar_group<T, kRows, kMode, kCharged, false, true>(task, first, rows);
+  } else {
+    scalar_group<T, kRows, kMode, kCharged, false, false>(task, first, rows);
+  }
+}
+
+template <typename T, int kRows, Scores kMode>
+NWFAST_INLINE void scalar_group_of(const ScalarRows<T>& task, int64_t first, int rows) {
+  if (task.total_charge) {
+    scalar_group_sums<T, kRows, kMode, true>(task, first, rows);
+  } else {
+    scalar_group_sums<T, kRows, kMode, false>(task, first, rows);
+  }
+}
+
+template <typename T, int kRows>
+NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
+  for (int64_t first = 0; first < task.rows; first += kRows) {
+    const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
+    bool far = false;
+    for (int r = 0; r < rows; ++r) {
+      const T offset = (task.query[first + r] - task.nearest[first + r]) * task.scale;
+      const double score = static_cast<double>(offset) * offset, most = std::numeric_limits<double>::max();
+      task.shift[first + r] = score > most ? most : score;
+      far |= score > kFarScore;
+      for (int s = 0; s < kScalarSums; ++s) task.sums[(first + r) * kScalarSums + s] = 0;
+    }
+    if (!far && !task.wide) {
+      for (int r = 0; r < rows; ++r) task.shift[first + r] = 0;
+    }
+    if (task.wide) {
+      scalar_group_of<T, kRows, kWideScores<T>>(task, first, rows);
+    } else if (far) {
+      scalar_group_of<T, kRows, Scores::kFar>(task, first, rows);
+    } else if (sizeof(T) == 4 && task.scale == 1) {  // the driver scales float coordinates alone
+      scalar_group_of<T, kRows, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task, first, rows);
+    } else {
+      scalar_group_of<T, kRows, Scores::kNear>(task, first, rows);
+    }
+  }
+}
+
+template <typename T>
+void scalar_rows(const ScalarRows<T>& task) {
+  task.rows == 1 ? scalar_groups<T, 1>(task) : scalar_groups<T, kRows>(task);
+}
+
+// The nearest key of positive charge that is not excluded, by a scan; for keys that are not sorted.
+template <typename T, int kRows>
+NWFAST_INLINE void nearest_groups(const ScalarRows<T>& task, T* nearest) {
+  const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
+  for (int64_t first = 0; first < task.rows; first += kRows) {
+    const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
+    Vec<T> distance[kRows], best[kRows], query[kRows];
+    int64_t excluded[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + (r < rows ? r : 0);
+      query[r] = splat<T>(task.query[row]);
+      distance[r] = infinite;
+      best[r] = splat<T>(task.key[0]);
+      excluded[r] = task.excluded ? task.excluded[row] : -1;
+    }
+    const auto visit = [&](int64_t vector, bool masked) __attribute__((always_inline)) {
+      const int64_t j = vector * kLanes<T>;
+      const Vec<T> key = load(task.key + j);
+      for (int r = 0; r < kRows; ++r) {
+        Vec<T> candidate = absolute<T>(query[r] - key);
+        if (task.total_charge) {
+          const Vec<T> charge = load(task.total_charge + j);
+          candidate = select<T>(charge == Vec<T>{}, infinite, candidate);
+        }
+        if (masked) candidate = select<T>(valid_lanes<T>(vector, task.n, excluded, r), candidate, infinite);
+        const IntVec<T> closer = candidate < distance[r];
+        distance[r] = select<T>(closer, candidate, distance[r]);
+        best[r] = select<T>(closer, key, best[r]);
+      }
+    };
+    over_vectors<T, kRows>(
+        0, task.n, task.n, task.excluded ? excluded : nullptr, rows,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t vector = begin; vector < end; ++vector) visit(vector, false);
+        },
+        [&](int64_t vector) { visit(vector, true); });
+    for (int r = 0; r < rows; ++r) {
+      alignas(kVectorBytes) T distances[kLanes<T>], keys[kLanes<T>];
+      store<T>(distances, distance[r]);
+      store<T>(keys, best[r]);
+      T least = distances[0], key = keys[0];
+      for (int i = 1; i < kLanes<T>; ++i) {  // without branches
+        key = distances[i] < least ? keys[i] : key;
+        least = distances[i] < least ? distances[i] : least;
+      }
+      nearest[first + r] = key;
+    }
+  }
+}
+
+template <typename T>
+void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
+  task.rows == 1 ? nearest_groups<T, 1>(task, nearest) : nearest_groups<T, kRows>(task, nearest);
+}
+
+constexpr int kKeyVectors = NWFAST_LEVEL == 512 ? 3 : 2;  // vectors of keys whose accumulators live in registers
+
+template <typename T, int kVectors>
+struct KeyAccumulator {
+  Vec<T> key[kVectors], value[kVectors];
+  Vec<T> sum_value[kVectors], sum_weight[kVectors], sum_offset[kVectors];
+
+  NWFAST_INLINE void clear() {
+    for (int v = 0; v < kVectors; ++v) sum_value[v] = sum_weight[v] = sum_offset[v] = Vec<T>{};
+  }
+
+  template <Scores kMode, bool kExclude>
+  NWFAST_INLINE void add(const ScalarKeys<T>& task, int64_t row, int64_t j) {
+    const Vec<T> scale = splat<T>(task.scale), query = splat<T>(task.query[row]);
+    const Vec<T> value_grad = splat<T>(task.value_grad[row]), lse_grad = splat<T>(task.lse_grad[row]);
+    const Vec<T> mean = splat<T>(task.mean[row]);
+    const Vec<T> nearest = splat<T>(task.nearest[row]);
+    const Mirrored<Vec<T>> twice = splat<T>(mirrored(task.query[row], task.nearest[row]));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> difference = query - key[v];
+      Vec<T> score;
+      if (relative(kMode)) {
+        Vec<T> offset;
+        score = relative_score<T, kMode>(key[v], nearest, twice, scale, offset);
+      } else {
+        const Vec<T> offset = kMode == Scores::kNear ? difference * scale : difference;
+        score = Vec<T>{} - offset * offset;
+      }
+      Vec<T> weight = exp2<T>(score);
+      if (relative(kMode)) {
+        const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
+        weight = select<T>(score > splat<T>(Simd<T>::kBias - 1), infinite, weight);
+      }
+      Vec<T> by_value = weight * value_grad;
+      // The difference first: it is exactly 0 where a row's weight is all on this key.
+      Vec<T> by_weight = weight * (value_grad * (value[v] - mean) + lse_grad);
+      Vec<T> by_offset = by_weight * difference;
+      if (kExclude) {  // whatever the key holds
+        const int64_t place = task.excluded[row] - j - v * kLanes<T>;
+        if (place >= 0 && place < kLanes<T>) by_value[place] = by_weight[place] = by_offset[place] = 0;
+      }
+      sum_value[v] += by_value;
+      sum_weight[v] += by_weight;
+      sum_offset[v] += by_offset;
+    }
+  }
+
+  NWFAST_INLINE void flush(const ScalarKeys<T>& task, int64_t j) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t base = j + v * kLanes<T> - task.key_begin;
+      const int64_t left = task.key_end - task.key_begin - base;
+      const int lanes = static_cast<int>(left < kLanes<T> ? left : kLanes<T>);
+      add_lanes<T>(sum_value[v], lanes, task.sum_value + base);
+      add_lanes<T>(sum_weight[v], lanes, task.sum_weight + base);
+      add_lanes<T>(sum_offset[v], lanes, task.sum_offset + base);
+    }
+    clear();
+  }
+};
+
+template <typename T, int kVectors, Scores kMode>
+void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
+  constexpr Scores kShifted = kMode == Scores::kWide ? Scores::kWide : Scores::kFar;
+  KeyAccumulator<T, kVectors> sums;
+  for (int v = 0; v < kVectors; ++v) {
+    sums.key[v] = load(task.key + j + v * kLanes<T>);
+    sums.value[v] = load(task.value + j + v * kLanes<T>);
+  }
+  sums.clear();
+  const int64_t end = j + kVectors * kLanes<T>;
+  for (int64_t first = 0; first < task.rows; first += kRowBlock) {
+    const int64_t* window = task.windows + first / kRowBlock * 2;
+    if (window[1] <= j || window[0] >= end) continue;
+    const int64_t last = first + kRowBlock < task.rows ? first + kRowBlock : task.rows;
+    bool far = false, exclude = false;
+    for (int64_t row = first; row < last; ++row) {
+      far |= task.shift[row] > 0;
+      if (task.excluded) exclude |= task.excluded[row] >= j && task.excluded[row] < end;
+    }
+    auto local = sums;
+    if (!far && !exclude && !task.skipped) {
+      for (int64_t row = first; row < last; ++row) local.template add<kMode, false>(task, row, j);
+    } else {
+      for (int64_t row = first; row < last; ++row) {
+        if (task.skipped && task.skipped[row]) continue;
+        if (task.shift[row] > 0) {
+          if (exclude) {
+            local.template add<kShifted, true>(task, row, j);
+          } else {
+            local.template add<kShifted, false>(task, row, j);
+          }
+        } else if (exclude) {
+          local.template add<kMode, true>(task, row, j);
+        } else {
+          local.template add<kMode, false>(task, row, j);
+        }
+      }
+    }
+    sums = local;
+    sums.flush(task, j);
+  }
+}
+
+template <typename T, Scores kMode>
+NWFAST_INLINE void scalar_key_groups(const ScalarKeys<T>& task) {
+  const int64_t end = (task.key_end + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  int64_t j = task.key_begin;
+  for (; j + kKeyVectors * kLanes<T> <= end; j += kKeyVectors * kLanes<T>) {
+    scalar_key_group<T, kKeyVectors, kMode>(task, j);
+  }
+  for (; j < end; j += kLanes<T>) scalar_key_group<T, 1, kMode>(task, j);
+}
+
+template <typename T>
+void scalar_keys(const ScalarKeys<T>& task) {
+  for (int64_t i = 0; i < task.key_end - task.key_begin; ++i) {
+    task.sum_value[i] = task.sum_weight[i] = task.sum_offset[i] = 0;
+  }
+  if (task.wide) {
+    scalar_key_groups<T, sizeof(T) == 8 ? Scores::kWide : Scores::kNear>(task);
+  } else if (sizeof(T) == 4 && task.scale == 1) {
+    scalar_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
+  } else {
+    scalar_key_groups<T, Scores::kNear>(task);
+  }
+}
+
+}  // namespace NWFAST_ISA
+}  // namespace nwfast

@@ -1,0 +1,60 @@
+// The kernels for any processor, and the choice of the best table for this one.
+
+#include <cstdlib>
+
+#define NWFAST_ISA baseline
+#define NWFAST_LEVEL 128
+#include "tables.h"
+
+namespace nwfast {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NWFAST_X86 1
+namespace avx512 {
+extern const Kernels<float> kFloatKernels;
+extern const Kernels<double> kDoubleKernels;
+}  // namespace avx512
+namespace avx2 {
+extern const Kernels<float> kFloatKernels;
+extern const Kernels<double> kDoubleKernels;
+}  // namespace avx2
+#endif
+
+namespace {
+
+Level detect() {
+#ifdef NWFAST_X86
+  __builtin_cpu_init();
+  const char* limit = std::getenv("NWFAST_CPU_CAPABILITY");  // for tests and comparisons
+  const bool baseline = limit && !std::strcmp(limit, "baseline"), avx2 = limit && !std::strcmp(limit, "avx2");
+  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+    return Level::kAvx512;
+  }
+  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
+#endif
+  return Level::kBaseline;
+}
+
+}  // namespace
+
+Level processor_level() {
+  static const Level best = detect();
+  return best;
+}
+
+const char* instruction_set() {
+  return processor_level() == Level::kAvx512 ? "AVX-512" : processor_level() == Level::kAvx2 ? "AVX2" : "baseline";
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return NWFAST_TABLE(kFloatKernels);
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return NWFAST_TABLE(kDoubleKernels);
+}
+
+}  // namespace nwfast

@@ -1,0 +1,435 @@
+// Rows with few keys in their windows, one channel: sums over the keys one by one, in the precision of the input.
+//
+// A vector of ascending rows (one a lane) shares one window; where many keys lie between the rows, each row has its
+// own, and the lanes hold keys. Little is searched: places move up along the keys with the rows, a vector of
+// comparisons at a time.
+//
+// Windows: all keys from log_span on (half the squared distance beyond the nearest key's) add a negligible share. Where
+// at most `few` of them lie nearer than that, already those from near_span on do.
+//
+// Coordinates are subtracted before they are scaled. For x and r far from a key beside their distance from each other,
+// the difference of squares z (FgtDirect) has a relative error of a rounding only if the three differences are exact.
+// Where the window's coordinates lie within a factor of 2, they are (Sterbenz); else z is off by (w d)^2 roundings at a
+// distance d, which is harmless near the row and not trusted beyond kNearAlways bandwidths from the nearest key.
+
+#pragma once
+
+#include "direct.h"
+
+namespace nwfast {
+namespace NWFAST_ISA {
+
+// How many of the lanes are set.
+template <typename T>
+NWFAST_INLINE int64_t count_lanes(IntVec<T> mask) {
+#if NWFAST_LEVEL == 256
+  const int bits = sizeof(T) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+  return __builtin_popcount(static_cast<unsigned>(bits));
+#else
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) count -= mask[lane];
+  return count;
+#endif
+}
+
+// The first place at or after this one with a key >= bound.
+template <typename T>
+NWFAST_INLINE int64_t move_up(const T* key, int64_t keys, int64_t place, T bound) {
+  const Vec<T> limit = splat(bound);
+  for (; place + kLanes<T> <= keys; place += kLanes<T>) {
+    const int64_t below = count_lanes<T>(load(key + place) < limit);
+    if (below < kLanes<T>) return place + below;
+  }
+  while (place < keys && key[place] < bound) ++place;
+  return place;
+}
+
+NWFAST_INLINE Vec<float> square_root(Vec<float> v) {
+#if NWFAST_LEVEL == 256
+  return _mm256_sqrt_ps(v);
+#elif NWFAST_LEVEL == 512
+  return _mm512_maskz_sqrt_ps(0xffff, v);
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+  return v;
+#endif
+}
+NWFAST_INLINE Vec<double> square_root(Vec<double> v) {
+#if NWFAST_LEVEL == 256
+  return _mm256_sqrt_pd(v);
+#elif NWFAST_LEVEL == 512
+  return _mm512_maskz_sqrt_pd(0xff, v);
+#else
+  for (int lane = 0; lane < kLanes<double>; ++lane) v[lane] = __builtin_sqrt(v[lane]);
+  return v;
+#endif
+}
+template <typename T>
+NWFAST_INLINE T least_lane(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+#if NWFAST_LEVEL == 256
+template <>
+NWFAST_INLINE float least_lane<float>(Vec<float> v) {
+  __m128 least = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  least = _mm_min_ps(least, _mm_movehl_ps(least, least));
+  return _mm_cvtss_f32(_mm_min_ss(least, _mm_movehdup_ps(least)));
+}
+#endif
+
+// 2^t for t <= 0, about the least normal number where t is far below; anything for t far above 0. Short chains of
+// operations: a few of them have to fit into the processor's schedule at a time.
+NWFAST_INLINE Vec<double> near_weight(Vec<double> t) { return weight_of<double>(t); }
+NWFAST_INLINE Vec<float> near_weight(Vec<float> t) {
+  typedef Exp2Round<float> Polynomial;
+  const auto coefficient = [](int i) { return static_cast<float>(Polynomial::coefficient(i)); };
+  const Vec<float> least = splat(-125.0f);
+#if NWFAST_LEVEL == 256
+  t = _mm256_max_ps(t, least);
+#else
+  t = select<float>(t < least, least, t);
+#endif
+  const Vec<float> rounded = t + Simd<float>::kRound, x = t - (rounded - Simd<float>::kRound), square = x * x;
+  const Vec<float> first = x * coefficient(1) + coefficient(0), second = x * coefficient(3) + coefficient(2);
+  const Vec<float> third = square * coefficient(6) + (x * coefficient(5) + coefficient(4));
+  const Vec<float> p = (third * square + second) * square + first;
+  return (Vec<float>)((IntVec<float>)p + ((IntVec<float>)rounded << Simd<float>::kMantissa));
+}
+
+// A vector of sums in double: as many as T has lanes.
+template <typename T>
+struct WideSum {
+  static constexpr int kParts = sizeof(double) / sizeof(T);
+  Vec<double> part[kParts] = {};
+
+  NWFAST_INLINE void add(Vec<T> v) {
+    T lanes[kLanes<T>];
+    store<T>(lanes, v);
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) part[i] += load_double(lanes + i * kLanes<double>);
+  }
+};
+
+constexpr int64_t kFlush = 8;  // weights that are added up in T before they go to a double
+
+// What a pair of a row and a key adds to the sums, in units of the bandwidth so that they stay within the range of T.
+template <typename T, bool kOffsets, bool kScores>
+struct NearSums {
+  static constexpr int kScore = 1 + kOffsets, kSlots = kScore + kScores;
+  Vec<T> total[kSlots] = {}, value[kSlots] = {};
+
+  NWFAST_INLINE void add(Vec<T> weight, Vec<T> centred, Vec<T> difference, Vec<T> mirrored, Vec<T> w) {
+    const Vec<T> term = weight * centred, offset = difference * w;
+    total[0] += weight;
+    value[0] += term;
+    if (kOffsets) {
+      total[1] += weight * offset;
+      value[1] += term * offset;
+    }
+    if (kScores) {
+      const Vec<T> score = offset * (mirrored * w);
+      total[kScore] += weight * score;
+      value[kScore] += term * score;
+    }
+  }
+  NWFAST_INLINE void flush(WideSum<T> (*sums)[2]) {
+#pragma GCC unroll 3
+    for (int slot = 0; slot < kSlots; ++slot) {
+      sums[slot][0].add(total[slot]);
+      sums[slot][1].add(value[slot]);
+      total[slot] = value[slot] = Vec<T>{};
+    }
+  }
+};
+
+// A vector of rows over the keys of a window.
+template <typename T, bool kOffsets, bool kScores, bool kMasked>
+NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t end, Vec<T> x, Vec<T> reference,
+                                IntVec<T> excluded, WideSum<T> (*sums)[2]) {
+  const Vec<T> apart = x - reference, twice = apart + apart, w = splat(static_cast<T>(task.scale));
+  const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));
+  const auto add = [&](int64_t j, NearSums<T, kOffsets, kScores>& part) __attribute__((always_inline)) {
+    Vec<T> difference = reference - splat(task.key[j]);
+    const IntVec<T> left_out = excluded == static_cast<int>(j - begin);
+    if (kMasked) difference = select<T>(left_out, Vec<T>{}, difference);  // such a key may be nearer than the reference
+    const Vec<T> mirrored = difference + twice;
+    Vec<T> weight = near_weight((difference * factor) * mirrored);
+    if (kMasked) weight = select<T>(left_out, Vec<T>{}, weight);
+    if (task.weight) weight = weight * splat(task.weight[j] * task.weight_factor);
+    part.add(weight, splat(task.value[j * task.value_stride] - task.centre), difference, mirrored, w);
+  };
+  int64_t j = begin;
+  for (; j + kFlush <= end; j += kFlush) {
+    NearSums<T, kOffsets, kScores> part;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kFlush; ++i) add(j + i, part);
+    part.flush(sums);
+  }
+  NearSums<T, kOffsets, kScores> part;
+  for (; j < end; ++j) add(j, part);
+  part.flush(sums);
+}
+
+// A vector from each place, the last number again beyond the end.
+template <typename T>
+NWFAST_INLINE Vec<T> load_strided(const T* x, int64_t stride, int64_t count) {
+  if (stride == 1 && count >= kLanes<T>) return load(x);
+  T lanes[kLanes<T>];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = x[(lane < count ? lane : count - 1) * stride];
+  return load(lanes);
+}
+
+// Writes sums that are relative to the nearest key, whose weight is exactly 1, in user units; rows near to that key are
+// to be relative to themselves.
+template <typename T, bool kOffsets, bool kScores>
+NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
+                              int parts) {
+  constexpr int kScore = 1 + kOffsets;
+  T lanes[kLanes<T>];
+  store<T>(lanes, apart);
+#pragma GCC unroll 2
+  for (int i = 0; i < WideSum<T>::kParts; ++i) {
+    if (i >= parts) break;
+    const DVec offset = load_double(lanes + i * kD), distance = offset * task.scale;
+    const IntVec<double> level_zero = absolute<double>(distance) <= splat(task.level_zero);
+    store<double>(task.apart + row + i * kD, select<double>(level_zero, DVec{}, offset));
+    const DVec moved = select<double>(level_zero, distance, DVec{});
+    const DVec weight = weight_of<T>(moved * moved * kMinusHalfLog2E);
+#pragma GCC unroll 2
+    for (int column = 0; column < 2; ++column) {
+      double* const out = task.sums + column * task.sums_pitch + row + i * kD;
+      const DVec sum = sums[0][column].part[i] * weight;
+      store<double>(out, sum);
+      if (kOffsets) {
+        const DVec moment = sums[1][column].part[i] * weight + moved * sum;
+        store<double>(out + 2 * task.sums_pitch, moment / task.scale);
+      }
+      if (kScores) {
+        const DVec moment = sums[kScore][column].part[i] * weight + moved * moved * sum;
+        store<double>(out + 2 * kScore * task.sums_pitch, moment / (task.scale * task.scale));
+      }
+    }
+  }
+}
+
+// Places of the keys that the lanes leave out, counted from `origin`.
+template <typename T>
+NWFAST_INLINE IntVec<T> excluded_lanes(const FgtNear<T>& task, int64_t row, int64_t rows, int64_t origin) {
+  constexpr int64_t kNowhere = int64_t{1} << 30;
+  IntVec<T> excluded;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    int64_t at = kNowhere;
+    if (lane < rows) at = (task.excluded ? task.excluded[row + lane] : task.first_row + row + lane) - origin;
+    excluded[lane] = static_cast<int>(at > -kNowhere && at < kNowhere ? at : kNowhere);
+  }
+  return excluded;
+}
+
+// The window of some rows: keys [begin, end).
+template <typename T>
+struct NearWindow {
+  int64_t begin, end;
+
+  // Keys within [low, high), found from the last window's begin and places of keys within; no more than most + 1 of
+  // them are counted. False if there are too many, or none.
+  NWFAST_INLINE bool move(const T* key, int64_t keys, T low, T high, int64_t first, int64_t last, int64_t most) {
+    if (begin > first || (begin > 0 && !(key[begin - 1] < low))) begin = first;  // and downwards from there
+    if (begin == first) {
+      while (begin > 0 && first - begin <= most && !(key[begin - 1] < low)) --begin;
+    }
+    begin = move_up(key, keys, begin, low);
+    const int64_t limit = keys < begin + most + 1 ? keys : begin + most + 1;
+    end = move_up(key, limit, last < limit ? last : limit, high);
+    return end - begin <= most && begin < end;
+  }
+};
+
+// How far windows reach, squared, beyond the distance of the nearest key: wide ones, and narrow ones, which do where
+// few keys lie between the two; the wide one is at most `farther` wider on either side.
+template <typename T>
+struct NearSpans {
+  T wide, narrow, farther;
+
+  explicit NearSpans(const FgtNear<T>& task)
+      : wide(static_cast<T>(2 * task.log_span / (task.scale * task.scale))),
+        narrow(static_cast<T>(2 * task.near_span / (task.scale * task.scale))),
+        farther(static_cast<T>((std::sqrt(2 * task.log_span) - std::sqrt(2 * task.near_span)) / task.scale)) {}
+};
+template <typename T>
+constexpr T kSlack = 4 * std::numeric_limits<T>::epsilon();  // what rounding takes of a window
+
+// Whether few keys lie between the narrow window, keys [begin, end) or more, and the wide one.
+template <typename T>
+NWFAST_INLINE bool few_beyond(const FgtNear<T>& task, int64_t begin, int64_t end, T low, T high) {
+  const int64_t below = begin - task.few / 2 - 1, above = end + task.few / 2;
+  return (below < 0 || task.key[below] < low) && (above >= task.keys || task.key[above] > high);
+}
+
+// Whether scores are exact enough in T for coordinates between these (see the top of the file).
+template <typename T>
+NWFAST_INLINE bool exact_differences(T bottom, T top) {
+  return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
+}
+
+// A vector of rows over a common window, the first key not below them being `first`. False if it holds too many keys,
+// or T is not precise enough.
+template <typename T, bool kOffsets, bool kScores, bool kMasked>
+NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows, int64_t first,
+                            NearWindow<T>& window) {
+  const T* const key = task.key;
+  const T lowest = task.x[row], highest = task.x[row + rows - 1];
+  const int64_t last = move_up(key, task.keys, first, highest);
+  Vec<T> x = splat(highest);
+  if (rows == kLanes<T>) {
+    x = load(task.x + row);
+  } else {
+    for (int64_t lane = 0; lane < rows; ++lane) x[lane] = task.x[row + lane];
+  }
+  IntVec<T> excluded = {};
+  if (kMasked) excluded = excluded_lanes(task, row, rows, first);
+
+  // Nearest keys lie between the neighbours of the first row and those of the last.
+  Vec<T> nearest = splat(static_cast<T>(INFINITY)), reference = x;
+  const int64_t from = first > 2 ? first - 2 : 0, to = last + 2 < task.keys ? last + 2 : task.keys;
+  for (int64_t j = from; j < to; ++j) {
+    const Vec<T> u = splat(key[j]), distance = absolute<T>(x - u);
+    IntVec<T> closer = distance < nearest;
+    if (kMasked) closer = closer & (excluded != static_cast<int>(j - first));
+    nearest = select<T>(closer, distance, nearest);
+    reference = select<T>(closer, u, reference);
+  }
+  for (T span = spans.narrow;; span = spans.wide) {
+    // A row that is delta from its nearest key reaches sqrt(delta^2 + 2 log_span / w^2) far.
+    const Vec<T> square = nearest * nearest + span, reach = square_root(square);
+    const Vec<T> slack = (absolute<T>(x) + reach) * kSlack<T>;
+    const T low = least_lane<T>(x - reach - slack), high = -least_lane<T>(-x - reach - slack);
+    if (!(low > -INFINITY && high < INFINITY)) return false;  // a row without any key
+    if (!window.move(key, task.keys, low, high, first, last, task.most)) return false;
+    if (span == spans.wide) break;
+    if (few_beyond(task, window.begin, window.end, low - spans.farther, high + spans.farther)) break;
+  }
+  const int64_t begin = window.begin, end = window.end;
+  const T bottom = key[begin] < lowest ? key[begin] : lowest, top = key[end - 1] > highest ? key[end - 1] : highest;
+  const Vec<T> distance = nearest * splat(static_cast<T>(task.scale));
+  if (!exact_differences(bottom, top) && count_lanes<T>(distance > static_cast<T>(kNearAlways)) > 0) return false;
+  WideSum<T> sums[3][2];
+  sum_together<T, kOffsets, kScores, kMasked>(task, begin, end, x, reference,
+                                              excluded - static_cast<int>(begin - first), sums);
+  store_sums<T, kOffsets, kScores>(task, x - reference, sums, row, WideSum<T>::kParts);
+  return true;
+}
+
+// One row, its keys in the lanes: vectors of them upwards and downwards from the row, to the first that reaches beyond
+// the window. False as above.
+template <typename T, bool kOffsets, bool kScores, bool kMasked>
+NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t first) {
+  constexpr int64_t kKeys = kLanes<T>;
+  const T* const key = task.key;
+  const T x = task.x[row];
+  const int64_t excluded = !kMasked ? -1 : task.excluded ? task.excluded[row] : task.first_row + row;
+  int64_t left = first - 1, right = first;
+  if (kMasked && left == excluded) --left;
+  if (kMasked && right == excluded) ++right;
+  const T below = left >= 0 ? x - key[left] : static_cast<T>(INFINITY);
+  const T above = right < task.keys ? key[right] - x : static_cast<T>(INFINITY),
+          nearest = below <= above ? below : above;
+  if (!(nearest < INFINITY)) return false;
+  const T reference = key[below <= above ? left : right];
+
+  int64_t begin = first, end = first;
+  T bottom = x, top = x;
+  for (T span = spans.narrow;; span = spans.wide) {
+    const T reach = __builtin_sqrt(nearest * nearest + span), slack = (__builtin_fabs(x) + reach) * kSlack<T>;
+    const T low = x - reach - slack, high = x + reach + slack;
+    while (end < task.keys && (end == first || key[end - 1] < high))
+      end = end + kKeys < task.keys ? end + kKeys : task.keys;
+    while (begin > 0 && (begin == first || !(key[begin] < low))) begin = begin > kKeys ? begin - kKeys : 0;
+    if (end - begin > task.most_alone) return false;
+    if (begin < first) bottom = key[begin];
+    if (end > first) top = key[end - 1];
+    if (span == spans.wide || few_beyond(task, begin, end, low - spans.farther, high + spans.farther)) break;
+  }
+  if (!exact_differences(bottom, top) && nearest * static_cast<T>(task.scale) > static_cast<T>(kNearAlways))
+    return false;
+
+  const Vec<T> w = splat(static_cast<T>(task.scale));
+  const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));
+  const Vec<T> from = splat(reference), twice = splat(2 * (x - reference));
+  WideSum<T> own[3][2], sums[3][2];
+  NearSums<T, kOffsets, kScores> part;
+  for (int64_t j = begin, blocks = 1; j < end; j += kKeys, ++blocks) {
+    const int64_t there = end - j;
+    Vec<T> difference = from - load_strided(key + j, 1, there);
+    IntVec<T> counts = lane_numbers<T>() < static_cast<int>(there < kKeys ? there : kKeys);
+    if (kMasked) {
+      const int64_t at = excluded - j;
+      counts = counts & (lane_numbers<T>() != static_cast<int>(at >= 0 && at < kKeys ? at : -1));
+      difference = select<T>(counts, difference, Vec<T>{});
+    }
+    const Vec<T> mirrored = difference + twice;
+    Vec<T> weight = select<T>(counts, near_weight((difference * factor) * mirrored), Vec<T>{});
+    if (task.weight) weight = weight * (load_strided(task.weight + j, 1, there) * task.weight_factor);
+    const Vec<T> value = load_strided(task.value + j * task.value_stride, task.value_stride, there);
+    part.add(weight, value - splat(task.centre), difference, mirrored, w);
+    if (blocks % kFlush == 0) part.flush(own);
+  }
+  part.flush(own);
+#pragma GCC unroll 3
+  for (int slot = 0; slot < NearSums<T, kOffsets, kScores>::kSlots; ++slot) {
+#pragma GCC unroll 2
+    for (int column = 0; column < 2; ++column) {
+      DVec sum = own[slot][column].part[0];
+      for (int i = 1; i < WideSum<T>::kParts; ++i) sum += own[slot][column].part[i];
+      sums[slot][column].part[0] = splat(horizontal_sum<double>(sum));
+    }
+  }
+  store_sums<T, kOffsets, kScores>(task, splat(x - reference), sums, row, 1);
+  return true;
+}
+
+template <typename T, bool kOffsets, bool kScores, bool kMasked>
+NWFAST_INLINE int64_t near_rows(const FgtNear<T>& task) {
+  const NearSpans<T> spans(task);
+  int64_t place = task.place, singly = 0;  // rows before `singly` are summed alone
+  NearWindow<T> window{place, place};
+  for (int64_t row = 0; row < task.rows;) {
+    place = move_up(task.key, task.keys, place, task.x[row]);
+    const int64_t rows = task.rows - row < kLanes<T> ? task.rows - row : kLanes<T>;
+    const auto spread = [&](int64_t keys) {
+      return place + keys < task.keys && task.key[place + keys] < task.x[row + rows - 1];
+    };
+    if (spread(task.spread)) singly = row + rows;
+    if (row >= singly) {
+      if (together<T, kOffsets, kScores, kMasked>(task, spans, row, rows, place, window)) {
+        row += rows;
+        continue;
+      }
+      if (!spread(task.spread / 2)) return row;
+      singly = row + rows;
+    }
+    if (!alone<T, kOffsets, kScores, kMasked>(task, spans, row, place)) return row;
+    ++row;
+  }
+  return task.rows;
+}
+
+template <typename T, bool kMasked>
+int64_t near_slots(const FgtNear<T>& task) {
+  if (task.offsets && task.scores) return near_rows<T, true, true, kMasked>(task);
+  if (task.offsets) return near_rows<T, true, false, kMasked>(task);
+  if (task.scores) return near_rows<T, false, true, kMasked>(task);
+  return near_rows<T, false, false, kMasked>(task);
+}
+
+template <typename T>
+int64_t fgt_near(const FgtNear<T>& task) {
+  return task.exclude ? near_slots<T, true>(task) : near_slots<T, false>(task);
+}
+
+}  // namespace NWFAST_ISA
+}  // namespace nwfast

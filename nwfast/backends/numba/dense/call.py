@@ -1,0 +1,329 @@
+"""The Numba backend: the kernels of units.py, run over a pool of threads.
+
+Work is cut into units of a fixed size: a batch element and a block of its rows (queries forwards, keys backwards). A
+unit is computed by one thread and sums are taken in the order of units, so no bit depends on the number of threads.
+The kernels are serial and release the GIL: Numba's own threading layers break fork or abort on concurrent calls.
+
+Kernels are compiled at the first call that needs them and cached on disk.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
+from .. import base as place
+from .. import left_out as left_out_keys
+from . import units
+from .rows import EMPTY, FAR
+
+_EXAMPLE = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+_SERIAL = 60_000  # pairs below which a hand-over to other threads costs more than it saves
+
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process, workers, pool
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+    tangent_w: bool,
+    tangent_q: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
+    key, value = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+    call = _Call(query, key, value, w, key_weight, exclude_self)
+    rows = (*call.batch, call.m)
+    out = torch.empty((*rows, call.c), dtype=call.dtype)
+    lse = torch.empty(rows, dtype=call.dtype)
+    state = torch.empty((*rows, 2), dtype=torch.float64)
+    by_w = torch.empty((*rows, call.c) if tangent_w else (0,), dtype=call.dtype)
+    by_q = torch.empty((*rows, call.c) if tangent_q else (0,), dtype=call.dtype)
+    about = call.about
+    about[place.OUT], about[place.LSE], about[place.STATE] = out.data_ptr(), lse.data_ptr(), state.data_ptr()
+    about[place.TANGENT_W] = by_w.data_ptr() if tangent_w else 0
+    about[place.TANGENT_Q] = by_q.data_ptr() if tangent_q else 0
+    call.run(units.forward, call.m, units.QUERY_BLOCK)
+    return out, lse, state, by_w, by_q
+
+
+def output(*inputs_and_wanted: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
+    with_lse = inputs_and_wanted[6]
+    out, lse, _, by_w, by_q = forward(*inputs_and_wanted[:6], *inputs_and_wanted[7:])
+    return out, lse if with_lse else lse.new_empty(0), by_w, by_q
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    tangent_w: Tensor,
+    tangent_q: Tensor,
+    exclude_self: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
+    left_out = left_out_keys.places(key_weight)
+    held = key, value
+    key, value = left_out_keys.anchored(key, value, left_out)
+    call = _Call(query, key, value, w, key_weight, exclude_self)
+    about, dtype = call.about, call.dtype
+
+    def wanted(flag: int, *shape: int) -> Tensor:
+        return torch.empty(shape if needs & flag else (0,), dtype=dtype)
+
+    grad_query = wanted(NEEDS_QUERY, *call.batch, call.m, call.d)
+    grad_key = wanted(NEEDS_KEY, *call.batch, call.n, call.d)
+    grad_value = wanted(NEEDS_VALUE, *call.batch, call.n, call.c)
+    grad_weight = wanted(NEEDS_KEY_WEIGHT, *call.batch, call.n)
+    grad_w = torch.empty(0, dtype=dtype)
+    inputs = [grad_out.to(dtype).contiguous(), out.contiguous(), state.contiguous()]
+    about[place.GRAD_OUT], about[place.OUT], about[place.STATE] = [tensor.data_ptr() for tensor in inputs]
+    if grad_lse is not None:
+        inputs.append(grad_lse.to(dtype).contiguous())
+        about[place.GRAD_LSE] = inputs[-1].data_ptr()
+    keys_wanted = bool(needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT))
+    rows_wanted = bool(needs & (NEEDS_QUERY | NEEDS_W))
+    products = (
+        rows_wanted
+        and grad_lse is None
+        and not (needs & NEEDS_QUERY and not tangent_q.numel())
+        and not (needs & NEEDS_W and not tangent_w.numel())
+    )
+    blocks = 1 if products else -(-call.m // units.QUERY_BLOCK)
+    sums = np.zeros((call.size, blocks, call.d))
+    if needs & NEEDS_QUERY:
+        about[place.GRAD_QUERY] = grad_query.data_ptr()
+    if needs & NEEDS_W:
+        about[place.GRAD_W] = sums.ctypes.data
+    if products:
+        tangents = tangent_w.contiguous(), tangent_q.contiguous()
+        about[place.TANGENT_W], about[place.TANGENT_Q] = tangents[0].data_ptr(), tangents[1].data_ptr()
+        units.backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
+        about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
+    if keys_wanted or not products:
+        rows, means = np.empty((call.size * call.m, 3)), np.empty((call.size * call.m, call.c))
+        kinds = np.empty(call.size * call.m, np.int8)
+        about[place.ROWS], about[place.MEANS] = rows.ctypes.data, means.ctypes.data
+        about[place.KINDS] = kinds.ctypes.data
+        call.run(units.backward_rows, call.m, units.QUERY_BLOCK)
+    if needs & NEEDS_W:
+        grad_w = _sum_for_w(sums.sum(1), call.batch, w)
+    if keys_wanted:
+        if needs & NEEDS_KEY:
+            about[place.GRAD_KEY] = grad_key.data_ptr()
+        if needs & NEEDS_VALUE:
+            about[place.GRAD_VALUE] = grad_value.data_ptr()
+        if needs & NEEDS_KEY_WEIGHT:
+            about[place.GRAD_WEIGHT] = grad_weight.data_ptr()
+        call.run(units.backward_keys, call.n, units.TILE)
+    if keys_wanted and left_out is not None:
+        for gradient in (grad_key, grad_value):
+            if gradient.numel():
+                gradient.masked_fill_(left_out[..., None], 0)
+        if needs & NEEDS_KEY_WEIGHT:
+            computed = grad_out, grad_lse, out, state, rows, means, kinds
+            _fill_left_out(grad_weight, left_out, query, key, *held, w, exclude_self, computed)
+    return grad_query, grad_key, grad_value, grad_w, grad_weight
+
+
+def _fill_left_out(
+    grad_weight: Tensor,
+    left_out: Tensor,
+    query: Tensor,
+    anchored: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    exclude_self: bool,
+    computed: tuple,
+) -> None:
+    """Fill the gradients of weights (*B, N) of 0 from what `backward_rows` found of each row."""
+    *batch, n = grad_weight.shape
+    m, d, c = query.shape[-2], query.shape[-1], value.shape[-1]
+
+    def whole(tensor: Tensor, *sizes: int) -> Tensor:
+        return tensor.expand(*batch, *sizes)
+
+    grad_out, grad_lse, out, state, rows, means, kinds = computed
+    rows, means, kinds = rows.reshape(*batch, m, 3), means.reshape(*batch, m, c), kinds.reshape(*batch, m)
+    left_out, finite = whole(left_out, n), whole(left_out_keys.finite(key, value), n)
+    key, value, anchored = whole(key, n, d), whole(value, n, c), whole(anchored, n, d)
+    query, w = whole(query, m, d), whole(w, d)
+    most = torch.finfo(grad_weight.dtype).max
+    for at in np.ndindex(*batch):
+        which = (left_out[at] & finite[at]).nonzero()[:, 0]
+        grad_weight[at].masked_fill_(left_out[at], 0)
+        active = (kinds[at] != EMPTY).nonzero()[0]
+        if not len(which) or not len(active):
+            continue
+        x, mean = query[at].double().numpy()[active], out[at].double().numpy()[active]
+        shift, total = state[at].numpy()[active].T
+        # Scores of rows that are near their keys are absolute; of others, relative to the key that the kernel chose.
+        reference, base = x.copy(), shift - np.log2(total)
+        far = (kinds[at][active] == FAR).nonzero()[0]
+        if len(far):
+            origin, top, total = rows[at][active[far]].T
+            reference[far] = anchored[at].double().numpy()[origin.astype(np.int64)]
+            base[far] = np.where(origin >= 0, -top - np.log2(total), np.nan)
+            mean[far] = means[at][active[far]]
+        through_lse = None if grad_lse is None else grad_lse[at].double().numpy()[active]
+        about = left_out_keys.rows_of(
+            x,
+            reference,
+            base,
+            grad_out[at].double().numpy()[active],
+            through_lse,
+            mean,
+            w[at].double().numpy(),
+        )
+        own = np.full(len(which), -1)
+        if exclude_self:
+            place = np.full(n, -1)
+            place[active] = np.arange(len(active))
+            own = place[which.numpy()]
+        result = np.empty(len(which))
+        keys = key[at][which].double().numpy(), value[at][which].double().numpy()
+
+        def run(first: int, last: int, about=about, keys=keys, own=own, result=result) -> None:
+            left_out_keys.weights(*about, *keys, own, result, first, last)
+
+        run_units(run, len(which), len(which) * len(active) * d < _SERIAL)
+        grad_weight[at][which] = torch.from_numpy(result).clamp(-most, most).to(grad_weight.dtype)
+
+
+def _sum_for_w(gradient: np.ndarray, batch: tuple[int, ...], w: Tensor) -> Tensor:
+    """Bring the sums (B, D) to the shape and dtype of w, over the dimensions in which w was broadcast."""
+    gradient = gradient.reshape(*batch, gradient.shape[-1])
+    gradient = gradient.sum(tuple(range(gradient.ndim - w.ndim)))
+    for dim, size in enumerate(w.shape):
+        if size == 1:
+            gradient = gradient.sum(dim, keepdims=True)
+    return torch.from_numpy(np.ascontiguousarray(gradient)).to(w.dtype)
+
+
+class _Call:
+    """The description of one call for the kernels (the array `about`, see base.py), and its sizes."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        w: Tensor,
+        key_weight: Tensor | None,
+        exclude_self: bool,
+    ):
+        self.batch = batch = batch_shape(query, key, value)
+        self.dtype = dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if query.dtype != dtype:
+            query, key, value = _widen(query), _widen(key), _widen(value)
+            key_weight = None if key_weight is None else _widen(key_weight)
+        if w.dtype != dtype:
+            w = w.to(dtype)
+        self.keep_alive = query, key, value, w, key_weight
+        self.m, self.d = query.shape[-2:]
+        self.n, self.c = value.shape[-2:]
+        about = [0] * place.BATCHES
+        self.size = 1
+        query_strides, key_strides, value_strides, w_strides = (
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            w.stride(),
+        )
+        weight_strides = (0,) if key_weight is None else key_weight.stride()
+        for dim in range(1, len(batch) + 1):  # from the last
+            size = batch[-dim]
+            self.size *= size
+            about += (
+                size,
+                query_strides[-2 - dim] if query.shape[-2 - dim] != 1 else 0,
+                key_strides[-2 - dim] if key.shape[-2 - dim] != 1 else 0,
+                value_strides[-2 - dim] if value.shape[-2 - dim] != 1 else 0,
+                weight_strides[-1 - dim] if key_weight is not None and key_weight.shape[-1 - dim] != 1 else 0,
+                w_strides[-1 - dim] if w.ndim > dim and w.shape[-1 - dim] != 1 else 0,
+            )
+        about[place.BATCH], about[place.BATCH_DIMS] = self.size, len(batch)
+        about[place.M], about[place.N], about[place.D], about[place.C] = self.m, self.n, self.d, self.c
+        about[place.SELF] = exclude_self
+        about[place.QUERY], about[place.KEY], about[place.VALUE] = (
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+        )
+        about[place.W] = w.data_ptr()
+        about[place.QUERY_M], about[place.QUERY_D] = query_strides[-2:]
+        about[place.KEY_N], about[place.KEY_D] = key_strides[-2:]
+        about[place.VALUE_N], about[place.VALUE_C] = value_strides[-2:]
+        about[place.W_D] = w_strides[-1] if w.shape[-1] != 1 else 0
+        if key_weight is not None:
+            about[place.WEIGHT], about[place.WEIGHT_N] = key_weight.data_ptr(), weight_strides[-1]
+        self.about = about
+
+    def run(self, kernel: Callable, length: int, block: int) -> None:
+        """Run the kernel over all units (blocks of `length` rows of each batch element) on torch's threads."""
+        count = self.size * -(-length // block)
+        if count == 0:
+            return
+        example, about = _EXAMPLE[self.dtype], np.array(self.about, dtype=np.int64)
+        serial = self.size * self.m * self.n * (self.d + self.c) < _SERIAL
+        run_units(lambda first, last: kernel(example, about, first, last), count, serial)
+
+
+def run_units(kernel: Callable[[int, int], None], count: int, serial: bool = False) -> None:
+    """Run kernel(first, last) over the units 0 .. count on torch's threads, or in this one."""
+    workers = min(torch.get_num_threads(), count)
+    if count == 0:
+        return
+    if workers == 1 or serial:
+        kernel(0, count)
+        return
+    step = max(1, count // (8 * workers))
+    starts = iter(range(0, count, step))  # shared: a thread that is done takes the next
+
+    def work() -> None:
+        for start in starts:
+            kernel(start, min(start + step, count))
+
+    others = [_executor(workers - 1).submit(work) for _ in range(workers - 1)]
+    try:
+        work()
+    finally:  # the kernels write to memory of this call: never leave before they are done
+        for other in others:
+            other.exception()
+    for other in others:
+        other.result()
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """To float32, without materialising leading dimensions that were expanded."""
+    shape = tensor.shape
+    for dim in range(tensor.ndim - 2):
+        if tensor.stride(dim) == 0 and shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.float().expand(shape)
+
+
+def _executor(workers: int) -> ThreadPoolExecutor:
+    """A pool of at least so many workers in this process: threads do not survive a fork, a child makes its own."""
+    global _pool
+    pool = _pool
+    if pool is None or pool[0] != os.getpid() or pool[1] < workers:
+        pool = _pool = (os.getpid(), workers, ThreadPoolExecutor(workers, "nwfast-numba"))
+    return pool[2]

@@ -1,0 +1,299 @@
+"""Row by row in float64, for any input: the path for the rows that the fast kernels decline, and for their gradients.
+
+The terms of a row are those of scores.py. Parallel over blocks of rows (forward, query side) and blocks of keys (key
+side).
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from ..base import (
+    EXACT,
+    GRAD_KEY,
+    GRAD_LSE,
+    GRAD_OUT,
+    GRAD_QUERY,
+    GRAD_W,
+    GRAD_WEIGHT,
+    KEY,
+    KEY_D,
+    KEY_N,
+    LSE,
+    OUT,
+    QUERY,
+    QUERY_D,
+    QUERY_M,
+    ROOT,
+    SELF,
+    STATE,
+    SUMS,
+    TANGENT_Q,
+    TANGENT_W,
+    VALUE,
+    VALUE_C,
+    VALUE_N,
+    W_D,
+    WEIGHT,
+    WEIGHT_N,
+    C,
+    D,
+    M,
+    N,
+    W,
+    double,
+    exp2_double,
+    offset,
+    pointer,
+)  # fmt: skip
+from ..scores import limited, lse_of, relative_score, row_terms
+
+CLAMP = 1000.0  # of exponents in base 2
+
+
+@njit(**EXACT)
+def centre_of(value, at, step, n):
+    """The finite value nearest to 0 if all have one sign, else 0: to subtract it never costs a digit."""
+    low, high = np.inf, -np.inf
+    for j in range(n):
+        v = double(value[at + j * step])
+        if abs(v) < np.inf:
+            low, high = min(low, v), max(high, v)
+    if low > high:
+        return 0.0
+    return low if low > 0.0 else (high if high < 0.0 else 0.0)
+
+
+@njit(**EXACT)
+def minus(x, y):
+    """Return x - y, kept out of the reach of reassociation."""
+    return x - y
+
+
+@njit(**SUMS)
+def row_mean(terms, total, value, at, step, n, skip):
+    """sum_j terms_j v_j / total of one channel; the row's own key is left out whatever it holds."""
+    centre, share = centre_of(value, at, step, n), 1.0 / total
+    mean = 0.0
+    for first in range(0, n, 1024):
+        part = 0.0
+        for j in range(first, min(first + 1024, n)):
+            if j != skip:
+                part += (terms[j] * share) * minus(double(value[at + j * step]), centre)
+        mean += part
+    return centre + mean
+
+
+@njit(**EXACT)
+def load_row(pointer_to, at, step, out):
+    """Copy a strided row into out, as float64."""
+    for f in range(len(out)):
+        out[f] = double(pointer_to[at + f * step])
+
+
+@njit(**EXACT)
+def forward_rows(example, about, unit, first, last):
+    """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
+    n, n_features, n_channels = about[N], about[D], about[C]
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
+    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
+    weighted = about[WEIGHT] != 0
+    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
+    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
+    out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    q, w = np.empty(n_features), np.empty(n_features)
+    load_row(bandwidth, at_w, about[W_D], w)
+    plain_w = w[0]
+    for f in range(n_features):
+        w[f] *= ROOT
+    terms = np.empty(n)
+    for i in range(first, last):
+        row = unit * about[M] + i
+        load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+        skip = i if about[SELF] else -1
+        origin, _, shift, total = row_terms(
+            q,
+            w,
+            key,
+            at_k,
+            about[KEY_N],
+            about[KEY_D],
+            n,
+            weight,
+            at_a,
+            about[WEIGHT_N],
+            weighted,
+            skip,
+            terms,
+        )
+        state[2 * row], state[2 * row + 1] = shift, total
+        lse[row] = lse_of(total, shift)
+        if origin < 0:
+            for c in range(n_channels):
+                out[row * n_channels + c] = np.nan
+            spread = 0.0 if total == 0.0 else np.nan
+            if about[TANGENT_W] != 0:
+                tangent_w[row] = spread
+            if about[TANGENT_Q] != 0:
+                tangent_q[row] = spread
+            continue
+        for c in range(n_channels):
+            mean = row_mean(terms, total, value, at_v + c * about[VALUE_C], about[VALUE_N], n, skip)
+            out[row * n_channels + c] = mean
+            if about[TANGENT_W] != 0 or about[TANGENT_Q] != 0:
+                k0 = double(key[at_k + origin * about[KEY_N]])
+                by_q, by_w = 0.0, 0.0
+                for j in range(n):
+                    if terms[j] != 0.0 and j != skip:
+                        k = double(key[at_k + j * about[KEY_N]])
+                        part = (terms[j] / total) * (double(value[at_v + j * about[VALUE_N]]) - mean)
+                        part *= limited((k0 - k) * plain_w)
+                        by_q += part
+                        by_w += part * limited((q[0] - k) + (q[0] - k0))
+                if about[TANGENT_W] != 0:
+                    tangent_w[row] = -by_w
+                if about[TANGENT_Q] != 0:
+                    tangent_q[row] = -plain_w * by_q
+
+
+@njit(**EXACT)
+def query_side(example, about, unit, first, last, rows, means, grad_w):
+    """Gradients of the rows first..last for query and w (added to grad_w), and what key_side needs of each row.
+
+    For each row of the batch: rows holds (index of k*, top, total), means its out in float64.
+    """
+    n, n_features, n_channels = about[N], about[D], about[C]
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
+    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
+    weighted = about[WEIGHT] != 0
+    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
+    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
+    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    grad_query = pointer(about[GRAD_QUERY], example)
+    q, w, plain_w = np.empty(n_features), np.empty(n_features), np.empty(n_features)
+    load_row(bandwidth, at_w, about[W_D], plain_w)
+    for f in range(n_features):
+        w[f] = plain_w[f] * ROOT
+    terms, pull = np.empty(n), np.empty(n)
+    for i in range(first, last):
+        row = unit * about[M] + i
+        load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+        skip = i if about[SELF] else -1
+        origin, top, _, total = row_terms(
+            q,
+            w,
+            key,
+            at_k,
+            about[KEY_N],
+            about[KEY_D],
+            n,
+            weight,
+            at_a,
+            about[WEIGHT_N],
+            weighted,
+            skip,
+            terms,
+        )
+        rows[3 * row], rows[3 * row + 1], rows[3 * row + 2] = origin, top, total
+        pull[:] = 0.0
+        for c in range(n_channels):
+            means[row * n_channels + c] = np.nan
+            if origin >= 0:
+                at = at_v + c * about[VALUE_C]
+                means[row * n_channels + c] = row_mean(terms, total, value, at, about[VALUE_N], n, skip)
+                g = double(grad_out[row * n_channels + c])
+                for j in range(n):
+                    pull[j] += g * (double(value[at + j * about[VALUE_N]]) - means[row * n_channels + c])
+        if about[GRAD_QUERY] == 0 and about[GRAD_W] == 0:
+            continue
+        through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+        for f in range(n_features):
+            if origin < 0:
+                by_q = by_w = 0.0 if total == 0.0 else np.nan
+            else:
+                k0 = double(key[at_k + origin * about[KEY_N] + f * about[KEY_D]])
+                by_q = by_w = 0.0
+                for j in range(n):
+                    if terms[j] != 0.0 and j != skip:
+                        k = double(key[at_k + j * about[KEY_N] + f * about[KEY_D]])
+                        p, d = terms[j] / total, limited(q[f] - k)
+                        # sum_j p_j <g, v_j - out> = 0: that part may be taken relative to k*.
+                        part = p * pull[j] * limited((k0 - k) * plain_w[f])
+                        rest = p * through_lse * limited(d * plain_w[f])
+                        by_q += part + rest
+                        by_w += part * limited(d + (q[f] - k0)) + rest * d
+            if about[GRAD_QUERY] != 0:
+                grad_query[row * n_features + f] = -plain_w[f] * by_q
+            grad_w[f] -= by_w
+
+
+@njit(**EXACT)
+def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad_value, grad_weight):
+    """Add the gradients of the keys first..last from the rows listed in `far`.
+
+    Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
+    """
+    n_features, n_channels = about[D], about[C]
+    query, key, value = (
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+    )
+    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
+    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
+    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
+    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    wanted = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
+    q, w, plain_w = np.empty(n_features), np.empty(n_features), np.empty(n_features)
+    by_key = np.empty(n_features)
+    load_row(bandwidth, at_w, about[W_D], plain_w)
+    for f in range(n_features):
+        w[f] = plain_w[f] * ROOT
+    for j in range(first, last):
+        by_key[:] = 0.0
+        place = at_k + j * about[KEY_N]
+        a, mantissa, exponent = 1.0, 1.0, 0.0
+        if about[WEIGHT] != 0:
+            a = double(weight[at_a + j * about[WEIGHT_N]])
+            mantissa, exponent = math.frexp(a)
+        for i in far:
+            row = unit * about[M] + i
+            total = rows[3 * row + 2]
+            if total == 0.0 or (about[SELF] and i == j):
+                continue
+            load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+            p = score = np.nan
+            if rows[3 * row] >= 0:
+                origin_at = at_k + int(rows[3 * row]) * about[KEY_N]
+                score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
+                p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
+            pull = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+            for c in range(n_channels):
+                g = double(grad_out[row * n_channels + c])
+                grad_value[c, j - first] += p * g
+                if wanted:
+                    pull += g * (
+                        double(value[at_v + j * about[VALUE_N] + c * about[VALUE_C]])
+                        - means[row * n_channels + c]
+                    )
+            if wanted:
+                # Of a key that is near and of little weight the second is exact where the first overflows.
+                by_weight = exp2_double(score) / total * pull if score < CLAMP else p * pull / a
+                grad_weight[j - first] += limited(by_weight)
+                if p != 0.0:
+                    for f in range(n_features):
+                        d = limited((q[f] - double(key[place + f * about[KEY_D]])) * plain_w[f])
+                        by_key[f] += d * (p * pull)
+        for f in range(n_features):  # by the other w last: before, terms may overflow whose sum does not
+            grad_key[f, j - first] += by_key[f] * plain_w[f]

@@ -1,0 +1,121 @@
+"""Keys that a weight of 0 leaves out: as if they were not there, whatever they hold.
+
+The kernels get copies in which such a key stands where one that counts does, with its value: then it is nowhere nearer
+than all others, and nothing of what it held reaches a result. Its gradients are exactly 0 but for that of its weight,
+
+    d a_j = sum_i exp(s_ij - lse_i) (<g_i, v_j - out_i> + grad_lse_i),
+
+which is summed here, in float64 and relative to the largest exponent, since the key may be nearer than all that count.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .base import DIGEST, EXACT, ROOT, entry, exp2_double
+from .scores import limited, parts_of_score, sum_of_score
+
+ROWS = 1024  # whose exponents are held at once
+MOST_STEP = 1000.0  # of exponents in base 2, whose power is finite
+
+
+def places(key_weight: Tensor | None) -> Tensor | None:
+    """Which keys are left out (*B, N); None if none is."""
+    if key_weight is None:
+        return None
+    left_out = key_weight == 0
+    return left_out if left_out.any() else None
+
+
+def anchored(key: Tensor, value: Tensor, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with copies of one that counts in place of those left out; of 0 where none is finite."""
+    if left_out is None:
+        return key, value
+    counts = ~left_out & finite(key, value)
+    first = counts.to(torch.uint8).argmax(-1)[..., None, None]
+    some = counts.any(-1)[..., None, None]
+    return _replaced(key, left_out, first, some), _replaced(value, left_out, first, some)
+
+
+def _replaced(tensor: Tensor, left_out: Tensor, first: Tensor, some: Tensor) -> Tensor:
+    batch, sizes = first.shape[:-2], tensor.shape[-2:]
+    anchor = tensor.expand(*batch, *sizes).gather(-2, first.expand(*batch, 1, sizes[-1]))
+    return torch.where(left_out[..., None], torch.where(some, anchor, 0), tensor)
+
+
+def finite(key: Tensor, value: Tensor) -> Tensor:
+    """Which keys (*B, N) have finite coordinates and values."""
+    return key.isfinite().all(-1) & value.isfinite().all(-1)
+
+
+@njit(**EXACT)
+def _exponent(q, k, reference, w, base):
+    score, huge = 0.0, 0.0
+    for f in range(len(q)):
+        more, much_more = parts_of_score(q[f], k[f], reference[f], w[f])
+        score += more
+        huge += much_more
+    return sum_of_score(score, huge) + base
+
+
+@njit(**EXACT)
+def scaled(x, exponent):
+    """X 2^exponent, at most the largest finite number."""
+    while exponent > 0.0 and x != 0.0 and abs(x) < np.inf:
+        step = min(exponent, MOST_STEP)
+        x *= exp2_double(step)
+        exponent -= step
+    return limited(x) if exponent > 0.0 else limited(x * exp2_double(exponent))
+
+
+def _compile_weights(digest: str) -> Callable:
+    @entry
+    def weights(query, reference, base, grad_out, pull, out, w, key, value, own, result, first, last):
+        """Fill result (keys first .. last). Of each row: its exponents are those relative to `reference`, plus base.
+
+        pull (rows): what comes through lse. own (keys): the row that leaves the key out, or -1.
+        """
+        digest  # noqa: B018
+        exponents = np.empty(ROWS)
+        rows, channels = len(query), grad_out.shape[1]
+        for j in range(first, last):
+            total, top = 0.0, -np.inf
+            for begin in range(0, rows, ROWS):
+                end, here = min(begin + ROWS, rows), -np.inf
+                for i in range(begin, end):
+                    exponent = _exponent(query[i], key[j], reference[i], w, base[i])
+                    exponents[i - begin] = exponent
+                    if i != own[j]:
+                        here = max(here, exponent)
+                if here == -np.inf:
+                    continue
+                part = 0.0
+                for i in range(begin, end):
+                    if i != own[j]:
+                        by = pull[i]
+                        for c in range(channels):
+                            by += grad_out[i, c] * (value[j, c] - out[i, c])
+                        part = limited(part + exp2_double(exponents[i - begin] - here) * limited(by))
+                if here > top:
+                    total *= exp2_double(top - here)
+                    top = here
+                total = limited(total + part * exp2_double(here - top))
+            result[j] = scaled(total, top) if top > -np.inf else 0.0
+
+    return weights
+
+
+weights = _compile_weights(DIGEST)
+
+
+def rows_of(
+    query: np.ndarray, reference: np.ndarray, base: np.ndarray, grad_out: np.ndarray, grad_lse: np.ndarray | None,
+    out: np.ndarray, w: np.ndarray
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The rows' arguments of `weights`; all arrays with one row for each."""
+    pull = np.zeros(len(query)) if grad_lse is None else grad_lse
+    parts = query, reference, base, grad_out, pull, out, w * ROOT
+    return tuple(np.ascontiguousarray(part, dtype=np.float64) for part in parts)

@@ -1,0 +1,1 @@
+"""The fast Gauss transform: the linear-time method of the Numba backend."""

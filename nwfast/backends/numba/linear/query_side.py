@@ -1,0 +1,349 @@
+"""The steps of the fast Gauss transform of one batch element: which kernels run, over which boxes and pieces.
+
+Query side: keys -> moments of boxes -> power series of query boxes -> rows; rows that the series do not serve are
+summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..dense.call import run_units
+from . import units
+from .boxes import GROUP, PIECE, UNIT, Charges
+from .data import Data, as_double, ready
+from .far_rows import CHUNK, MOST_LEVELS
+from .near_rows import Rows
+from .plan import Accuracy, Plan, node_charges, nodes, short_number
+
+MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
+KEY_CHUNK = 2048
+SLAB = 16384  # boxes whose series are held at once
+
+
+class Boxes(NamedTuple):
+    """Occupied boxes: their numbers, and where their points start (one more)."""
+
+    number: np.ndarray
+    start: np.ndarray
+
+
+class Pieces(NamedTuple):
+    """Parts of boxes that one task takes; first: where each box's pieces start."""
+
+    box: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    group: int
+
+
+class Near(NamedTuple):
+    """Boxes of keys and of queries, which of them take part in translations, and reach and bound of each query box."""
+
+    keys: Boxes
+    queries: Boxes
+    chosen: np.ndarray
+    needed: np.ndarray
+    reaches: np.ndarray
+    bound: np.ndarray
+
+
+class Crowds(NamedTuple):
+    """Boxes of many keys in the windows of careful rows, sorted by level; by_level (levels + 1) or empty."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    half: np.ndarray
+    by_level: np.ndarray
+
+
+NO_FLOATS, NO_ROWS, NO_PLACES = np.empty(0), np.empty((0, 0)), np.empty(0, np.int64)
+NO_CROWDS = Crowds(NO_PLACES, NO_PLACES, NO_FLOATS, NO_FLOATS, NO_PLACES)
+
+
+def cut(x: np.ndarray, plan: Plan) -> Boxes:
+    """The occupied boxes of sorted points."""
+    if plan.one_box:
+        return Boxes(np.zeros(min(len(x), 1), np.int64), np.array([0, len(x)][: 1 + min(len(x), 1)]))
+    most = min(len(x), 4096)
+    while True:
+        number, start = np.empty(most, np.int64), np.empty(most + 1, np.int64)
+        count = units.cut(x, plan.inverse, number, start)
+        if count >= 0:
+            return Boxes(number[:count], start[: count + 1])
+        most = min(len(x), 8 * most)
+
+
+def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Plan) -> Pieces:
+    """Cut boxes into pieces of a size that does not depend on the number of threads."""
+    counts = -(-(stop - start) // PIECE)
+    box = np.repeat(np.arange(len(number)), counts)
+    within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = start[box] + within * PIECE
+    end = np.minimum(begin + PIECE, stop[box])
+    centre = np.full(len(box), plan.origin) if plan.one_box else (number[box] + 0.5) * plan.width
+    points = int((stop - start).sum())
+    group = max(1, min(GROUP, UNIT * len(box) // max(points, 1)))
+    return Pieces(box, begin, end, centre, group)
+
+
+def moments_of(
+    x: np.ndarray, charges: Charges, columns: int, boxes: Boxes, which: np.ndarray, plan: Plan, terms: int
+) -> np.ndarray:
+    """Chebyshev moments (boxes, columns, terms) of the boxes `which`."""
+    pieces = pieces_of(boxes.number[which], boxes.start[which], boxes.start[which + 1], plan)
+    result = np.empty((len(pieces.box), columns, terms))
+    return reduce_pieces(x, charges, pieces, 2 / plan.width, result, len(which))
+
+
+def reduce_pieces(
+    x: np.ndarray, charges: Charges, pieces: Pieces, scale: float, result: np.ndarray, boxes: int
+) -> np.ndarray:
+    """Moments of pieces, and their sums in order for each box."""
+
+    def run(first: int, last: int) -> None:
+        about = pieces.start, pieces.stop, pieces.centre, scale, pieces.group
+        units.moments(x, charges, *about, result, first, last)
+
+    run_units(run, -(-len(pieces.box) // pieces.group))
+    if len(pieces.box) == boxes:
+        return result
+    return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
+
+
+def translated(
+    boxes: np.ndarray, reaches: np.ndarray, number: np.ndarray, moments: np.ndarray, plan: Plan, orders: int
+) -> np.ndarray:
+    """Power series (boxes, columns, terms), from the moments of the boxes `number`."""
+    series = np.empty((len(boxes), (orders + 1) * moments.shape[1], plan.terms))
+
+    def run(first: int, last: int) -> None:
+        units.box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
+
+    run_units(run, -(-len(boxes) // GROUP))
+    return series
+
+
+def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
+    """Which boxes take part in translations."""
+    if not plan.width or not len(data.query):
+        none = Boxes(NO_PLACES, np.zeros(1, np.int64))
+        return Near(none, none, NO_PLACES, NO_PLACES, NO_PLACES, NO_FLOATS)
+    keys, queries = cut(data.key, plan), cut(data.query, plan)
+    mass = data.mass(keys.start)
+    chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
+    reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
+    units.choose(
+        queries.number,
+        queries.start,
+        keys.number,
+        keys.start,
+        mass,
+        plan.terms,
+        1 + data.channels,
+        plan.error,
+        plan.least_kernel,
+        plan.largest_kernel,
+        plan.tail * mass.sum(),
+        accuracy.accept,
+        chosen,
+        needed,
+        reaches,
+        bound,
+    )
+    if data.uneven:
+        decline_drowned(data, plan, accuracy, keys, queries.number, bound)
+        reaches[:], needed[:] = len(plan.error) // 2, True
+    return Near(keys, queries, chosen.nonzero()[0], needed.nonzero()[0], reaches, bound)
+
+
+def decline_drowned(
+    data: Data, plan: Plan, accuracy: Accuracy, keys: Boxes, number: np.ndarray, bound: np.ndarray
+) -> None:
+    """Set the bound of boxes `number` to inf where errors relative to large values may drown small ones."""
+    reach = len(plan.error) // 2
+    for channel in data.uneven:
+        size = np.add.reduceat(np.abs(data.charge[1 + channel]), keys.start[:-1])
+        error, least = np.full(len(number), plan.tail * size.sum()), np.zeros(len(number))
+        for apart in range(-reach, reach + 1):
+            place = np.minimum(np.searchsorted(keys.number, number - apart), len(keys.number) - 1)
+            there = np.where(keys.number[place] == number - apart, size[place], 0.0)
+            error += there * plan.error[apart + reach]
+            least += there * plan.least_kernel[apart + reach]
+        bound[~(error <= accuracy.accept * least)] = np.inf
+
+
+def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: int) -> None:
+    """Finish all rows; orders 1 and 2 for the sums with one and two more factors of distance."""
+    if not len(data.query):
+        return
+    careful = np.ones(len(data.query), np.bool_)
+    near = near_field(data, plan, accuracy)
+    if len(near.chosen):
+        terms = plan.terms + (4 if orders else 0)
+        moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
+        for at in range(0, len(near.chosen), SLAB):
+            part = near.chosen[at : at + SLAB]
+            near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
+    which = careful.nonzero()[0]
+    if len(which):
+        exponent = float(data.exponent)
+        key, query = as_double(data.key), as_double(data.query)
+        sum_with_care(key, data.charge, query, data.w, exponent, plan.log_span, accuracy, rows, orders, which)
+
+
+def in_list(places: np.ndarray, count: int) -> np.ndarray:
+    """Which of 0 .. count are among the places."""
+    among = np.zeros(count, np.bool_)
+    among[places] = True
+    return among
+
+
+def near_rows(
+    data: Data,
+    plan: Plan,
+    accuracy: Accuracy,
+    rows: Rows,
+    orders: int,
+    near: Near,
+    moments: np.ndarray,
+    boxes: np.ndarray,
+    careful: np.ndarray,
+) -> None:
+    """Finish the rows of these boxes as far as the series serve them."""
+    numbers, start = near.queries
+    pieces = pieces_of(numbers[boxes], start[boxes], start[boxes + 1], plan)
+    sources = near.keys.number[near.needed]
+    series = translated(numbers[boxes], near.reaches[boxes], sources, moments, plan, orders)
+    bound = near.bound[boxes]
+
+    def run(first: int, last: int) -> None:
+        units.near_rows(
+            rows,
+            data.query,
+            data.key,
+            data.charge if len(data.own) else NO_ROWS,
+            pieces.box,
+            pieces.start,
+            pieces.stop,
+            pieces.centre,
+            2 / plan.width,
+            pieces.group,
+            series,
+            bound,
+            accuracy.accept,
+            data.w,
+            float(data.exponent),
+            orders,
+            careful,
+            first,
+            last,
+        )
+
+    run_units(run, -(-len(pieces.box) // pieces.group))
+
+
+def sum_with_care(
+    key: np.ndarray,
+    charge: np.ndarray,
+    query: np.ndarray,
+    w: float,
+    exponent: float,
+    log_span: float,
+    accuracy: Accuracy,
+    rows: Rows,
+    orders: int,
+    which: np.ndarray,
+) -> None:
+    """Finish the rows `which`."""
+    windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
+    node = nodes(accuracy.far_terms)
+
+    def finish(
+        which: np.ndarray, windows: np.ndarray, levels: np.ndarray, crowds: Crowds, charges: np.ndarray
+    ) -> None:
+        def run(first: int, last: int) -> None:
+            units.careful_rows(
+                rows,
+                which,
+                query,
+                key,
+                charge,
+                w,
+                exponent,
+                log_span,
+                orders,
+                windows,
+                levels,
+                *crowds,
+                node,
+                charges,
+                first,
+                last,
+            )
+
+        run_units(run, -(-len(which) // CHUNK))
+
+    finish(which, windows, levels, NO_CROWDS, np.empty((0, 0, 0)))
+    left = (levels >= 0).nonzero()[0]
+    if not len(left):
+        return
+    left = left[np.argsort(levels[left], kind="stable")]
+    crowds = crowded_boxes(key, w, windows[left], levels[left])
+    charges = crowd_charges(key, charge, crowds, accuracy.far_terms)
+    finish(which[left], windows[left], levels[left], crowds, charges)
+
+
+def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.ndarray) -> Crowds:
+    """The crowded boxes in the windows of rows, which are in order of their levels."""
+    scale = abs(w)
+    most = 1024
+    start, stop, number = (np.empty(most, np.int64) for _ in range(3))
+    by_level = np.zeros(MOST_LEVELS + 1, np.int64)
+    widths = np.zeros(MOST_LEVELS)
+    count = 0
+    magnitude = max(abs(float(key[0])), abs(float(key[-1])))
+    for level in range(MOST_LEVELS):
+        by_level[level] = count
+        begin, end = np.searchsorted(levels, [level, level + 1])
+        if begin == end:
+            continue
+        width = short_number(2.0 / scale) * 2.0**-level if scale else 0.0
+        if not width or not magnitude / width < MOST_NUMBER:
+            continue
+        widths[level] = width
+        while True:
+            found = units.crowds(
+                key, windows[begin:end], levels[begin:end], 1 / width, level, start, stop, number, count
+            )
+            if found >= 0:
+                break
+            start, stop, number = (
+                np.concatenate((part, np.empty_like(part))) for part in (start, stop, number)
+            )
+        count = found
+    by_level[MOST_LEVELS] = count
+    width_of = np.repeat(widths, np.diff(by_level))
+    return Crowds(start[:count], stop[:count], (number[:count] + 0.5) * width_of, width_of / 2, by_level)
+
+
+def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: int) -> np.ndarray:
+    """Charges at the nodes of crowded boxes, (boxes, columns, terms)."""
+    charges = np.empty((len(crowds.start), len(charge), terms))
+    for level in range(MOST_LEVELS):
+        begin, end = crowds.by_level[level], crowds.by_level[level + 1]
+        if begin == end:
+            continue
+        counts = -(-(crowds.stop[begin:end] - crowds.start[begin:end]) // PIECE)
+        box = np.repeat(np.arange(end - begin), counts)
+        within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = crowds.start[begin + box] + within * PIECE
+        last = np.minimum(first + PIECE, crowds.stop[begin + box])
+        pieces = Pieces(box, first, last, crowds.centre[begin + box], 1)
+        result = np.empty((len(box), len(charge), terms))
+        charges[begin:end] = reduce_pieces(
+            key, ready(charge, key.dtype), pieces, 1 / crowds.half[begin], result, end - begin
+        )
+    return np.ascontiguousarray(charges @ node_charges(terms).T)

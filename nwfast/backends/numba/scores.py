@@ -1,0 +1,234 @@
+"""Scores and terms of one row in float64, for any input: no difference cancels and no product is 0 times infinity.
+
+Scores are taken relative to a key k* near the query, feature by feature as
+
+    d_j^2 - d*^2 = (k* - k_j) (2 q - k_j - k*)
+
+which does not cancel: a query far from every key still tells its nearest keys apart, where q - k_j rounds to one number
+for all of them; and so it tells those at its other side apart that are as far away as k*, since 2 q - k* is taken with
+the rest that it rounds off. A row's terms are 2^(score - top) with `top` the largest score (the weight's power of 2
+included), so the sum is at least 1/2, never 0/0.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .base import EXACT, LN2, SUMS, double, exp2_double
+
+MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
+HUGE = 1e300  # scores beyond are as good as infinite
+SMALL = 2.0**-520  # of its square all products of two finite numbers are finite
+LEAST_DISTANCE = 4e307  # sums of four coordinates below stay finite
+
+
+@njit(**EXACT)
+def limited(x):
+    """The nearest finite number, so that 0 * inf cannot occur."""
+    return min(max(x, -MOST), MOST)
+
+
+@njit(**EXACT)
+def mirrored(q, k):
+    """2 q - k, and the rest of it that this number rounds off."""
+    twice = q + q
+    number = twice - k
+    back = number - twice
+    return number, (twice - (number - back)) - (k + back)
+
+
+@njit(**EXACT)
+def both_distances(q, k, k0):
+    """(q - k) + (q - k0) to its own rounding, however small it is beside the two."""
+    scale = 1.0 if max(abs(q), max(abs(k), abs(k0))) < LEAST_DISTANCE else 0.125
+    number, rest = mirrored(scale * q, scale * k0)
+    return ((number - scale * k) + rest) / scale
+
+
+@njit(**EXACT)
+def parts_of_score(q, k, k0, w):
+    """-((q - k)^2 - (q - k0)^2) w^2 as two terms of a sum, the second times SMALL^2 where it is huge."""
+    near, far = limited((k0 - k) * w), limited(both_distances(q, k, k0) * w)
+    product = near * far
+    if abs(product) < HUGE:
+        return -product, 0.0
+    return 0.0, -(near * SMALL) * (far * SMALL)
+
+
+@njit(**EXACT)
+def sum_of_score(score, huge):
+    """The sum of both terms over the features, at most HUGE."""
+    if huge != 0.0:
+        score += (huge / SMALL) / SMALL
+    return min(max(score, -HUGE), HUGE)
+
+
+@njit(**EXACT)
+def relative_score(q, key, place, key_d, origin, w):
+    """Base-2 score of the key at `place` minus that of the key at `origin`."""
+    score, huge = 0.0, 0.0
+    for f in range(len(q)):
+        k, k0 = double(key[place + f * key_d]), double(key[origin + f * key_d])
+        more, much_more = parts_of_score(q[f], k, k0, w[f])
+        score += more
+        huge += much_more
+    return sum_of_score(score, huge)
+
+
+@njit(**EXACT)
+def fold(x, n, largest):
+    """Maximum or minimum of x[:n] by halving, which vectorises; overwrites x."""
+    while n > 1:
+        half = (n + 1) // 2
+        if largest:
+            for j in range(n - half):
+                x[j] = max(x[j], x[half + j])
+        else:
+            for j in range(n - half):
+                x[j] = min(x[j], x[half + j])
+        n = half
+    return x[0]
+
+
+@njit(**EXACT)
+def distances(q, k, x):
+    """|q - k_j|."""
+    for j in range(len(k)):
+        x[j] = abs(q - k[j])
+
+
+@njit(**EXACT)
+def scores_of_one(q, k, origin, w, x):
+    """As relative_score, for all keys of one feature."""
+    k0 = k[origin]
+    number, rest = mirrored(q, k0)
+    for j in range(len(k)):
+        x[j] = -min(max(limited((k0 - k[j]) * w) * limited(((number - k[j]) + rest) * w), -HUGE), HUGE)
+
+
+@njit(**EXACT)
+def one_feature_terms(q, w, k, skip, terms, scratch):
+    """row_terms for one feature and no weights, from the keys k as contiguous float64: vector code throughout."""
+    n = len(k)
+    distances(q, k, terms)
+    if skip >= 0:
+        terms[skip] = np.inf
+    scratch[:] = terms
+    best = fold(scratch, n, False)
+    origin = 0
+    while terms[origin] != best:
+        origin += 1
+    top = 1.0
+    while top > 0.0:  # distances that round to one number: again from the key that is nearest in truth
+        scores_of_one(q, k, origin, w, terms)
+        if skip >= 0:
+            terms[skip] = -np.inf
+        scratch[:] = terms
+        top = fold(scratch, n, True)
+        if top > 0.0:
+            before, origin = origin, 0
+            while terms[origin] != top:
+                origin += 1
+            if origin == before:
+                break
+    for j in range(n):
+        terms[j] = exp2_double(terms[j] - top)
+    return origin, top, squared(q - k[origin], w) - top, blocked_sum(terms, n)
+
+
+@njit(**EXACT)
+def squared(distance, w):
+    """(distance w)^2, at most MOST."""
+    t = limited(distance * w)
+    return min(t * t, MOST)
+
+
+@njit(**SUMS)
+def blocked_sum(x, n):
+    """Sum of x[:n] in blocks."""
+    total = 0.0
+    for first in range(0, n, 1024):
+        part = 0.0
+        for j in range(first, min(first + 1024, n)):
+            part += x[j]
+        total += part
+    return total
+
+
+@njit(**EXACT)
+def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weighted, skip, terms):
+    """Fill terms with a_j 2^(score_j - top); return (index of k*, top, shift, total).
+
+    k* is the nearest key, told by comparisons that do not round two distances to one. total is 0 for a row without
+    keys, or infinitely far from all, and NaN where there is a number that makes the row NaN; then k* is -1.
+    """
+    n_features = len(q)
+    valid, infinite = True, False
+    for f in range(n_features):
+        valid &= abs(w[f]) < np.inf and q[f] == q[f]
+        infinite |= abs(q[f]) == np.inf
+    if n_features == 1 and not weighted and valid and abs(q[0]) < LEAST_DISTANCE and n - (skip >= 0) > 0:
+        keys, finite = np.empty(n), True
+        for j in range(n):
+            keys[j] = q[0] if j == skip else double(key[at + j * key_n])
+            finite = finite and abs(keys[j]) < LEAST_DISTANCE
+        if finite:
+            return one_feature_terms(q[0], w[0], keys, skip, terms, np.empty(n))
+    origin, kept = -1, 0
+    for j in range(n):
+        if j == skip:
+            continue
+        if weighted:
+            a = double(weight[weight_at + j * weight_n])
+            if a == 0.0:
+                continue
+            valid &= a > 0.0
+        kept += 1
+        place, reached = at + j * key_n, not infinite
+        for f in range(n_features):
+            k = double(key[place + f * key_d])
+            reached &= abs(k) < np.inf
+            # A feature without a bandwidth knows no infinite distance.
+            valid &= k == k and (infinite or abs(k) < np.inf or w[f] != 0.0)
+        if reached and (origin < 0 or relative_score(q, key, place, key_d, at + origin * key_n, w) > 0.0):
+            origin = j
+    if kept == 0:
+        return -1, 0.0, 0.0, 0.0 if valid else np.nan
+    if not valid or origin < 0:
+        return -1, 0.0, 0.0, 0.0 if valid else np.nan
+
+    top = -np.inf
+    origin_at = at + origin * key_n
+    for j in range(n):
+        score, kept_j = -np.inf, j != skip
+        if weighted and kept_j:
+            kept_j = double(weight[weight_at + j * weight_n]) > 0.0
+        if kept_j:
+            score = relative_score(q, key, at + j * key_n, key_d, origin_at, w)
+            if weighted:
+                score += double(math.frexp(double(weight[weight_at + j * weight_n]))[1])
+        terms[j] = score
+        top = max(top, score)
+    total = 0.0
+    for first in range(0, n, 256):
+        part = 0.0
+        for j in range(first, min(first + 256, n)):
+            terms[j] = exp2_double(terms[j] - top)
+            if weighted:
+                terms[j] *= math.frexp(double(weight[weight_at + j * weight_n]))[0]
+            part += terms[j]
+        total += part
+    square = 0.0
+    for first in range(0, n_features, 16):  # few roundings are as large as the whole
+        part = 0.0
+        for f in range(first, min(first + 16, n_features)):
+            part += squared(q[f] - double(key[origin_at + f * key_d]), w[f])
+        square += part
+    return origin, top, min(square - top, MOST), total
+
+
+@njit(**EXACT)
+def lse_of(total, shift):
+    """The log of the sum, ln 2 (log2(total) - shift); -inf where the shift is as large as it can be."""
+    return LN2 * (np.log2(total) - shift) if shift < MOST else -np.inf

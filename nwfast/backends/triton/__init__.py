@@ -1,0 +1,1 @@
+"""The Triton backend: see `call`. Importing this package loads nothing."""

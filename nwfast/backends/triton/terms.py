@@ -1,0 +1,213 @@
+"""What all Triton kernels share: where a batch element lies, scores of a tile, and the exact scores of far rows.
+
+Two arithmetics serve two kinds of rows. A row is *near* when float32 scores -(w d)^2 tell its keys apart: those are
+computed in the arithmetic dtype, in tiles of queries against keys. All other rows, *far* ones (the nearest key many
+bandwidths away, overflowing scores, weights of extreme size, NaN), are computed one at a time in float64 with a vector
+of keys, relative to the nearest key k* feature by feature as
+
+    d_j^2 - d*^2 = (k* - k_j) (2 q - k_j - k*)
+
+which does not cancel. Which rows are far is decided on the device, so nothing waits for it. The kernels are compiled
+without contraction of products and sums (enable_fp_fusion=False), since fused terms of these differences would
+not cancel where they must; products to be fused are written as tl.fma.
+"""
+
+import triton
+import triton.language as tl
+
+from ... import constants
+
+ROOT = tl.constexpr(constants.ROOT)  # base-2 scores are -(ROOT w d)^2
+# Near scores are -HALF_LOG2E (w d)^2: w itself is exact, where the rounding of ROOT w would bias every score alike.
+HALF_LOG2E = tl.constexpr(constants.HALF_LOG2E)
+LN2 = tl.constexpr(constants.LN2)
+# Clamped to this, factors in float64 have finite products, so that 0 * inf cannot occur.
+HUGE = tl.constexpr(1e150)
+# The largest power of 2 that near rows make; what lies beyond is that of a left-out key much nearer than all others.
+MOST_FLOAT, MOST_DOUBLE = tl.constexpr(126.0), tl.constexpr(1022.0)
+# Up to here the terms of a weight's gradient are finite, whatever they are multiplied with within reason.
+SAFE_FLOAT, SAFE_DOUBLE = tl.constexpr(96.0), tl.constexpr(900.0)
+
+
+@triton.jit
+def element(table, b, stride, which: tl.constexpr, batches, TABLE: tl.constexpr):
+    """Offset of batch element b (int64) in tensor number `which`: by one stride, or from a table (5, batches)."""
+    if TABLE:
+        return tl.load(table + which * batches + b)
+    else:
+        return b * stride
+
+
+@triton.jit
+def centre_of_values(low, high, at, exists):
+    """What to subtract from the values of the channels at the offsets `at`, whose ranges are low..high.
+
+    Numbers within a factor of two of each other have no rounding error in their difference, so it costs nothing; sums
+    of what is left keep the digits that a common offset would take, and a constant comes back to the bit.
+    """
+    least = tl.load(low + at, mask=exists, other=0.0)
+    most = tl.load(high + at, mask=exists, other=0.0)
+    small = tl.minimum(tl.abs(least), tl.abs(most))
+    large = tl.maximum(tl.abs(least), tl.abs(most))
+    one_sign = ((least > 0.0) & (most > 0.0)) | ((least < 0.0) & (most < 0.0))  # false where NaN
+    narrow = one_sign & (3.0 * small >= large) & (large < float("inf"))
+    return tl.where(narrow, 0.5 * least + 0.5 * most, 0.0)
+
+
+@triton.jit
+def squared_distances(
+    query, query_at, query_d, key, key_at, key_d, w, w_d, rows, keys, D: tl.constexpr, T: tl.constexpr,
+    SHAPE_M: tl.constexpr, SHAPE_N: tl.constexpr,
+):  # fmt: skip
+    """Squared distances in units of the base-2 score, [SHAPE_M, SHAPE_N].
+
+    query_at [SHAPE_M, 1] or [1, SHAPE_N] and key_at the other way hold the offsets of the rows, `rows` and `keys`
+    (of the same shapes) which of them exist.
+    """
+    square = tl.zeros([SHAPE_M, SHAPE_N], T)
+    if D <= 4:
+        for f in tl.static_range(D):
+            scale = tl.load(w + f * w_d).to(T)
+            q = tl.load(query + query_at + f * query_d, mask=rows, other=0.0).to(T)
+            k = tl.load(key + key_at + f * key_d, mask=keys, other=0.0).to(T)
+            offset = (q - k) * scale
+            square = tl.fma(offset, offset, square)
+    else:
+        # In blocks of about the root of all features, so that few roundings are as large as the whole.
+        BLOCK: tl.constexpr = 16 if D <= 256 else 32 if D <= 1024 else 64
+        for first in range(0, D, BLOCK):
+            part = tl.zeros([SHAPE_M, SHAPE_N], T)
+            for f in range(first, tl.minimum(first + BLOCK, D)):
+                scale = tl.load(w + f * w_d).to(T)
+                q = tl.load(query + query_at + f * query_d, mask=rows, other=0.0).to(T)
+                k = tl.load(key + key_at + f * key_d, mask=keys, other=0.0).to(T)
+                offset = (q - k) * scale
+                part = tl.fma(offset, offset, part)
+            square += part
+    return square * HALF_LOG2E
+
+
+@triton.jit
+def clamp(x):
+    """Limit x to -HUGE .. HUGE."""
+    return tl.minimum(tl.maximum(x, -HUGE), HUGE)
+
+
+@triton.jit
+def nearest_key(
+    query, query_d, key, key_n, key_d, w, w_d, key_weight, weight_n, n, skip,
+    D: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(place of the nearest key that counts, or -1; whether the row is NaN) for one query.
+
+    All pointers are at the row's batch element, `query` at the row itself. `skip` is the key left out, or -1.
+    """
+    largest = tl.load(w).to(tl.float64) * 0.0
+    for f in range(D):
+        largest = tl.maximum(largest, tl.abs(tl.load(w + f * w_d).to(tl.float64)))
+    unit = 1.0 / tl.where(largest > 1e-290, largest, 1.0)
+    best = tl.full([BLOCK], float("inf"), tl.float64)
+    place = tl.zeros([BLOCK], tl.int64)
+    invalid = tl.zeros([BLOCK], tl.int32)
+    for attempt in range(2):  # squares that overflow are compared at a smaller scale
+        if attempt == 0 or tl.min(best, 0) == float("inf"):
+            shrink = tl.where(attempt == 0, 1.0, 2.0**-540).to(tl.float64)
+            for start in range(0, n, BLOCK):
+                j = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+                counts = (j < n) & (j != skip)
+                square = tl.zeros([BLOCK], tl.float64)
+                for f in range(D):
+                    q = tl.load(query + f * query_d).to(T).to(tl.float64)
+                    k = tl.load(key + j * key_n + f * key_d, mask=counts, other=0.0).to(T).to(tl.float64)
+                    offset = (q - k) * (tl.load(w + f * w_d).to(tl.float64) * unit) * shrink
+                    square += offset * offset
+                invalid = tl.where(counts & (square != square), 1, invalid)
+                if WEIGHTED:
+                    a = tl.load(key_weight + j * weight_n, mask=counts, other=0.0).to(T)
+                    invalid = tl.where(a >= 0.0, invalid, 1)
+                    counts = counts & (a > 0.0)
+                nearer = counts & (square < best)
+                best = tl.where(nearer, square, best)
+                place = tl.where(nearer, j, place)
+    least = tl.min(best, 0)
+    origin = tl.min(tl.where((best == least) & (best < float("inf")), place, n), 0)
+    wrong = tl.max(invalid, 0) > 0
+    return tl.where(wrong | (origin >= n), -1, origin), wrong
+
+
+@triton.jit
+def relative_scores(
+    query, query_d, key, key_at, origin, key_d, w, w_d, exists, D: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores of the keys at the offsets key_at minus that of the key at the offset origin, [BLOCK]."""
+    score = tl.zeros([BLOCK], tl.float64)
+    for f in range(D):
+        q = tl.load(query + f * query_d).to(T).to(tl.float64)
+        nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
+        scale = tl.load(w + f * w_d).to(tl.float64) * ROOT
+        k = tl.load(key + key_at + f * key_d, mask=exists, other=0.0).to(T).to(tl.float64)
+        score -= clamp((nearest - k) * scale) * clamp(((q - k) + (q - nearest)) * scale)
+    return score
+
+
+@triton.jit
+def lift_of(a, T: tl.constexpr):
+    """By which power of 2 to take weights of keys as larger, and what they are multiplied with as smaller.
+
+    Relative to the sum over keys of tiny weight, 1 / a is as large as what float32, or float64, ends at.
+    """
+    least: tl.constexpr = 2.0**-500 if T == tl.float64 else 2.0**-60  # noqa: SIM300
+    lift: tl.constexpr = 512.0 if T == tl.float64 else 64.0  # noqa: SIM300
+    return tl.where((a > 0.0) & (a < least), lift, 0.0).to(T)
+
+
+@triton.jit
+def log_weights(key_weight, at, counts, T: tl.constexpr):
+    """Base-2 logarithms of the weights of one row's keys; -inf for those of weight 0 and those that do not count."""
+    a = tl.load(key_weight + at, mask=counts, other=0.0).to(T).to(tl.float64)
+    return tl.where(a > 0.0, tl.log2(tl.where(a > 0.0, a, 1.0)), float("-inf"))
+
+
+@triton.jit
+def far_scores(
+    query, query_d, key, key_n, key_d, w, w_d, key_weight, weight_n, n, skip, start, origin,
+    D: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores relative to the key `origin`, log-weights included, of the keys start..start + BLOCK; -inf where none."""
+    j = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+    counts = (j < n) & (j != skip)
+    score = relative_scores(
+        query, query_d, key, j * key_n, origin * key_n, key_d, w, w_d, counts, D, T, BLOCK
+    )
+    if WEIGHTED:
+        score += log_weights(key_weight, j * weight_n, counts, T)
+    return tl.where(counts, score, float("-inf"))
+
+
+@triton.jit
+def far_top(
+    query, query_d, key, key_n, key_d, w, w_d, key_weight, weight_n, n, skip, origin,
+    D: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest of far_scores over all keys."""
+    top = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, n, BLOCK):
+        score = far_scores(
+            query, query_d, key, key_n, key_d, w, w_d, key_weight, weight_n, n, skip, start, origin,
+            D, WEIGHTED, T, BLOCK,
+        )  # fmt: skip
+        top = tl.maximum(top, score)
+    return tl.max(top, 0)
+
+
+@triton.jit
+def own_score(query, query_d, key, origin, key_d, w, w_d, D: tl.constexpr, T: tl.constexpr):
+    """The squared distance to the key at the offset origin, in units of the base-2 score."""
+    square = tl.load(w).to(tl.float64) * 0.0
+    for f in range(D):
+        q = tl.load(query + f * query_d).to(T).to(tl.float64)
+        nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
+        offset = clamp((q - nearest) * (tl.load(w + f * w_d).to(tl.float64) * ROOT))
+        square += offset * offset
+    return square

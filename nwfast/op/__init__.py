@@ -1,0 +1,1 @@
+"""The op: its operators, their registration with PyTorch, and its derivatives."""

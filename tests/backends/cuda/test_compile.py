@@ -1,0 +1,70 @@
+"""The CUDA sources compiled by nvcc to native code of all targets, within their register budgets; no GPU is needed."""
+
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends.cuda import resources as cuda_resources
+
+pytestmark = pytest.mark.skipif(
+    bool(cuda_resources.why_not()), reason=cuda_resources.why_not() or "nvcc is there"
+)
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[cuda_resources.Resource]:
+    return cuda_resources.rows()
+
+
+def test_no_spills(resources):
+    assert [row for row in resources if row.spill_bytes] == []
+
+
+def test_registers_are_within_budget(resources):
+    assert [row for row in resources if row.registers > row.register_budget] == []
+
+
+def test_every_kernel_is_there(resources):
+    assert {row.target for row in resources} == set(cuda_resources.TARGETS)
+    names = {row.kernel.split("<")[0] for row in resources}
+    written = set()
+    for source in cuda_resources.sources():
+        text = source.read_text()
+        for part in text.split("__global__ void ")[1:]:
+            part = part.split("\n    ", 1)[1] if part.startswith("__launch_bounds__") else part
+            written.add(part.split("(", 1)[0].strip())
+    if shutil.which("c++filt"):
+        assert names == written
+
+
+def test_a_spill_is_found(tmp_path):
+    """A kernel that holds more than its registers can, through the same report."""
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024) spilling(volatile float* x) {\n"
+        "  float held[96];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) held[i] = x[i * 1024 + threadIdx.x];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) x[i * 1024 + threadIdx.x] = held[95 - i];\n"
+        "}\n"
+    )
+    (row,) = cuda_resources.compile_kernels(source, ("sm_90",))
+    assert row.spill_bytes > 0
+
+
+def test_the_operators_compile_against_this_torch(tmp_path):
+    """The stable ABI needs no CUDA build of torch: only its headers."""
+    include = Path(torch.__file__).parent / "include"
+    nvcc = cuda_resources._nvcc()
+    options = ["-std=c++17", "-arch=sm_90", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    options += ["-DPy_LIMITED_API=0x030a0000", f"-I{include}", f"-I{sysconfig.get_path('include')}"]
+    source, target = str(cuda_resources.SOURCES / "register.cu"), str(tmp_path / "register.o")
+    process = subprocess.run(
+        [nvcc, *options, "-Xcompiler=-fPIC", "-c", source, "-o", target], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr

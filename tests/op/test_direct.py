@@ -1,0 +1,127 @@
+"""Small calls in one feature go to the native operators as they are: same bits as through the canonical form."""
+
+import pytest
+import torch
+
+import nwfast
+from nwfast import backends, validation
+from nwfast.op import call as ops
+
+pytestmark = pytest.mark.skipif(
+    backends.available()["native"] is not True, reason="direct calls are calls to the C++ extension"
+)
+
+M, N = 30, 41
+FORMS = {
+    "shared": ((M,), (N,), (N,), None),
+    "weights": ((M,), (N,), (N,), (N,)),
+    "channels": ((M,), (N,), (N, 3), (N,)),
+    "per query": ((M,), (M, N), (M, N), None),
+    "per query, shared weights": ((M,), (M, N), (M, N), (N,)),
+    "per query, weights": ((M,), (M, N), (M, N), (M, N)),
+}
+
+
+def make(form, dtype):
+    return [None if shape is None else torch.rand(shape, dtype=dtype) for shape in FORMS[form]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_as_canonical(form, dtype):
+    query, key, value, weight = make(form, dtype)
+    w = torch.tensor([7.0], dtype=dtype)
+    *inputs, _ = validation.canonical(query, key, value, w, weight, False)
+    kernels = ops._KERNELS["native"]
+    tangents = value.ndim == key.ndim
+    direct = kernels.forward(query, key, value, w, weight, False, tangents, tangents)
+    canonical = kernels.forward(*inputs, False, tangents, tangents)
+    for ours, theirs in zip(direct, canonical, strict=True):
+        assert torch.equal(ours.flatten(), theirs.flatten())
+    needs = 31 if weight is not None else 15
+    grad_out = torch.randn_like(direct[0])
+    for grad_lse in (None, torch.randn_like(direct[1])):
+        ours = kernels.backward(
+            grad_out, grad_lse, query, key, value, w, weight, direct[0], *direct[2:], False, needs
+        )
+        grad_rows = None if grad_lse is None else grad_lse.reshape(canonical[1].shape)
+        theirs = kernels.backward(
+            grad_out.reshape(canonical[0].shape),
+            grad_rows,
+            *inputs,
+            canonical[0],
+            *canonical[2:],
+            False,
+            needs,
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine.flatten(), other.flatten())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_derivatives(form):
+    """First, batched and second derivatives of direct calls, with and without lse."""
+    query, key, value, weight = make(form, torch.float64)
+    cut = [tensor[tuple(slice(4) for _ in tensor.shape)] for tensor in (query, key, value)]
+    weight = None if weight is None else weight[tuple(slice(4) for _ in weight.shape)]
+    w = torch.tensor(2.0, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (*cut, w, *([] if weight is None else [weight]))]
+    for return_lse in (False, True):
+
+        def call(query, key, value, w, weight=None, return_lse=return_lse):
+            return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
+
+        assert (
+            ops.direct(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
+            is not None
+        )
+        assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_refuses_what_is_not_exactly_of_such_a_form():
+    x, w = torch.rand(3), torch.ones(1)
+    assert ops.direct(x, x, x, w, None, False, "auto", False) is not None
+    for arguments in (
+        (x, x, torch.rand(4), w, None),
+        (x, torch.rand(4, 3), torch.rand(4, 3), w, None),
+        (x, x, x.double(), w, None),
+        (x, torch.rand(0), torch.rand(0), w, None),
+        (x, x, x, torch.ones(3), None),
+        (x, x, x, w.double(), None),
+        (x, x, x, w, torch.rand(4)),
+        (x, x.to("meta"), x, w, None),
+        (x[:, None], x[:, None], x, w, None),
+        (x.half(), x.half(), x.half(), w.half(), None),
+        (x, x, x, 1.0, None),
+        (x, x.long(), x, w, None),
+        (x, x, x.bool(), w, None),
+        (x, x, x, w, x > 0),
+        (x, x.to_sparse(), x, w, None),
+        (x, x, x.to_sparse(), w, None),
+        (x, x, x, w[:0], None),
+        (x, x, x, w, torch.tensor(1.0)),
+    ):
+        assert ops.direct(*arguments, False, "auto", False) is None
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), TypeError("no")]
+)
+def test_a_failure_is_no_refusal(monkeypatch, error, differentiate):
+    """It reaches the caller; no other kernel is tried instead."""
+    x, w = torch.rand(3), torch.ones(1, requires_grad=differentiate)
+    kernels = ops._KERNELS["native"]
+    tried = []
+
+    def fail(*arguments):
+        tried.append(arguments)
+        raise error
+
+    monkeypatch.setattr(kernels, "stateless", fail)
+    eager, _ = ops._functions(fail, fail, fail)
+    monkeypatch.setattr(kernels, "eager", eager)
+    with pytest.raises(type(error), match=str(error)):
+        nwfast.nadaraya_watson(x, x, x, w)
+    assert len(tried) == 1

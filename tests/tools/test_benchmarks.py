@@ -1,0 +1,217 @@
+"""The benchmarks' own machinery: checks, ratios, the regression check and the report."""
+
+import copy
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import nwfast
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are not part of this distribution", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import regression, run  # noqa: E402
+from benchmarks.measure import scale  # noqa: E402
+from benchmarks.measure.session import Session, group_as_dict  # noqa: E402
+from benchmarks.pages import report, tables  # noqa: E402
+from benchmarks.pages.bars import bars  # noqa: E402
+from benchmarks.problems import cases, workloads  # noqa: E402
+
+OWN = next(name for name in ("native", "numba", "reference") if nwfast.backends.available()[name] is True)
+MACHINE = {
+    "device": "cpu",
+    "processor": "P",
+    "cores": 2,
+    "instruction_set": "AVX2",
+    "versions": {"python": "3", "torch": "2.13.0", "numba": "0"},
+}
+PACKAGES = {"textbook": "torch", "chunked textbook": "torch", "JAX": "jax"}
+
+
+def run_of(groups: list[dict], **versions: str) -> dict:
+    place = {**MACHINE, "versions": {**MACHINE["versions"], **versions}}
+    return {"machine": place, "points": 512, "groups": groups}
+
+
+def group_of(ratios: dict[str, float], own: str = "native") -> dict:
+    found = [{"own": own, "peer": peer, "measured": value} for peer, value in ratios.items()]
+    return {"name": "forward", "question": "dense forward", "ratios": found}
+
+
+def timed() -> dict:
+    """Ours beside two peers that need nothing installed, in turn, with everything checked."""
+    names = [OWN, "textbook", "chunked textbook"]
+    make = functools.partial(workloads.data, 512)
+    group = cases.forward("dense forward", make, scale.QUICK, 0.3, names)
+    return group_as_dict(group, Session(scale.QUICK).time(group))
+
+
+@pytest.mark.skipif(OWN == "reference", reason="no kernel of ours can run here")
+def test_a_slowed_kernel_fails_the_regression_check(monkeypatch):
+    then = run_of([timed()])
+    kernel = nwfast.nadaraya_watson
+
+    def slowed(*arguments, **options):
+        start = time.perf_counter()
+        out = kernel(*arguments, **options)
+        taken = time.perf_counter() - start
+        time.sleep(4 * taken + 5e-3)  # far above what noise may do
+        return out
+
+    monkeypatch.setattr(nwfast, "nadaraya_watson", slowed)
+    now = run_of([timed()])
+
+    (change,) = regression.changes(then, now, PACKAGES)
+    assert change.own == OWN
+    assert set(change.peers) == {"textbook", "chunked textbook"}
+    assert change.failed, change
+
+
+@pytest.mark.parametrize(("factor", "failed"), [(1.0, False), (1.15, False), (1.25, True), (0.5, False)])
+def test_more_than_20_percent_slower_fails(factor, failed):
+    ratios = {"textbook": 90.0, "chunked textbook": 20.0}
+    then = run_of([group_of(ratios)])
+    now = run_of([group_of({peer: value / factor for peer, value in ratios.items()})])
+    (change,) = regression.changes(then, now, PACKAGES)
+    assert change.factor == pytest.approx(factor)
+    assert change.failed is failed
+
+
+def test_a_slower_machine_is_no_regression_and_one_noisy_peer_decides_nothing():
+    then = run_of([group_of({"textbook": 90.0, "chunked textbook": 20.0, "JAX": 10.0})], jax="1")
+    now = run_of([group_of({"textbook": 30.0, "chunked textbook": 20.0, "JAX": 10.1})], jax="1")
+    (change,) = regression.changes(then, now, PACKAGES)
+    assert not change.failed
+
+
+def test_a_peer_of_another_version_is_left_out():
+    then = run_of([group_of({"textbook": 90.0, "JAX": 10.0})], jax="1")
+    now = run_of([group_of({"textbook": 90.0, "JAX": 1.0})], jax="2")
+    (change,) = regression.changes(then, now, PACKAGES)
+    assert change.peers == ("textbook",) and change.factor == 1
+
+
+def test_runs_of_different_machines_are_not_compared():
+    then, now = run_of([]), copy.deepcopy(run_of([]))
+    assert regression.comparable(then, now) == ""
+    now["machine"]["instruction_set"] = "AVX-512"
+    assert regression.comparable(then, now) == "instruction_set was AVX2, is AVX-512"
+
+
+def test_the_check_exits_with_the_verdict(tmp_path, monkeypatch):
+    for name, ratio in ("then", 90.0), ("same", 91.0), ("slow", 60.0):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run_of([group_of({"textbook": ratio})])))
+
+    def status(name):
+        arguments = [str(tmp_path / f"{name}.json"), "--baseline", str(tmp_path / "then.json")]
+        monkeypatch.setattr(sys, "argv", ["regression.py", *arguments])
+        return regression.main()
+
+    assert status("same") == 0
+    assert status("slow") == 1
+
+
+def test_a_later_run_of_some_files_takes_their_place_in_a_result_of_the_same_commit():
+    def result(commit, cores, **seconds):
+        groups = [{"name": name, "seconds": value} for name, value in seconds.items()]
+        measured = [{"what": name, "measured": value} for name, value in seconds.items()]
+        busy = dict.fromkeys(seconds, cores)
+        same = {"commit": commit, "machine": {"cores": 2}, "quick": False, "wrong": []}
+        return {**same, "groups": groups, "bars": measured, "cores_used_elsewhere": busy}
+
+    renewed = run.renew(result("a", 1.0, first=1.0, second=2.0), result("a", 0.0, second=3.0))
+    assert [group["seconds"] for group in renewed["groups"]] == [1.0, 3.0]
+    assert [bar["measured"] for bar in renewed["bars"]] == [1.0, 3.0]
+    assert renewed["cores_used_elsewhere"] == {"first": 1.0, "second": 0.0}
+    with pytest.raises(SystemExit, match="commit"):
+        run.renew(renewed, result("b", 0.0, second=3.0))
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.setattr(nwfast, "nadaraya_watson", lambda query, *_, **__: torch.zeros_like(query))
+    session = Session(scale.QUICK)
+    make = functools.partial(workloads.data, 64)
+    group = cases.forward("dense forward", make, scale.QUICK, 0.05, [OWN, "textbook"])
+    if OWN == "reference":
+        pytest.skip("no kernel of ours can run here")
+    outcomes = session.time(group)
+    assert "off by" in outcomes[OWN].wrong and not outcomes[OWN].seconds
+    assert outcomes["textbook"].seconds
+    assert len(session.wrong) == 1
+
+
+def test_what_is_too_large_is_left_out_with_the_reason():
+    make = functools.partial(workloads.data, 30_000)
+    group = cases.forward("scaling in N", make, scale.QUICK, 0.05, ["textbook", "native"])
+    assert "GB" in group.entries["textbook"].why_not()
+
+
+def test_a_group_of_which_nothing_can_run_is_reported():
+    make = functools.partial(workloads.data, 30_000)
+    group = cases.forward("scaling in N", make, scale.QUICK, 0.05, ["textbook"])
+    session = Session(scale.QUICK)
+    assert not session.time(group)["textbook"].seconds
+    assert "GB" in session.as_dict()[0]["missing"]["textbook"]
+
+
+def test_nan_is_wrong():
+    exact = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(workloads.WrongResultError, match="off by nan"):
+        workloads.check((torch.tensor([1.0, float("nan"), 1.0]),), (exact,), "a peer")
+
+
+def test_the_report_writes_all_pages_from_a_run(tmp_path):
+    session = Session(scale.QUICK)
+    names = [OWN, "textbook", "chunked textbook"]
+    session.time(
+        cases.forward("dense forward", functools.partial(workloads.data, 256), scale.QUICK, 0.05, names)
+    )
+    make = functools.partial(workloads.data, 256, w=3.0, ordered=True)
+    session.time(cases.forward("scaling in N", make, scale.QUICK, 0.05, names))
+    session.records["memory"] = [
+        {"peer": "textbook", "n": n, "wanted": "", "added_MB": 1.0 * n, "error": 0.0} for n in (100, 200)
+    ]
+    session.records["distance"] = [
+        {"peer": "textbook", "precision": "float32", "bandwidths": [1.0, 10.0], "error": [1e-7, None]}
+    ]
+    peak = dict.fromkeys(("fma", "add", "shift", "mixed"), 10000000000.0)
+    session.records["ceiling"] = [
+        {
+            "instruction_set": "AVX2",
+            "lanes_float32": 8,
+            "cores": 2,
+            "clock_GHz": 3.0,
+            "clock_GHz_all_cores": 3.0,
+            "instructions_per_second": peak,
+        }
+    ]
+    content = json.loads(json.dumps(run.content(session, bars(session), [], MACHINE)))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text())
+    (tmp_path / "README.md").write_text("a\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nb\n")
+    report.write(content, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "docs" / "figures").iterdir()) == [
+        "error-against-distance.svg",
+        "memory-against-n.svg",
+        "speed-up.svg",
+        "time-against-n.svg",
+    ]
+    readme = (tmp_path / "README.md").read_text()
+    assert "old" not in readme and readme.startswith("a\n") and readme.endswith("b\n")
+    median = content["groups"][0]["entries"][0]["seconds"]["median"]
+    assert tables.format_time(median) in readme
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "no number" in page and "## The peers" in page
+
+
+def test_markers_have_to_be_there():
+    with pytest.raises(ValueError, match="expected one <!-- speed -->"):
+        report.put("no markers", "text", "speed")
