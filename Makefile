@@ -5,6 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
+STEP := .ci/step
 EXTENSION := nwfast/_C.abi3.so
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -24,7 +25,8 @@ GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: .venv/installed $(EXTENSION)  ## virtual environment, pinned packages, C++ extension
+setup:  ## virtual environment, pinned packages, C++ extension
+	@$(MAKE) --no-print-directory --jobs 2 .venv/installed $(EXTENSION)
 
 demo: setup  ## the chapter, then a year of flights; options as in make demo ARGS="--n 100000"
 	$(BIN)/python -m nwfast demo $(ARGS)
@@ -114,11 +116,18 @@ clean:  ## remove everything that was made, .venv included
 	rm -rf .venv build dist demo-output *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks
 	find nwfast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/requirements: requirements-dev.txt
+# What the extension is compiled with comes first: the two then go on at the same time.
+.venv/build: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("nwfast needs Python 3.10 or later, $(PYTHON) is " + sys.version.split()[0] \
 	    if sys.version_info < (3, 10) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@test -x $(BIN)/python || $(STEP) "making .venv" build/venv.log $(PYTHON) -m venv .venv
+	@mkdir -p build; sed -n '/^torch==\|^numpy==/p; /^# build/,/^$$/p' requirements-dev.txt > build/requirements.txt
+	@$(STEP) "installing torch" build/torch.log $(BIN)/python -m pip install -r build/requirements.txt
+	@touch $@
+
+.venv/requirements: .venv/build
+	@$(STEP) "installing what requirements-dev.txt lists" build/requirements.log \
+	    $(BIN)/python -m pip install -r requirements-dev.txt
 	@touch $@
 
 # The peers of the benchmarks; where one does not install, the rest is measured and the report says which is absent.
@@ -130,10 +139,12 @@ clean:  ## remove everything that was made, .venv included
 
 # Makes the package importable, and puts the command nwfast into .venv; the extension is built apart, in place.
 .venv/installed: .venv/requirements pyproject.toml
-	NWFAST_EXT=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@NWFAST_EXT=0 $(STEP) "installing nwfast, editable" build/editable.log \
+	    $(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Where it is skipped there is no file, so that the next call tries again.
-$(EXTENSION): .venv/requirements setup.py $(CPP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+$(EXTENSION): .venv/build setup.py $(CPP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(STEP) "compiling the C++ extension" build/extension.log \
+	    $(BIN)/python setup.py build_ext --inplace
 	@test ! -e $@ || touch $@
