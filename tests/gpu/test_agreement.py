@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from unkind import KINDS, unkind
 
 import nwfast
 
@@ -30,6 +31,16 @@ def test_values_and_gradients(call, differentiate, problem, form, dtype):
     found = call(tensors, exclude_self, return_lse=True)
     expected = call(on_the_cpu(tensors), exclude_self, backend="reference", return_lse=True)
     assert_near(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_that_is_not_kind(call, differentiate, problem, form, kind, dtype):
+    """Offsets, one sign and mixed scales."""
+    tensors, exclude_self = problem(form, dtype)
+    tensors = unkind(kind, tensors)
+    expected = differentiate(on_the_cpu(tensors), exclude_self, backend="reference")
+    assert_near(differentiate(tensors, exclude_self), expected, dtype)
 
 
 def test_the_same_bits_at_every_run(differentiate, problem, form):

@@ -1,5 +1,6 @@
 """Data that breaks a naive softmax: far queries, overflowing scores, duplicates, gaps, NaN; and memory at large N."""
 
+import itertools
 import subprocess
 import sys
 
@@ -134,6 +135,27 @@ def test_overflowing_scores_give_the_nearest_value(backend, w, features, dtype):
     for gradient, zero in zip(torch.autograd.grad(out.sum(), leaves), (1, 1, 0, 1), strict=True):
         assert gradient.isfinite().all()
         assert not (zero and gradient.any())
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+@pytest.mark.parametrize("half", [1e20, 1e30, 1e38])
+def test_ties_across_a_gap(backend, half, features, dtype):
+    """Of two keys side by side one is as far as the key across the gap, and the other nearer or farther.
+
+    Scores relative to the key across tell the two apart, although its distance from them is much longer than theirs.
+    """
+    query = torch.zeros(1, features, dtype=dtype)
+    query[0, 0] = -half
+    for beside, right in ((0.6, 0.5), (-0.6, 5.0)):
+        key = torch.zeros(3, features, dtype=dtype)
+        key[1, 0], key[2, 0] = beside, 2 * query[0, 0]
+        value = torch.tensor([[1.0], [5.0], [0.0]], dtype=dtype)
+        for method in nwfast.backends.METHODS.get(backend, ("dense",)) if features == 1 else ("dense",):
+            for order in itertools.permutations(range(3)):
+                inputs = query, key[[*order]], value[[*order]], 1.0
+                out = nwfast.nadaraya_watson(*inputs, backend=backend, method=method)
+                assert out == right, (method, order, beside)
 
 
 @DTYPES

@@ -25,8 +25,8 @@ LEAST_SCALE = tl.constexpr(2.0**-50)
 # Below all scores, and finite, so that a row without keys never computes inf - inf.
 FLOOR = tl.constexpr(-(2.0**120))
 FLUSH = tl.constexpr(128)
-# The squared distance to a far row's nearest key, in units of the base-2 score.
-FAR_FLOAT, FAR_DOUBLE = tl.constexpr(256.0), tl.constexpr(1024.0)
+# The squared distance to a far row's nearest key, in units of the base-2 score: so many roundings a near row may cost.
+FAR_FLOAT, FAR_DOUBLE = tl.constexpr(256.0), tl.constexpr(96.0)
 
 
 @triton.jit

@@ -330,8 +330,8 @@ def tiled_keys(
         )
     if BY_WEIGHT:  # noqa: SIM102
         if chunk == 0:
-            gradient = weight_gradient(weight_far, scaled_far, top_far, lift.to(tl.float64), a, T)
-            tl.store(grad_weight + at, gradient, mask=counts)
+            by_weight = weight_gradient(weight_far, scaled_far, top_far, lift.to(tl.float64), a, T)
+            tl.store(grad_weight + at, by_weight, mask=counts)
 
 
 @triton.jit

@@ -7,9 +7,9 @@ of keys, relative to the nearest key k* feature by feature as
 
     d_j^2 - d*^2 = (k* - k_j) (2 q - k_j - k*)
 
-which does not cancel. Which rows are far is decided on the device, so nothing waits for it. The kernels are compiled
-without contraction of products and sums (enable_fp_fusion=False), since fused terms of these differences would
-not cancel where they must; products to be fused are written as tl.fma.
+which does not cancel; 2 q - k* is taken with the rest that it rounds off. Which rows are far is decided on the device,
+so nothing waits for it. The kernels are compiled without contraction of products and sums (enable_fp_fusion=False),
+since fused terms of these differences would not cancel where they must; products to be fused are written as tl.fma.
 """
 
 import triton
@@ -21,6 +21,8 @@ ROOT = tl.constexpr(constants.ROOT)  # base-2 scores are -(ROOT w d)^2
 # Near scores are -HALF_LOG2E (w d)^2: w itself is exact, where the rounding of ROOT w would bias every score alike.
 HALF_LOG2E = tl.constexpr(constants.HALF_LOG2E)
 LN2 = tl.constexpr(constants.LN2)
+ROUNDED_SCORE = tl.constexpr(2.0**30)  # from here on the rounding of a squared distance may tell keys apart
+MOST_STEPS = tl.constexpr(8)  # from a key to a nearer one: each is exact to the rounding of the step before
 # Clamped to this, factors in float64 have finite products, so that 0 * inf cannot occur.
 HUGE = tl.constexpr(1e150)
 # The largest power of 2 that near rows make; what lies beyond is that of a left-out key much nearer than all others.
@@ -132,7 +134,30 @@ def nearest_key(
     least = tl.min(best, 0)
     origin = tl.min(tl.where((best == least) & (best < float("inf")), place, n), 0)
     wrong = tl.max(invalid, 0) > 0
-    return tl.where(wrong | (origin >= n), -1, origin), wrong
+    origin = tl.where(wrong | (origin >= n), -1, origin)
+    # Squared distances so large that others may round to the same: from key to nearer key by differences of squares.
+    moving = (origin >= 0).to(tl.int32)
+    if moving > 0 and own_score(query, query_d, key, origin * key_n, key_d, w, w_d, D, T) < ROUNDED_SCORE:
+        moving = moving * 0
+    for _step in range(MOST_STEPS):
+        if moving > 0:
+            top = tl.zeros([BLOCK], tl.float64)
+            for start in range(0, n, BLOCK):
+                j = start + tl.arange(0, BLOCK).to(tl.int64)
+                counts = (j < n) & (j != skip)
+                if WEIGHTED:
+                    counts = counts & (tl.load(key_weight + j * weight_n, mask=counts, other=0.0).to(T) > 0.0)
+                score = relative_scores(
+                    query, query_d, key, j * key_n, origin * key_n, key_d, w, w_d, counts, D, T, BLOCK
+                )
+                nearer = counts & (score > top)
+                top = tl.where(nearer, score, top)
+                place = tl.where(nearer, j, place)
+            most = tl.max(top, 0)
+            moving = (most > 0.0).to(tl.int32)
+            nearest = tl.min(tl.where((top == most) & (top > 0.0), place, n), 0)
+            origin = tl.where(most > 0.0, nearest, origin)
+    return origin, wrong
 
 
 @triton.jit
@@ -147,7 +172,13 @@ def relative_scores(
         nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
         scale = tl.load(w + f * w_d).to(tl.float64) * ROOT
         k = tl.load(key + key_at + f * key_d, mask=exists, other=0.0).to(T).to(tl.float64)
-        score -= clamp((nearest - k) * scale) * clamp(((q - k) + (q - nearest)) * scale)
+        # 2 q - k* as a number and its rest: keys across a gap from k*, as far as it is, are told apart.
+        twice = 2.0 * q
+        number = twice - nearest
+        back = number - twice
+        both = (number - k) + ((twice - (number - back)) - (nearest + back))
+        both = tl.where(tl.abs(both) < float("inf"), both, (q - k) + (q - nearest))  # twice may overflow
+        score -= clamp((nearest - k) * scale) * clamp(both * scale)
     return score
 
 

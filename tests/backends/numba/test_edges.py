@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import nwfast
 from nwfast import backends
 
 pytest.importorskip("numba")
@@ -391,3 +392,19 @@ assert len(said) == 1, said
     environment = {name: text for name, text in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     environment |= {"HOME": "/nonexistent", "PYTHONPATH": str(Path(backends.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_gradients_through_lse_far_from_many_keys(features):
+    """They are those of the distance, not of so many shares of it."""
+    query = torch.full((1, features), 1e3, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.full((1003, features), 0.3, dtype=torch.float64),
+        torch.ones(1003, 1, dtype=torch.float64),
+    )
+    w = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    _, lse = nwfast.nadaraya_watson(query, key, value, w, backend="numba", method="dense", return_lse=True)
+    by_query, by_w = torch.autograd.grad(lse.sum(), (query, w))
+    distance = (query - key[:1]).detach()
+    torch.testing.assert_close(by_query, -(w.detach() ** 2) * distance, rtol=1e-15, atol=0)
+    torch.testing.assert_close(by_w, -w.detach() * distance.square().sum(), rtol=1e-15, atol=0)

@@ -11,6 +11,7 @@ import torch
 from exact import assert_accurate, solve
 from op.test_functional import NAMES, check, make
 from oracle import gradients, textbook
+from unkind import KINDS, unkind
 
 import nwfast
 from nwfast.op import by_reference
@@ -52,6 +53,38 @@ FORMS = {
 def test_forms(form):
     *shapes, exclude_self, dtype = FORMS[form]
     check(make(shapes, dtype, w_scale=1.5 if form == "chunks" else 6.0), "triton", exclude_self)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["tails, float32", "leave-one-out, weights", "features", "crossed"])
+def test_data_that_is_not_kind(form, kind):
+    *shapes, exclude_self, dtype = FORMS[form]
+    inputs = unkind(kind, make(shapes, dtype))
+    leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
+    out, lse = nwfast.nadaraya_watson(
+        *leaves[:4], key_weight=leaves[4], exclude_self=exclude_self, backend="triton", return_lse=True
+    )
+    grad_out, grad_lse = torch.randn(out.shape, dtype=dtype), torch.randn(lse.shape, dtype=dtype)
+    named = {name: leaf for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None}
+    found = torch.autograd.grad((out, lse), list(named.values()), (grad_out, grad_lse))
+    right = solve(*inputs, grad_out, grad_lse, exclude_self)
+    for name, result in zip(("out", "lse", *named), (out, lse, *found), strict=True):
+        assert_accurate(result, right[name], name)
+
+
+def test_gradients_through_lse_at_a_distance():
+    """27 bandwidths from the only key: its share is 1, as rounded as its score may be."""
+    query, key = torch.tensor([0.75], dtype=torch.float64), torch.tensor([0.875], dtype=torch.float64)
+    leaves = [
+        query.requires_grad_(),
+        torch.tensor(217.58670415310513, dtype=torch.float64, requires_grad=True),
+    ]
+    _, lse = nwfast.nadaraya_watson(
+        leaves[0], key, torch.ones_like(key), leaves[1], backend="triton", return_lse=True
+    )
+    by_query, by_w = torch.autograd.grad(lse.sum(), leaves)
+    torch.testing.assert_close(by_query, leaves[1].detach()[None] ** 2 * 0.125, rtol=4e-15, atol=0)
+    torch.testing.assert_close(by_w, -leaves[1].detach() * 0.125**2, rtol=4e-15, atol=0)
 
 
 PARTS = {

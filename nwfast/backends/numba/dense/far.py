@@ -47,7 +47,7 @@ from ..base import (
     offset,
     pointer,
 )  # fmt: skip
-from ..scores import limited, lse_of, relative_score, row_terms
+from ..scores import both_distances, limited, lse_of, relative_score, row_terms
 
 CLAMP = 1000.0  # of exponents in base 2
 
@@ -222,17 +222,17 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
             if origin < 0:
                 by_q = by_w = 0.0 if total == 0.0 else np.nan
             else:
+                # Relative to k*: sum_j p_j (<g, v_j - out> + g_lse) = g_lse.
                 k0 = double(key[at_k + origin * about[KEY_N] + f * about[KEY_D]])
-                by_q = by_w = 0.0
+                d0 = limited(q[f] - k0)
+                by_q = through_lse * limited(d0 * plain_w[f])
+                by_w = by_q * d0
                 for j in range(n):
                     if terms[j] != 0.0 and j != skip:
                         k = double(key[at_k + j * about[KEY_N] + f * about[KEY_D]])
-                        p, d = terms[j] / total, limited(q[f] - k)
-                        # sum_j p_j <g, v_j - out> = 0: that part may be taken relative to k*.
-                        part = p * pull[j] * limited((k0 - k) * plain_w[f])
-                        rest = p * through_lse * limited(d * plain_w[f])
-                        by_q += part + rest
-                        by_w += part * limited(d + (q[f] - k0)) + rest * d
+                        part = terms[j] / total * (pull[j] + through_lse) * limited((k0 - k) * plain_w[f])
+                        by_q += part
+                        by_w += part * limited(both_distances(q[f], k, k0))
             if about[GRAD_QUERY] != 0:
                 grad_query[row * n_features + f] = -plain_w[f] * by_q
             grad_w[f] -= by_w
