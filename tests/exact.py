@@ -48,7 +48,7 @@ def _nearest(q, k, w, kept):
     for f in range(len(w)):
         distance += ((q[:, None, f] - k[None, :, f]) * w[f]) ** 2
     reference = np.where(kept, distance, np.inf).argmin(1)
-    for _ in range(3):  # the first choice may be a rounded tie of keys that differ
+    for last in (False, False, True):  # the first choice may be a rounded tie of keys that differ
         relative, condition = np.zeros_like(distance), np.zeros_like(distance)
         for f in range(len(w)):
             to_key, to_nearest = q[:, None, f] - k[None, :, f], (q[:, f] - k[reference, f])[:, None]
@@ -56,10 +56,13 @@ def _nearest(q, k, w, kept):
             relative -= step * ((to_key + to_nearest) * w[f]) / 2
             condition += np.abs(step) * ((np.abs(to_key) + np.abs(to_nearest)) * abs(w[f])) / 2
         best = np.where(kept, relative, -np.inf).argmax(1)
-        if not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
+        lead = np.take_along_axis(relative, best[:, None], 1)
+        if last or not (lead > 0).any():
             break
         reference = best
-    # Ties below the precision of long double, which the bounds allow for: none may overflow.
+    # Ties below the precision of long double, which the bounds allow for: none may overflow. How far others are behind
+    # such a key is known to its own condition.
+    condition += np.where(lead > 0, np.take_along_axis(condition, best[:, None], 1), 0)
     relative -= np.maximum(np.where(kept, relative, 0).max(1, keepdims=True), 0)
     return relative, condition, reference
 
@@ -218,6 +221,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     key, key_bound = np.zeros((n, d), Real), np.zeros((n, d), Real)
     dw, dw_bound = np.zeros(d, Real), np.zeros(d, Real)
     glm = np.abs(gl[moved])
+    # A slope of out among the least numbers is rounded to one before it meets its cotangent.
+    slopes = 2 * unit * tiny * gm.sum(1)
     for f in range(d):
         wf = abs(w[f])
         step = k[None, :, f] - k[reference[moved], f][:, None]
@@ -231,7 +236,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
         query[moved, f] = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
         query_error = ((error + unit * grow * size) * (np.abs(step) + near + box)).sum(1)
         query_error += 8 * unit * glm * np.abs(nearest)
-        query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1))
+        query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1)) + slopes
         key[:, f] = wf * ((term * to_key).sum(0) * wf)
         key_error = ((error + unit * grow_m * size) * (np.abs(to_key) + box)).sum(0)
         key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0))
@@ -240,7 +245,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
         dw_error = ((error + unit * (grow + grow_m) * size) * lengths).sum() + 8 * unit * (
             glm * nearest**2
         ).sum()
-        dw_bound[f] = wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0)
+        dw_bound[f] = (
+            wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0) + slopes.sum()
+        )
     results |= {"query": (query, query_bound), "key": (key, key_bound), "w": (dw, dw_bound)}
     return results
 

@@ -149,3 +149,10 @@ def test_nothing_is_promised_of_which_key_is_nearest_where_long_double_ends():
             assert_accurate(torch.tensor([found], dtype=torch.float64), right["out"], "out")
         for found in ([0.0, 1.0], [1.0, 0.0]):
             assert_accurate(torch.tensor(found, dtype=torch.float64), right["value"], "value")
+    # Relative to each of the outer keys, the other seems to be the nearer one.
+    query = torch.tensor([[1.0, 1.0, 5e99]], dtype=torch.float64)
+    key = torch.tensor([[0.0, 0.7, 1e100], [0.0, 0.72, 0.0], [0.0, 0.0, 0.29]], dtype=torch.float64)
+    value = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    right = solve(query, key, value, 200.0, None, grad)
+    for found in (0.0, 1.0):
+        assert_accurate(torch.tensor([found], dtype=torch.float64), right["out"], "out")
