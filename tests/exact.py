@@ -56,13 +56,10 @@ def _nearest(q, k, w, kept):
             relative -= step * ((to_key + to_nearest) * w[f]) / 2
             condition += np.abs(step) * ((np.abs(to_key) + np.abs(to_nearest)) * abs(w[f])) / 2
         best = np.where(kept, relative, -np.inf).argmax(1)
-        lead = np.take_along_axis(relative, best[:, None], 1)
-        if last or not (lead > 0).any():
+        if last or not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
             break
         reference = best
-    # Ties below the precision of long double, which the bounds allow for: none may overflow. How far others are behind
-    # such a key is known to its own condition.
-    condition += np.where(lead > 0, np.take_along_axis(condition, best[:, None], 1), 0)
+    # Ties below the precision of long double, which the bounds allow for: none may overflow.
     relative -= np.maximum(np.where(kept, relative, 0).max(1, keepdims=True), 0)
     return relative, condition, reference
 
@@ -155,6 +152,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
     # The textbook's scores are of the size of the distance.
     unsettled = Real(2.0) ** -50 * (condition + (near[:, None] if np.isinf(far) else 0))
+    # Kernels may take any such key for the nearest, and all scores relative to it: they are as good as its own.
+    rivals = kept & (relative + unsettled >= 0)
+    unsettled = unsettled + Real(2.0) ** -50 * np.where(rivals, condition, 0).max(1, keepdims=True)
     # Such a key may be the nearest by any measure: it takes its part from all others, here from the reference.
     most = np.minimum(relative + unsettled, 10000)
     gained = np.where(kept, a * (np.exp(most) - np.exp(np.minimum(relative, most))), 0) / total[:, None]
@@ -203,12 +203,12 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     size = p * pulled_size
     # fgt sums what comes from values and from outputs apart.
     lost_size = pulled_size + values_size[moved] if boxes else pulled_size
-    error = size * off + p * pulled_bound + lost * lost_size
+    error = size * off + (p + lost) * pulled_bound + lost * lost_size
     ended = least * pulled_size
     results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
 
     with np.errstate(invalid="ignore", over="ignore"):
-        e_error = e * (pulled_size * (off + unit * grow_m) + pulled_bound) + e_lost * lost_size
+        e_error = e * pulled_size * (off + unit * grow_m) + (e + e_lost) * pulled_bound + e_lost * lost_size
         slope = (e * pulled).sum(0)
         beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
         results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
