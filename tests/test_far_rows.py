@@ -321,3 +321,14 @@ def test_tiny_totals_beside_large_values(backend, dtype):
         # The scores are some hundred.
         error = np.abs(found[name].numpy().astype(LONG) - right[name][0])
         assert (error <= 4096 * info.eps * right[name][1] + info.tiny).all(), name
+
+
+def test_slopes_of_lse_beyond_all_numbers(backend):
+    """A slope by w that overflows, times a cotangent that makes a number of it."""
+    if backend != "native":
+        pytest.skip("takes the cotangent first")
+    w = torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64, requires_grad=True)
+    query, key, value = (torch.tensor([x], dtype=torch.float64) for x in (2.0, 0.0, 1.0))
+    _, lse = nwfast.nadaraya_watson(query, key, value, w, return_lse=True, method="dense", backend=backend)
+    (found,) = torch.autograd.grad(lse, w, torch.tensor([0.125], dtype=torch.float64))
+    assert found.item() == -w.item() / 2
