@@ -53,7 +53,8 @@ def exact(query, key, value, w, key_weight, exclude_self, grad, grad_lse):
     p, e = np.where(kept, a * e / total, 0), e / total
     out = (p * v).sum(1, keepdims=True)
     u = g[:, None] * (v - out) + g_lse[:, None]
-    size = np.abs(g)[:, None] * (np.abs(v) + np.abs(out)) + np.abs(g_lse)[:, None]
+    values = (p * np.abs(v)).sum(1, keepdims=True)  # what out is rounded to, however small its sum is
+    size = np.abs(g)[:, None] * (np.abs(v) + values) + np.abs(g_lse)[:, None]
     lse = -((w * (x - best)) ** 2) / 2 + np.log(total[:, 0])
     return {
         "out": (out[:, 0], (p * np.abs(v)).sum(1)),
