@@ -48,7 +48,7 @@ def _nearest(q, k, w, kept):
     for f in range(len(w)):
         distance += ((q[:, None, f] - k[None, :, f]) * w[f]) ** 2
     reference = np.where(kept, distance, np.inf).argmin(1)
-    for _ in range(3):  # the first choice may be a rounded tie of keys that differ
+    for last in (False, False, True):  # the first choice may be a rounded tie of keys that differ
         relative, condition = np.zeros_like(distance), np.zeros_like(distance)
         for f in range(len(w)):
             to_key, to_nearest = q[:, None, f] - k[None, :, f], (q[:, f] - k[reference, f])[:, None]
@@ -56,7 +56,7 @@ def _nearest(q, k, w, kept):
             relative -= step * ((to_key + to_nearest) * w[f]) / 2
             condition += np.abs(step) * ((np.abs(to_key) + np.abs(to_nearest)) * abs(w[f])) / 2
         best = np.where(kept, relative, -np.inf).argmax(1)
-        if not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
+        if last or not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
             break
         reference = best
     # Ties below the precision of long double, which the bounds allow for: none may overflow. Scores become those
@@ -155,8 +155,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     )  # fmt: skip
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
     unsettled = Real(2.0) ** -50 * condition
-    # A kernel may count from any of the keys that may be the nearest.
-    unsettled += np.where(kept & (relative + unsettled >= 0), unsettled, 0).max(1, keepdims=True)
+    # Kernels may take any such key for the nearest, and all scores relative to it: they are as good as its own.
+    rivals = kept & (relative + unsettled >= 0)
+    unsettled = unsettled + Real(2.0) ** -50 * np.where(rivals, condition, 0).max(1, keepdims=True)
     # Such a key may be the nearest by any measure: it takes its part from all others, here from the reference.
     most = np.minimum(relative + unsettled, 10000)
     gained = np.where(kept, a * (np.exp(most) - np.exp(np.minimum(relative, most))), 0) / total[:, None]
@@ -207,12 +208,12 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     size = p * pulled_size
     # fgt sums what comes from values and from outputs apart.
     lost_size = pulled_size + values_size[moved] if boxes else pulled_size
-    error = size * off + p * pulled_bound + lost * lost_size
+    error = size * off + (p + lost) * pulled_bound + lost * lost_size
     ended = least * pulled_size
     results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
 
     with np.errstate(invalid="ignore", over="ignore"):
-        e_error = e * (pulled_size * (off + unit * grow_m) + pulled_bound) + e_lost * lost_size
+        e_error = e * pulled_size * (off + unit * grow_m) + (e + e_lost) * pulled_bound + e_lost * lost_size
         slope = (e * pulled).sum(0)
         beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
         results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
@@ -225,6 +226,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     key, key_bound = np.zeros((n, d), Real), np.zeros((n, d), Real)
     dw, dw_bound = np.zeros(d, Real), np.zeros(d, Real)
     glm = np.abs(gl[moved])
+    # A slope of out among the least numbers is rounded to one before it meets its cotangent.
+    slopes = 2 * unit * tiny * gm.sum(1)
     for f in range(d):
         wf = abs(w[f])
         step = k[None, :, f] - k[reference[moved], f][:, None]
@@ -238,7 +241,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
         query[moved, f] = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
         query_error = ((error + unit * grow * size) * (np.abs(step) + near + box)).sum(1)
         query_error += 8 * unit * glm * np.abs(nearest)
-        query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1))
+        query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1)) + slopes
         key[:, f] = wf * ((term * to_key).sum(0) * wf)
         # The reference has this distance as that to the nearest key and the step from there.
         lengths = both if plain else np.abs(to_key)
@@ -249,7 +252,9 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
         dw_error = ((error + unit * (grow + grow_m) * size) * lengths).sum() + 8 * unit * (
             glm * nearest**2
         ).sum()
-        dw_bound[f] = wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0)
+        dw_bound[f] = (
+            wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0) + slopes.sum()
+        )
     results |= {"query": (query, query_bound), "key": (key, key_bound), "w": (dw, dw_bound)}
     return results
 

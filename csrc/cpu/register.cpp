@@ -333,15 +333,20 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
     target.batch_strides[dim] = size > 1 ? stride : 0;
     stride *= size;
   }
-  Buffer<double> sums(stride);
-  for (int64_t i = 0; i < stride; ++i) sums[i] = 0;
+  // There may be many features and batch elements: their sum keeps what rounding takes from it (Knuth's two-sum).
+  Buffer<double> sums(stride), rests(stride);
+  for (int64_t i = 0; i < stride; ++i) sums[i] = rests[i] = 0;
   for (int64_t b = 0; b < problem.batch.count; ++b) {
     const int64_t offset = target.offset(problem.batch, b);
     for (int64_t f = 0; f < problem.features; ++f) {
-      sums[offset + f * target.column_stride] += grad[b * problem.features + f];
+      const int64_t place = offset + f * target.column_stride;
+      const double term = grad[b * problem.features + f], sum = sums[place], next = sum + term, part = next - sum;
+      rests[place] += (sum - (next - part)) + (term - part);
+      sums[place] = next;
     }
   }
-  for (int64_t i = 0; i < stride; ++i) out[i] = static_cast<R>(sums[i]);
+  // An overflow leaves no rest.
+  for (int64_t i = 0; i < stride; ++i) out[i] = static_cast<R>(std::isfinite(rests[i]) ? sums[i] + rests[i] : sums[i]);
 }
 
 template <typename T>

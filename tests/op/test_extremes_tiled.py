@@ -138,6 +138,22 @@ def test_tiny_data_and_tiny_w(native, features, channels, dtype):
         assert_precise(query, key, value, w, grad, grad_lse)
 
 
+@DTYPES
+@pytest.mark.parametrize("apart", [1e10, 1e20, 1e30, 1e200])
+def test_features_of_all_sizes_share_a_scale(native, apart, dtype):
+    """The gradient of each feature's w is by squares of its own coordinates, which no other feature's size takes."""
+    if apart > torch.finfo(dtype).max:
+        return
+    query, key = torch.tensor([[1.0, apart]], dtype=dtype), torch.zeros(1, 2, dtype=dtype)
+    w = torch.full((2,), 1e-2 / apart, dtype=dtype, requires_grad=True)
+    _, lse = nwfast.nadaraya_watson(
+        query, key, torch.ones(1, dtype=dtype), w, backend="native", method="dense", return_lse=True
+    )
+    (found,) = torch.autograd.grad(lse.sum(), w)
+    right = -(w.detach() * query[0] * query[0])
+    torch.testing.assert_close(found, right, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 @FORMS
 def test_w_times_squares_of_the_least_coordinates(native, features, channels):
     """A gradient that is a number, though squares of coordinates are none."""

@@ -53,7 +53,8 @@ def exact(query, key, value, w, key_weight, exclude_self, grad, grad_lse):
     p, e = np.where(kept, a * e / total, 0), e / total
     out = (p * v).sum(1, keepdims=True)
     u = g[:, None] * (v - out) + g_lse[:, None]
-    size = np.abs(g)[:, None] * (np.abs(v) + np.abs(out)) + np.abs(g_lse)[:, None]
+    values = (p * np.abs(v)).sum(1, keepdims=True)  # what out is rounded to, however small its sum is
+    size = np.abs(g)[:, None] * (np.abs(v) + values) + np.abs(g_lse)[:, None]
     lse = -((w * (x - best)) ** 2) / 2 + np.log(total[:, 0])
     return {
         "out": (out[:, 0], (p * np.abs(v)).sum(1)),
@@ -321,3 +322,14 @@ def test_tiny_totals_beside_large_values(backend, dtype):
         # The scores are some hundred.
         error = np.abs(found[name].numpy().astype(LONG) - right[name][0])
         assert (error <= 4096 * info.eps * right[name][1] + info.tiny).all(), name
+
+
+def test_slopes_of_lse_beyond_all_numbers(backend):
+    """A slope by w that overflows, times a cotangent that makes a number of it."""
+    if backend != "native":
+        pytest.skip("takes the cotangent first")
+    w = torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64, requires_grad=True)
+    query, key, value = (torch.tensor([x], dtype=torch.float64) for x in (2.0, 0.0, 1.0))
+    _, lse = nwfast.nadaraya_watson(query, key, value, w, return_lse=True, method="dense", backend=backend)
+    (found,) = torch.autograd.grad(lse, w, torch.tensor([0.125], dtype=torch.float64))
+    assert found.item() == -w.item() / 2

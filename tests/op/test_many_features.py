@@ -1,5 +1,6 @@
 """Many features: scores that are sums of hundreds of squares keep the small differences that weights depend on."""
 
+import numpy as np
 import pytest
 import torch
 from oracle import ROUNDING
@@ -87,3 +88,15 @@ def test_weights_and_own_keys(native, dtype):
         if name == "w":
             right, scale = right.sum(), scale.sum()
         assert float((gradient - right).abs().max()) <= budget * float(scale.max()), name
+
+
+@pytest.mark.parametrize("batch", [(), (50,)], ids=str)
+def test_the_gradient_of_one_w_is_one_sum(native, batch):
+    """Over all features and batch elements: it costs no more than its own rounding."""
+    query = 5 + torch.rand(*batch, 1, 4096, dtype=torch.float64)
+    key, value = torch.zeros_like(query), torch.ones(*batch, 1, 1, dtype=torch.float64)
+    w = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    _, lse = nwfast.nadaraya_watson(query, key, value, w, return_lse=True, backend="native", method="dense")
+    (found,) = torch.autograd.grad(lse.sum(), w)
+    right = -np.longdouble(w.item()) * (query.numpy().astype(np.longdouble) ** 2).sum()
+    assert abs(found.item() - right) <= 2**-51 * abs(right)

@@ -149,3 +149,16 @@ def test_nothing_is_promised_of_which_key_is_nearest_where_long_double_ends():
             assert_accurate(torch.tensor([found], dtype=torch.float64), right["out"], "out")
         for found in ([0.0, 1.0], [1.0, 0.0]):
             assert_accurate(torch.tensor(found, dtype=torch.float64), right["value"], "value")
+    # Nor of gradients of keys that might share with another one what all is taken for.
+    query = torch.full((1, 4), 5.000000100204387e19)
+    key = torch.tensor([[1.0, 0.625, 0.375, 0.375], [0.625, 1e20, 0.625, 0.75], [0.5, 0.625, 0.25, 1.0]])
+    right = solve(query, key, torch.tensor([1.0, 1.0, 0.0]), 1.0, None, torch.ones(1))
+    shared = torch.tensor([0.25, 0.0, -0.25])[:, None] * query
+    assert_accurate(shared, right["key"], "key")
+    # Relative to each of the outer keys, the other seems to be the nearer one.
+    query = torch.tensor([[1.0, 1.0, 5e99]], dtype=torch.float64)
+    key = torch.tensor([[0.0, 0.7, 1e100], [0.0, 0.72, 0.0], [0.0, 0.0, 0.29]], dtype=torch.float64)
+    value = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    right = solve(query, key, value, 200.0, None, grad)
+    for found in (0.0, 1.0):
+        assert_accurate(torch.tensor([found], dtype=torch.float64), right["out"], "out")

@@ -67,6 +67,12 @@ class RowBlock {
     const double offset = far_offset(i);
     return sum(i, kScoreTotal) / total(i) / step_ * (batch_.w / step_) - batch_.w * offset * offset;
   }
+  // Of the far row's own square, which may be no number where its product with a small cotangent is one.
+  double lse_by_w_times(int64_t i, double grad) const {
+    const double slope = lse_by_w(i), offset = far_offset(i);
+    if (std::isfinite(slope) || !(std::fabs(grad) < 1)) return grad * slope;
+    return grad * (sum(i, kScoreTotal) / total(i) / step_) * (batch_.w / step_) - batch_.w * grad * offset * offset;
+  }
   double lse_by_query(int64_t i) const {
     if (batch_.w == 0) return sum(i, kOffsetTotal) / total(i) * 0;
     return -batch_.w * (sum(i, kOffsetTotal) / total(i) * (batch_.w / step_) + batch_.w * far_offset(i));
@@ -132,7 +138,7 @@ void query_block(const Problem& problem, const BackwardTask<R>& task, const Scal
     }
     if (g_lse != 0) {
       if (task.grad_query) by_query += g_lse * rows.lse_by_query(i);
-      if (task.grad_w) by_w += g_lse * rows.lse_by_w(i);
+      if (task.grad_w) by_w += rows.lse_by_w_times(i, g_lse);
     }
     if (task.grad_query) task.grad_query[row] = static_cast<R>(by_query);
     if (task.grad_w) *grad_w += by_w;

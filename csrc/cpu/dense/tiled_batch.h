@@ -17,13 +17,13 @@ template <typename T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr int kLow = -10, kHigh = 45, kMostRaise = 40;  // exponents of scaled coordinates
+  static constexpr int kLeast = -50, kLow = -10, kHigh = 45, kMostRaise = 40;  // exponents of scaled coordinates
   static constexpr double kLeastValue = 0x1p-30, kMostValue = 0x1p40;
   static constexpr double kWeightRange = 60;  // log2 of the ratio of key weights
 };
 template <>
 struct Limits<double> {
-  static constexpr int kLow = -300, kHigh = 450, kMostRaise = 400;
+  static constexpr int kLeast = -480, kLow = -300, kHigh = 450, kMostRaise = 400;
   static constexpr double kLeastValue = 0x1p-600, kMostValue = 0x1p500;
   static constexpr double kWeightRange = 500;
 };
@@ -98,14 +98,16 @@ class TiledBatch {
       if (largest[f] * scale > kReach) near[f] = std::fmax(near_of(key, n, scale), near_of(column.get(), m, scale));
       if (!range.finite) infinite_ = true;
     }
-    for (int64_t f = 1; uniform && f < features; ++f) {
-      near[0] = std::fmax(near[0], near[f]);
-      largest[0] = std::fmax(largest[0], largest[f]);
+    double near_all = 0, largest_all = 0;
+    for (int64_t f = 0; uniform && f < features; ++f) {
+      near_all = std::fmax(near_all, near[f]);
+      largest_all = std::fmax(largest_all, largest[f]);
     }
     feature_scale_.allocate(features);
     for (int64_t f = 0; f < features; ++f) {
-      const int64_t source = uniform ? 0 : f;
-      scale_feature(f, near[source], largest[source], m, features);
+      scale_feature(f, uniform ? near_all : near[f], uniform ? largest_all : largest[f], m, features);
+      // The gradient of its w is by squares of one feature alone, however small beside others.
+      usable &= near[f] == 0 || near[f] * unit[f] >= std::ldexp(1.0, Limits<T>::kLeast);
     }
     data.key = key_.get();
     data.feature_scale = uniform ? nullptr : feature_scale_.get();

@@ -26,6 +26,7 @@ constexpr double kNearMostValue = 1e15;
 constexpr double kNearLeastCharge = -40;          // log of the least product of the size of values and a float weight
 constexpr double kNearMostGrad = 1e12;            // divided by the total
 constexpr double kNearLeast = 1e-15;              // scale, whose square and the squares of whose bandwidths are floats
+constexpr double kMostOwnValue = 32;              // times the sum of all others that an excluded key may have added
 constexpr int64_t kEvaluated = 512;               // rows whose results are written together
 constexpr int64_t kPaddedRows = kEvaluated + 32;  // kernels write up to 32 rows at a time
 
@@ -310,7 +311,7 @@ class RowPass {
       for (int64_t i = begin; i < end && !data_.leaves_out_queries(); ++i) {
         double* const row = sums + (i - begin);
         const double own = subtract_own(i, 0, row, kPaddedRows);
-        if (!(row[0] >= 1e-3 * own)) row[0] = -1;
+        if (!keeps_digits(i, own, row, kPaddedRows)) row[0] = -1;
       }
       least = std::fmax(least, 0);
     }
@@ -339,14 +340,28 @@ class RowPass {
     const int64_t n = end - begin;
     double charge[kEvaluated];
     for (int64_t i = 0; i < n; ++i) charge[i] = data_.weight ? data_.weight_of(begin + i) : 1;
-    for (int c = 0; c < data_.channels; ++c) {
-      double* const column = sums + (c + 1) * kPaddedRows;
-      for (int64_t i = 0; i < n; ++i) column[i] -= charge[i] * data_.value_of(begin + i, c);
-    }
     for (int64_t i = 0; i < n; ++i) {
       const double left = sums[i] - charge[i];
       sums[i] = left >= 1e-3 * charge[i] ? left : -1;
     }
+    for (int c = 0; c < data_.channels; ++c) {
+      double* const column = sums + (c + 1) * kPaddedRows;
+      for (int64_t i = 0; i < n; ++i) {
+        const double own = charge[i] * data_.value_of(begin + i, c);
+        column[i] -= own;
+        sums[i] = kMostOwnValue * std::fabs(column[i]) >= std::fabs(own) ? sums[i] : -1;
+      }
+    }
+  }
+
+  // Whether sums that the excluded key was taken out of, whose share of the total was `own`, are not small beside that.
+  bool keeps_digits(int64_t i, double own, const double* sums, int64_t pitch) const {
+    bool keeps = sums[0] >= 1e-3 * own;
+    const int64_t j = data_.excluded(i);
+    for (int c = 0; j >= 0 && c < data_.channels; ++c) {
+      keeps &= kMostOwnValue * std::fabs(sums[(c + 1) * pitch]) >= own * std::fabs(data_.value_of(j, c));
+    }
+    return keeps;
   }
 
   // Takes the excluded key out of sums that are relative to x - apart; returns its share of the total.
@@ -539,7 +554,7 @@ class RowPass {
     }
     if (!data_.exclude) return true;
     const double own = subtract_own(i, x - reference, row, 1);
-    return row[0] >= 1e-3 * own;
+    return keeps_digits(i, own, row, 1);
   }
 
   void sum_all(int64_t i, const Nearest& found, Scratch& scratch, std::vector<double>& row) const {

@@ -273,3 +273,17 @@ def test_masked_values_set_no_scale():
     torch.testing.assert_close(by_key[kept], wanted[0], rtol=1e-4, atol=1e-4 * float(wanted[0].abs().max()))
     torch.testing.assert_close(by_value[kept], wanted[1], rtol=1e-5, atol=0)
     assert not by_key[~kept].any() and not by_value[~kept].any()
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_the_own_key_has_a_value_of_any_size(channels):
+    """It is taken out of sums in which it is most of what counts."""
+    key = torch.rand(600, dtype=torch.float64)
+    value = torch.randn(600, *(() if channels is None else (channels,)), dtype=torch.float64)
+    w = torch.tensor(3.0, dtype=torch.float64)
+    for query, weight in ((key, None), (key + 1e-3, torch.rand(600, dtype=torch.float64))):
+        right = fgt(query, key, value, w, key_weight=weight, exclude_self=True)[77]
+        large = value.clone()
+        large[77] = 1e12
+        found = fgt(query, key, large, w, key_weight=weight, exclude_self=True)[77]
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-14)
