@@ -359,3 +359,25 @@ def test_tiny_weights_of_tiny_values(native, method, keys, extent):
         names = ("out", "query", "key", "value", "w", "key_weight")
         for name, found in zip(names, (out, *gradients), strict=True):
             assert_accurate(found.detach(), right[name], name)
+
+
+@DTYPES
+@pytest.mark.parametrize("order", [1, -1])
+def test_derivatives_that_a_cotangent_brings_back(backend, order, dtype):
+    """d out / d query and d out / d w are beyond all numbers, the gradients are not."""
+    large = 1e30 if dtype == torch.float32 else 1e200
+    key, value = (
+        torch.tensor([0.0, 1 / large][::order], dtype=dtype),
+        torch.tensor([large, -large], dtype=dtype),
+    )
+    query, w = torch.tensor([0.0, 0.4 / large], dtype=dtype), torch.tensor(large, dtype=dtype)
+    grad = torch.tensor([0.5, -1.5], dtype=dtype) / large
+    for method in ("dense", "fgt"):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, w)]
+        out = nwfast.nadaraya_watson(*leaves, backend=backend, method=method)
+        right = solve(query, key, value, w, None, grad, boxes=BOXES if method == "fgt" else 0.0)
+        names = ("query", "key", "value", "w")
+        for wanted in ([0], [3], [0, 1], [0, 1, 2, 3]):
+            gradients = torch.autograd.grad(out, [leaves[i] for i in wanted], grad, retain_graph=True)
+            for i, found in zip(wanted, gradients, strict=True):
+                assert_accurate(found, right[names[i]], f"{method} {names[i]}")

@@ -53,14 +53,19 @@ class RowBlock {
   }
 
   // Derivatives of out and of lse by w and by the query, from moments (relative to the nearest key where that is far).
-  // Those of average pooling are 0, however large the coordinates are.
-  double out_by_w(int64_t i) const {
-    if (batch_.w == 0) return covariance(i, kScoreTotal) * 0;
-    return covariance(i, kScoreTotal) / step_ * (batch_.w / step_);
+  // Those of average pooling are 0, however large the coordinates are. Those of out come times a cotangent, which may
+  // bring back what they are beyond any number.
+  double out_by_w(int64_t i, double g = 1) const {
+    const double c = covariance(i, kScoreTotal);
+    if (batch_.w == 0) return g * (c * 0);
+    const double whole = c / step_ * (batch_.w / step_);
+    return std::isinf(whole) ? c * g / step_ * (batch_.w / step_) : g * whole;
   }
-  double out_by_query(int64_t i) const {
-    if (batch_.w == 0) return covariance(i, kOffsetTotal) * 0;
-    return -covariance(i, kOffsetTotal) * batch_.w * (batch_.w / step_);
+  double out_by_query(int64_t i, double g = 1) const {
+    const double c = covariance(i, kOffsetTotal);
+    if (batch_.w == 0) return g * (c * 0);
+    const double whole = -c * batch_.w * (batch_.w / step_);
+    return std::isinf(whole) ? -c * g * batch_.w * (batch_.w / step_) : g * whole;
   }
   double lse_by_w(int64_t i) const {
     if (batch_.w == 0) return sum(i, kScoreTotal) / total(i) * 0;
@@ -133,8 +138,8 @@ void query_block(const Problem& problem, const BackwardTask<R>& task, const Scal
     // A cotangent of 0 adds nothing, even to a row that is NaN.
     double by_query = 0, by_w = 0;
     if (g != 0) {
-      if (task.grad_query) by_query += g * rows.out_by_query(i);
-      if (task.grad_w) by_w += g * rows.out_by_w(i);
+      if (task.grad_query) by_query += rows.out_by_query(i, g);
+      if (task.grad_w) by_w += rows.out_by_w(i, g);
     }
     if (g_lse != 0) {
       if (task.grad_query) by_query += g_lse * rows.lse_by_query(i);

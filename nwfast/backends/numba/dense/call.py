@@ -115,7 +115,14 @@ def backward(
         tangents = tangent_w.contiguous(), tangent_q.contiguous()
         about[place.TANGENT_W], about[place.TANGENT_Q] = tangents[0].data_ptr(), tangents[1].data_ptr()
         units.backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
-        about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
+        # A tangent may be beyond all numbers where its product with the cotangent is not.
+        products = bool(np.isfinite(sums).all() and np.isfinite(grad_query.numpy()).all())
+        if products:
+            about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
+        else:
+            blocks = -(-call.m // units.QUERY_BLOCK)
+            sums = np.zeros((call.size, blocks, call.d))
+            about[place.GRAD_W] = sums.ctypes.data if needs & NEEDS_W else 0
     if keys_wanted or not products:
         rows, means = np.empty((call.size * call.m, 3)), np.empty((call.size * call.m, call.c))
         kinds = np.empty(call.size * call.m, np.int8)
