@@ -21,6 +21,7 @@ part in anything but the gradient of its own weight.
 All functions take the canonical form described in `nwfast.backends`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 _LARGEST_ROOT = 1e140
 # And cut off here.
 _LARGEST_SQUARED = 1e150
-# Half the score of a left-out key nearer than all others is cut off here, where exp times a cotangent is still finite.
-_LARGEST_EXPONENT = 470.0
+# Exponents of e are cut off here, where exp is still finite.
+_LARGEST_EXPONENT = 709.0
 
 
 class _Terms(NamedTuple):
@@ -92,25 +93,44 @@ class _Replace(torch.autograd.Function):
         return grad, None
 
 
-class _Shared(torch.autograd.Function):
-    """Weights (*B, N) of every row, (*batch, M, N). Their summed gradient is at most `largest`, and NaN only of NaN."""
+class _Weighted(torch.autograd.Function):
+    """lift weight exp(score) for weights (*B, N) and scores (*B, M, N), at most 0 where the weight is not 0.
+
+    The gradient of a weight of 0 is a sum of products with exp(score), which may be beyond all numbers: it is taken
+    relative to the largest one that has a part in it, so that no infinities of either sign meet. Beyond `largest` that
+    number stands.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight, shape, largest):
-        return weight.unsqueeze(-2).expand(shape)
+    def forward(weight, scores, lift, largest):
+        return (weight * lift).unsqueeze(-2) * scores.clamp(max=0.0).exp()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.shape, ctx.largest = inputs[0].shape, inputs[2]
+        ctx.save_for_backward(*inputs[:3])
+        ctx.largest = inputs[3]
 
     @staticmethod
     def backward(ctx, grad):
+        weight, scores, lift = ctx.saved_tensors
+        weight, lift = weight.unsqueeze(-2), lift.unsqueeze(-2)
+        by_score = grad * (weight * lift) * scores.clamp(max=0.0).exp()
+        if not ctx.needs_input_grad[0] or 0 in grad.shape:
+            return torch.zeros_like(weight).squeeze(-2), by_score, None, None
         most = torch.finfo(grad.dtype).max
-        scale = 2.0 ** (grad.numel().bit_length() + 1)  # no partial sum overflows, so that none is inf - inf
-        total = (grad.clamp(-most, most) / scale).sum(-2).sum_to_size(ctx.shape)
-        return total.clamp(-ctx.largest / scale, ctx.largest / scale) * scale, None, None
+        scores, highest = scores.clamp(max=most), torch.where(grad == 0, 0.0, scores.detach())
+        for dim in range(-grad.ndim, 0):
+            if dim == -2 or weight.shape[dim] != grad.shape[dim]:
+                highest = highest.amax(dim, keepdim=True)
+        highest = highest.clamp(0.0, most)
+        scale = 2.0 ** -(math.prod(grad.shape).bit_length() + 1)  # no partial sum overflows
+        total = grad.clamp(-most, most) * (scores - highest).clamp(max=0.0).exp() * scale
+        half = (highest / 2).clamp(max=_LARGEST_EXPONENT).exp()
+        total = (total.sum_to_size(weight.shape) * half).clamp(-most, most) * lift * half
+        total = total.clamp(-ctx.largest * scale, ctx.largest * scale) / scale
+        return total.squeeze(-2), by_score, None, None
 
 
 def _plain() -> bool:
@@ -143,15 +163,22 @@ def _unnormalised(
     counted = ~far_key | bad_key  # a key at infinity is infinitely far
     left_out: Any = None
     no_weight: Any = None
+    lift: Any = None
+    log_lift: Any = 0.0
     weight = None
     if key_weight is not None:
         left_out = key_weight == 0
         weight = key_weight.double()
+        # Sums of the smallest numbers would have few digits.
+        highest = weight.detach().amax(-1, keepdim=True)
+        lift = torch.ones_like(highest).masked_fill(highest < 2.0**-500, 2.0**500)
+        log_lift = lift.log().unsqueeze(-1)
         bad_weight = ~weight.isfinite() | (weight < 0)
         bad_key = (bad_key | bad_weight) & ~left_out
         counted = counted & ~left_out
         odd = ~key.isfinite().all(-1) | ~value.isfinite().all(-1)
         value = torch.where(left_out.unsqueeze(-1), torch.where(value.isfinite(), value, 0.0).detach(), value)
+        weight = torch.where(bad_weight, 0.0, weight)
         no_weight = (left_out & odd) | bad_weight
         key = torch.where(left_out.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
     key = torch.where(far_key.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
@@ -174,23 +201,19 @@ def _unnormalised(
     else:
         scores = _relative_scores(query, key, w * scale, nearest, wide) / scale / scale
     to_nearest = _bandwidths(query - nearest, w, wide)
-    top = -(to_nearest**2).sum(-1, keepdim=True) / 2
+    top = -(to_nearest**2).sum(-1, keepdim=True) / 2 - log_lift
     empty = ~keep.any(-1, keepdim=True) | away
     if key_weight is None or weight is None:
         terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
     else:
-        # Left-out keys stay in, with weight 0, for the gradient of that weight: two factors, since exp(score) may
-        # overflow where its product with a small difference of values does not.
+        # Left-out keys stay in, with weight 0, for the gradient of that weight.
         present = counted | left_out.unsqueeze(-2)
-        present = present & others if exclude_self else present
-        half = torch.where(present, (scores / 2).clamp(max=_LARGEST_EXPONENT).exp(), 0.0)
-        weights = weight.unsqueeze(-2)
-        if not _plain():
-            shape = torch.broadcast_shapes(weights.shape, half.shape, no_weight.unsqueeze(-2).shape)
-            shared = _Shared.apply(weight, shape, torch.finfo(key_weight.dtype).max)
-            weights = torch.where(left_out.unsqueeze(-2), shared, weights)
-        weights = torch.where(no_weight.unsqueeze(-2), 0.0, weights)
-        terms = weights * half * half
+        present = (present & others if exclude_self else present) & ~no_weight.unsqueeze(-2)
+        scores = torch.where(present, scores, -torch.inf)
+        if _plain():
+            terms = (weight * lift).unsqueeze(-2) * scores.clamp(max=_LARGEST_EXPONENT).exp()
+        else:
+            terms = _Weighted.apply(weight, scores, lift, torch.finfo(key_weight.dtype).max)
     return _Terms(terms, terms.sum(-1, keepdim=True), top, poisoned, empty, counted, value)
 
 
