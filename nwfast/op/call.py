@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import is_captured, reference
+from ..constants import CHOICE_PAIRS
 from . import by_reference
 from .autograd import drop_last, is_scalar
 from .schema import KERNELS
@@ -98,13 +99,9 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
                 f"method='fgt' is for data of one feature, got query and key of D = {features} features"
             )
         return f"{backend}_fgt"
-    if not is_captured() and pairs <= _DENSE_PAIRS:
+    if not is_captured() and pairs <= CHOICE_PAIRS:
         return backend
     return f"{backend}_auto"
-
-
-# Up to so many pairs the dense method is as fast as any.
-_DENSE_PAIRS = 1 << 16
 
 
 def _is_for_onnx() -> bool:
