@@ -1,4 +1,8 @@
-"""Every eager route to the op: autograd of all orders, torch.func, forward mode, the operators, autocast."""
+"""Every eager route to the op: autograd of all orders, torch.func, forward mode, the operators, autocast.
+
+One file, long as it is: each route has to give the same derivatives on the same `inputs`, in all `FORMS`, and a form
+that is added is added to all of them.
+"""
 
 import itertools
 import os
