@@ -21,8 +21,9 @@ os.environ.update(dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS"], str(len(
 import pytest
 from tqdm import tqdm
 
+from benchmarks.measure.bar import Bar
 from benchmarks.measure.session import Session
-from benchmarks.pages.bars import Bar, bars
+from benchmarks.pages.bars import bars
 from benchmarks.pages.tables import busy, format_time
 
 HERE = Path(__file__).resolve().parent

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from benchmarks.measure.scale import Scale
-from benchmarks.problems.cases import SMALL, Group, small
+from benchmarks.problems.cases import Group, small
+from benchmarks.problems.workloads import SMALL
 
 QUESTION = "small n"
 

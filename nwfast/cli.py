@@ -58,9 +58,9 @@ def _version(package: str) -> str:
 
 def _instruction_set() -> str:
     if backends.available()["native"] is True:
-        from .backends import native
+        from .backends import extension
 
-        return native.instruction_set()
+        return extension.instruction_set()
     return f"{torch.backends.cpu.get_cpu_capability()} (what torch uses; the C++ extension is not available)"
 
 

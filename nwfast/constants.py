@@ -75,3 +75,9 @@ NEGLIGIBLE_FLOAT, NEGLIGIBLE_DOUBLE = 27.0, 57.0
 # error bound of a row's total beyond which the row is summed with care.
 TRUNCATION_FLOAT, TRUNCATION_DOUBLE = 1e-9, 2e-15
 ACCEPT_FLOAT, ACCEPT_DOUBLE = 2e-8, 1e-13
+
+# The choice between the dense and the linear method: with fewer pairs of a query and a key than so many the dense one
+# is as fast as any, and the look at the data that the choice takes would cost more than it saves. That look takes
+# longer where it is in Python (the Numba backend's).
+CHOICE_PAIRS = 65_536
+CHOICE_PAIRS_IN_PYTHON = 130_000

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends
 from .functional import nadaraya_watson
-from .op import call
+from .op import call, prepared
 from .validation import canonical, check_method
 
 
@@ -222,6 +222,6 @@ class KeyIndex:
         compressed = self._compressed
         if compressed is None or compressed.w != number:
             compressed = self._compressed = _Compressed(
-                number, call.compress(kernel, key, value, w, key_weight)
+                number, prepared.compress(kernel, key, value, w, key_weight)
             )
-        return call.predict(kernel, compressed.tensors, query, drop) if compressed.tensors else None
+        return prepared.predict(kernel, compressed.tensors, query, drop) if compressed.tensors else None

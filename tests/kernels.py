@@ -11,22 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the kernels of this checkout
 
+from gpu_resources import Resource
+
 HEADER = "kernel", "target", "registers", "shared memory", "spills", "budget", ""
-
-
-class Resource(Protocol):
-    """What a compiled kernel takes of a multiprocessor: bytes and 32-bit registers a thread."""
-
-    kernel: str
-    target: str
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
-    register_budget: int
 
 
 def complaint(row: Resource) -> str:

@@ -19,19 +19,13 @@ from torch import Tensor
 
 import nwfast
 from benchmarks.gpu.machine import missing
-from benchmarks.problems.workloads import two_lines
+from benchmarks.problems.workloads import WIDTH, Call, WrongResultError, two_lines
 
-WIDTH = 5.0
 SAMPLE = 256  # queries whose results are computed in float64
 TOLERANCE = {
     torch.float32: 2e-4,
     torch.float16: 5e-3,
 }  # relative to the largest entry: above rounding, below mistakes
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-class WrongResultError(AssertionError):
-    """A competitor does not compute what it is timed for."""
 
 
 @dataclass(frozen=True)

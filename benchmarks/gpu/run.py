@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # measure this checkout, wherever called from
@@ -27,30 +27,14 @@ import torch
 from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu import problems
 from benchmarks.gpu import small as gpu_small
-from benchmarks.gpu.problems import Competitor, Problem, WrongResultError, problem
+from benchmarks.gpu.problems import Competitor, Problem, problem
 from benchmarks.measure import machine
-from benchmarks.measure.alternate import spread
-from benchmarks.measure.gpu_timing import alternate
+from benchmarks.measure.alternate import alternate, clock_of, spread
+from benchmarks.measure.bar import Bar
+from benchmarks.problems.workloads import SMALL, WrongResultError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 LARGE, MIDDLE = 131072, 32768  # the textbook's matrix takes 64 GiB at the first, 4 GiB at the second
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What a measured number is held against: always "at least"."""
-
-    what: str
-    limit: float
-    measured: float
-    unit: str
-
-    @property
-    def passed(self) -> bool:
-        return self.measured >= self.limit
-
-    def as_dict(self) -> dict:
-        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass
@@ -79,7 +63,7 @@ class Results:
 
     def add_bar(self, what: str, limit: float, measured: float | None, unit: str = "times") -> None:
         if measured is not None:
-            self.bars.append(Bar(what, limit, measured, unit))
+            self.bars.append(Bar(what, limit, measured, unit=unit))
 
     def add_ratio(self, what: str, limit: float, fast: float | None, slow: float | None) -> None:
         if fast is not None and slow is not None:
@@ -131,7 +115,7 @@ def time_problem(
         if results.device.type == "cuda":
             torch.cuda.empty_cache()
     try:
-        times = alternate(calls, seconds * results.share, results.device, clocks.look)
+        times = alternate(calls, seconds * results.share, clock_of(results.device, clocks.look))
     except torch.OutOfMemoryError:  # each had the memory alone, not beside what the others keep
         others = [name for name in calls if name not in results.backends]
         results.left_out |= {
@@ -140,7 +124,7 @@ def time_problem(
         ours = {name: call for name, call in calls.items() if name in results.backends}
         del calls
         torch.cuda.empty_cache()
-        times = alternate(ours, seconds * results.share, results.device, clocks.look)
+        times = alternate(ours, seconds * results.share, clock_of(results.device, clocks.look))
     for name, own in times.items():
         add_median(results, given.name, name, own, given.pairs, errors[name])
 
@@ -220,7 +204,7 @@ def features(results: Results, size: Callable[[int], int]) -> None:
 def small(results: Results, size: Callable[[int], int]) -> None:
     """n = 50, called and replayed from a graph."""
     with question("small", results) as clocks:
-        for kind in gpu_small.KINDS:
+        for kind in SMALL:
             work = f"{kind}, n = {gpu_small.N}, keys ({gpu_small.N}, {gpu_small.N - 1})"
             names = [*results.backends, gpu_small.LINES]
             try:
@@ -228,7 +212,9 @@ def small(results: Results, size: Callable[[int], int]) -> None:
             except WrongResultError as error:
                 results.wrong.append(str(error))
                 continue
-            for name, own in alternate(calls, 3 * results.share, results.device, clocks.look).items():
+            for name, own in alternate(
+                calls, 3 * results.share, clock_of(results.device, clocks.look)
+            ).items():
                 add_median(results, work, name, own, gpu_small.N * (gpu_small.N - 1))
             for name in results.backends:
                 for how in "", ", graph":

@@ -35,11 +35,11 @@ BLOCKS = [
 # What a process of its own measures: milliseconds of the forward pass, and of forward + backward to q, k, v, w.
 MEASURE = """
 import torch, nwfast
-from benchmarks.measure.gpu_timing import alternate
+from benchmarks.measure.alternate import alternate, clock_of
 from benchmarks.gpu.problems import backend, problem
 device = torch.device("cuda", 0)
 works = [problem(device, POINTS, wanted=wanted) for wanted in ("", "qkvw")]
-times = alternate({work.wanted: backend("cuda").prepare(work)[0] for work in works}, 2, device)
+times = alternate({work.wanted: backend("cuda").prepare(work)[0] for work in works}, 2, clock_of(device))
 print("times", *[1000 * sorted(own)[len(own) // 2] for own in times.values()])
 """
 
@@ -116,7 +116,7 @@ def tune_triton() -> None:
     import torch
 
     from benchmarks.gpu.problems import backend, problem
-    from benchmarks.measure.gpu_timing import alternate
+    from benchmarks.measure.alternate import alternate, clock_of
     from nwfast.backends.triton import call, launch
 
     device = torch.device("cuda", 0)
@@ -129,7 +129,7 @@ def tune_triton() -> None:
         name = "{} x {}, {}".format(*blocks) if blocks else "present"
         try:
             calls = {work.wanted: backend("triton").prepare(work)[0] for work in works}
-            times = alternate(calls, 1, device)
+            times = alternate(calls, 1, clock_of(device))
             rates = [POINTS**2 / sorted(own)[len(own) // 2] / 1e12 for own in times.values()]
             print(f"{name:40} {rates[0]:8.3f} {rates[1]:8.3f}", flush=True)
         except Exception as error:  # a choice that does not compile, or needs more than there is

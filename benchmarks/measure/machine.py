@@ -65,9 +65,11 @@ def processor() -> str:
 
 def instruction_set() -> str:
     """What the C++ kernels use, or torch where there are none."""
-    from nwfast.backends import native
+    from nwfast.backends import extension
 
-    return torch.backends.cpu.get_cpu_capability() if native.why_not else native.instruction_set()
+    if extension.NATIVE_WHY_NOT:
+        return torch.backends.cpu.get_cpu_capability()
+    return extension.instruction_set()
 
 
 def extension_is_current() -> bool:

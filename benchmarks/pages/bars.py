@@ -4,28 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from benchmarks.measure.alternate import spread
+from benchmarks.measure.bar import Bar
 from benchmarks.measure.scale import Scale
 from benchmarks.measure.session import Session, ratio
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A number with its limit; a ratio where no unit is given."""
-
-    what: str
-    limit: float
-    measured: float
-    first_quartile: float
-    third_quartile: float
-    at_least: bool = True
-    unit: str = "times"
-
-    @property
-    def passed(self) -> bool:
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
-
-    def as_dict(self) -> dict:
-        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import nwfast
-from benchmarks.problems.workloads import Call, Data, small_call, training_step
+from benchmarks.problems.workloads import Call, Data, small
 
 from .peer import Peer
 
@@ -76,10 +76,10 @@ def _select(backend: str, method: str, x: Tensor, y: Tensor) -> Call:
     )
 
 
-def _small(backend: str, kind: str, chapter: tuple[Tensor, ...]) -> Call:
-    if kind == "training step":
-        return training_step(nwfast.NWKernelRegression(w=1.0, backend=backend), *chapter)
-    return small_call(kind, functools.partial(nwfast.nadaraya_watson, backend=backend), *chapter)
+def small_call(backend: str, kind: str, chapter: tuple[Tensor, ...]) -> Call:
+    """A call of the chapter's own size: the function, or the module that trains."""
+    function = functools.partial(nwfast.nadaraya_watson, backend=backend)
+    return small(kind, function, functools.partial(nwfast.NWKernelRegression, backend=backend), chapter)
 
 
 def _peer(backend: str, method: str, about: str, **limits: float) -> Peer:
@@ -93,7 +93,7 @@ def _peer(backend: str, method: str, about: str, **limits: float) -> Peer:
         function=function,
         forward=lambda given: lambda: (function(*given.inputs),),
         gradients=functools.partial(differentiate, function),
-        small=None if linear else functools.partial(_small, backend),
+        small=None if linear else functools.partial(small_call, backend),
         select=functools.partial(_select, backend, method),
         minimised_by="scipy",
         one_feature=linear,

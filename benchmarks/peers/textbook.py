@@ -12,8 +12,7 @@ from benchmarks.problems.workloads import (
     TextbookModule,
     others,
     per_query_lines,
-    small_call,
-    training_step,
+    small,
     two_lines,
 )
 
@@ -50,18 +49,18 @@ def _compiled_gradients(given: Data, wanted: str) -> Call:
     return differentiate(_compiled(two_lines), given, wanted)
 
 
-def _small(kind: str, chapter: tuple[Tensor, ...]) -> Call:
-    if kind == "training step":
-        return training_step(TextbookModule(1.0), *chapter)
-    return small_call(kind, per_query_lines, *chapter)
+def small_call(kind: str, chapter: tuple[Tensor, ...]) -> Call:
+    """A call of the chapter's own size."""
+    return small(kind, per_query_lines, TextbookModule, chapter)
 
 
 def _compiled_small(kind: str, chapter: tuple[Tensor, ...]) -> Call:
-    if kind == "training step":
-        module = TextbookModule(1.0)
-        module.compile(fullgraph=True, dynamic=False)
-        return training_step(module, *chapter)
-    return small_call(kind, _compiled(per_query_lines), *chapter)
+    def module(w: float) -> TextbookModule:
+        net = TextbookModule(w)
+        net.compile(fullgraph=True, dynamic=False)
+        return net
+
+    return small(kind, _compiled(per_query_lines), module, chapter)
 
 
 def _select(x: Tensor, y: Tensor) -> Call:
@@ -79,7 +78,7 @@ PEERS = (
         package="torch",
         forward=functools.partial(_forward, two_lines),
         gradients=functools.partial(differentiate, two_lines),
-        small=_small,
+        small=small_call,
         select=_select,
         minimised_by="scipy",
         bytes_per_pair=24,

@@ -128,24 +128,15 @@ def gradients(question: str, wanted: str, scale: Scale, seconds: float) -> Group
     return Group(question, work, n, seconds, entries)
 
 
-SMALL = ("forward", "forward + backward", "training step")
-
-
 def small(question: str, kind: str, scale: Scale, seconds: float) -> Group:
-    """The chapter's own size, where the op's overhead matters more than its arithmetic.
-
-    forward: the op against the lines, under no_grad. forward + backward: the same, to w, from a given gradient.
-    training step: module against module, with zero_grad, halved squared loss, backward, SGD.
-    """
+    """The chapter's own size, where the op's overhead matters more than its arithmetic; a kind of `workloads.SMALL`."""
     n = scale.chapter
     work = f"{kind}, n = {n}, keys ({n}, {n - 1})"
 
     @functools.cache
     def exact() -> tuple:
-        chapter = [tensor.double() for tensor in workloads.chapter(n)]
-        if kind == "training step":
-            return workloads.training_step(workloads.TextbookModule(1.0).double(), *chapter)()
-        return workloads.small_call(kind, workloads.per_query_lines, *chapter)()
+        chapter = tuple(tensor.double() for tensor in workloads.chapter(n))
+        return workloads.small(kind, workloads.per_query_lines, workloads.TextbookModule, chapter)()
 
     entries = {
         name: Entry(

@@ -99,7 +99,7 @@ def some_rows(given: Data, most: int = 32) -> tuple[Tensor, Tensor]:
 
 def error_of(found: object, exact: Tensor, what: str) -> float:
     """Largest difference to the float64 result, relative to its largest entry."""
-    actual = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    actual = found.detach().cpu() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
     if actual.numel() != exact.numel():
         raise WrongResultError(f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
     return float((actual.double().reshape(exact.shape) - exact).abs().max() / exact.abs().max())
@@ -160,17 +160,22 @@ def chapter(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, *others(x, y)
 
 
-def small_call(
-    kind: str,
-    function: Callable[..., Tensor],
-    x: Tensor,
-    y: Tensor,
-    keys: Tensor,
-    values: Tensor,
+SMALL = ("forward", "forward + backward", "training step")
+
+
+def small(
+    kind: str, function: Callable[..., Tensor], module: Callable[..., nn.Module], chapter: tuple[Tensor, ...]
 ) -> Call:
-    """forward: under no_grad. forward + backward: to w, from a given gradient."""
-    w = torch.ones(1, dtype=x.dtype, requires_grad=kind != "forward")
-    cotangent = torch.linspace(-1, 2, len(x), dtype=x.dtype)
+    """A call of one of the kinds SMALL on the chapter's tensors: by a function, or a training step of a module.
+
+    forward: under no_grad. forward + backward: to w, from a given gradient. training step: zero_grad, halved squared
+    loss, backward, SGD.
+    """
+    x, y, keys, values = chapter
+    if kind == "training step":
+        return _training_step(module(w=1.0).to(x.device, x.dtype), x, y, keys, values)
+    w = torch.ones(1, device=x.device, dtype=x.dtype, requires_grad=kind != "forward")
+    cotangent = torch.linspace(-1, 2, len(x), device=x.device, dtype=x.dtype)
 
     def forward_only() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -183,8 +188,7 @@ def small_call(
     return forward_only if kind == "forward" else forward_and_backward
 
 
-def training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
-    """zero_grad, halved squared loss, backward, SGD."""
+def _training_step(net: nn.Module, x: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Call:
     # So small a rate that w, and with it the work, stays the same however often the step is repeated.
     trainer = torch.optim.SGD(net.parameters(), lr=1e-9)
     loss = nn.MSELoss(reduction="none")

@@ -16,6 +16,7 @@ constexpr double kTruncationFloat = 0x1.12e0be826d695p-30;  // 1e-09
 constexpr double kTruncationDouble = 0x1.203af9ee75616p-49;  // 2e-15
 constexpr double kAcceptFloat = 0x1.5798ee2308c3ap-26;  // 2e-08
 constexpr double kAcceptDouble = 0x1.c25c268497682p-44;  // 1e-13
+constexpr double kChoicePairs = 0x1.0000000000000p+16;  // 65536
 
 template <typename T>
 struct Exp2Floor;

@@ -17,6 +17,7 @@ NUMBERS = {
     "kTruncationDouble": "TRUNCATION_DOUBLE",
     "kAcceptFloat": "ACCEPT_FLOAT",
     "kAcceptDouble": "ACCEPT_DOUBLE",
+    "kChoicePairs": "CHOICE_PAIRS",
 }
 POLYNOMIALS = (
     ("Exp2Floor", "float", "float", "EXP2_FLOOR_FLOAT"),
@@ -41,7 +42,7 @@ def header() -> str:
         "",
     ]
     lines += [
-        f"constexpr double {name} = {constants[source].hex()};  // {constants[source]!r}"
+        f"constexpr double {name} = {float(constants[source]).hex()};  // {constants[source]!r}"
         for name, source in NUMBERS.items()
     ]
     for template in dict.fromkeys(polynomial[0] for polynomial in POLYNOMIALS):

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kKeySample = 256, kQuerySample = 64;
 
-constexpr double kLeastLinearPairs = 65536;
 template <typename T>
 constexpr double kDensePair = sizeof(T) == 4 ? 0.21 : 0.73;
 constexpr double kDenseRow = 40;  // of a query, whatever its window
@@ -87,7 +86,7 @@ class Sample {
 
 bool linear_is_faster(const Problem& problem) {
   const double m = static_cast<double>(problem.queries), n = static_cast<double>(problem.keys);
-  if (problem.features != 1 || problem.batch.count == 0 || m * n < kLeastLinearPairs) return false;
+  if (problem.features != 1 || problem.batch.count == 0 || m * n < kChoicePairs) return false;
   if (problem.channels > 1) return true;  // the dense kernels for channels know no windows
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const Sample sample(problem);

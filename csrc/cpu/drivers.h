@@ -34,7 +34,7 @@ void parallel_blocks(int64_t blocks, bool serial, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Below so many pairs a second thread costs more than it does.
+// Below so many pairs a second thread costs more than it does. Nothing to do with kChoicePairs, of the same size.
 constexpr double kSerialPairs = 65536;
 
 // One feature, one channel (dense/single.cpp).

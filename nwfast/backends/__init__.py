@@ -1,4 +1,7 @@
-"""Backends: where a kernel runs. One module a backend, all with the same two functions, which only compute.
+"""Backends: where a kernel runs. All have the same two or three functions, which only compute.
+
+Those of the C++ extensions are registered by importing these (`extension`); Numba, Triton and the reference have them
+in Python, in modules of their own (`load`).
 
 Canonical form (what `nwfast.validation` hands on; every tensor has the same number of leading dimensions, each of
 size 1 or that of the batch *B, so nothing is ever expanded in memory):
@@ -36,7 +39,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, device
 
-from . import cuda, native
+from . import extension
 
 NAMES = ("native", "cuda", "numba", "triton", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
@@ -75,8 +78,8 @@ def available() -> dict[str, bool | str]:
 # Why a backend cannot run in this process, empty if it can; found out once. Triton's answer waits until it is asked
 # for: looking for GPUs at import would start CUDA in processes that never use it.
 _REASONS = {
-    "native": native.why_not,
-    "cuda": cuda.why_not,
+    "native": extension.NATIVE_WHY_NOT,
+    "cuda": extension.CUDA_WHY_NOT,
     "numba": "" if importlib.util.find_spec("numba") else "the package numba is not installed",
     "reference": "",
 }

@@ -5,7 +5,7 @@ import torch
 
 import nwfast
 from nwfast import backends, validation
-from nwfast.op import call as ops
+from nwfast.op import autograd, call, schema
 
 pytestmark = pytest.mark.skipif(
     backends.available()["native"] is not True, reason="direct calls are calls to the C++ extension"
@@ -32,7 +32,7 @@ def test_same_bits_as_canonical(form, dtype):
     query, key, value, weight = make(form, dtype)
     w = torch.tensor([7.0], dtype=dtype)
     *inputs, _ = validation.canonical(query, key, value, w, weight, False)
-    kernels = ops._KERNELS["native"]
+    kernels = schema.KERNELS["native"]
     tangents = value.ndim == key.ndim
     direct = kernels.forward(query, key, value, w, weight, False, tangents, tangents)
     canonical = kernels.forward(*inputs, False, tangents, tangents)
@@ -68,20 +68,20 @@ def test_derivatives(form):
     inputs = [x.clone().requires_grad_() for x in (*cut, w, *([] if weight is None else [weight]))]
     for return_lse in (False, True):
 
-        def call(query, key, value, w, weight=None, return_lse=return_lse):
+        def regress(query, key, value, w, weight=None, return_lse=return_lse):
             return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
 
         assert (
-            ops.direct(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
+            call.direct(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
             is not None
         )
-        assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
-        assert torch.autograd.gradgradcheck(call, inputs)
+        assert torch.autograd.gradcheck(regress, inputs, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(regress, inputs)
 
 
 def test_refuses_what_is_not_exactly_of_such_a_form():
     x, w = torch.rand(3), torch.ones(1)
-    assert ops.direct(x, x, x, w, None, False, "auto", False) is not None
+    assert call.direct(x, x, x, w, None, False, "auto", False) is not None
     for arguments in (
         (x, x, torch.rand(4), w, None),
         (x, torch.rand(4, 3), torch.rand(4, 3), w, None),
@@ -102,7 +102,7 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
         (x, x, x, w[:0], None),
         (x, x, x, w, torch.tensor(1.0)),
     ):
-        assert ops.direct(*arguments, False, "auto", False) is None
+        assert call.direct(*arguments, False, "auto", False) is None
 
 
 @pytest.mark.parametrize("differentiate", [False, True])
@@ -112,7 +112,7 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
 def test_a_failure_is_no_refusal(monkeypatch, error, differentiate):
     """It reaches the caller; no other kernel is tried instead."""
     x, w = torch.rand(3), torch.ones(1, requires_grad=differentiate)
-    kernels = ops._KERNELS["native"]
+    kernels = schema.KERNELS["native"]
     tried = []
 
     def fail(*arguments):
@@ -120,7 +120,7 @@ def test_a_failure_is_no_refusal(monkeypatch, error, differentiate):
         raise error
 
     monkeypatch.setattr(kernels, "stateless", fail)
-    eager, _ = ops._functions(fail, fail, fail)
+    eager, _ = autograd.functions_around(fail, fail, fail)
     monkeypatch.setattr(kernels, "eager", eager)
     with pytest.raises(type(error), match=str(error)):
         nwfast.nadaraya_watson(x, x, x, w)

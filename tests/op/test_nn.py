@@ -1,3 +1,9 @@
+"""The module NWKernelRegression: the chapter's own, trained, copied, compiled, exported, parametrized.
+
+One file, long as it is: all of it is about one class, on one set of data, and most tests put another of PyTorch's ways
+to treat modules beside the same call.
+"""
+
 import copy
 import inspect
 import io

@@ -1,4 +1,8 @@
-"""Every eager route to the op: autograd of all orders, torch.func, forward mode, the operators, autocast."""
+"""Every eager route to the op: autograd of all orders, torch.func, forward mode, the operators, autocast.
+
+One file, long as it is: each route has to give the same derivatives on the same `inputs`, in all `FORMS`, and a form
+that is added is added to all of them.
+"""
 
 import itertools
 import os
@@ -11,7 +15,7 @@ from oracle import textbook
 from torch.autograd import forward_ad
 
 import nwfast
-from nwfast.op import by_reference, call
+from nwfast.op import by_reference, schema
 
 DOUBLE = torch.float64
 
@@ -376,7 +380,7 @@ def test_dual_cotangent_of_a_graph_built_outside(backend):
 
 
 def test_private_checks_that_choose_the_route():
-    """torch has no public name for these. When this fails, ops.nadaraya_watson needs their successors."""
+    """torch has no public name for these. When this fails, nwfast.op.call needs their successors."""
     seen = []
 
     def look(x):
@@ -464,7 +468,7 @@ def test_leave_one_out_of_one_key(backend):
 def test_opcheck(backend, form):
     (query, key, value, w, key_weight), exclude_self = inputs(form)
     canonical = list(nwfast.validation.canonical(query, key, value, w, key_weight, exclude_self)[:5])
-    kernels = call._KERNELS[backend]
+    kernels = schema.KERNELS[backend]
     scalar = query.ndim == 1
     batch = nwfast.backends.batch_shape(*canonical[:3])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import regression, run  # noqa: E402
-from benchmarks.measure import scale  # noqa: E402
+from benchmarks.measure import alternate, scale  # noqa: E402
 from benchmarks.measure.session import Session, group_as_dict  # noqa: E402
 from benchmarks.pages import report, tables  # noqa: E402
 from benchmarks.pages.bars import bars  # noqa: E402
@@ -215,3 +216,39 @@ def test_the_report_writes_all_pages_from_a_run(tmp_path):
 def test_markers_have_to_be_there():
     with pytest.raises(ValueError, match="expected one <!-- speed -->"):
         report.put("no markers", "text", "speed")
+
+
+@pytest.mark.parametrize("graphics", [False, True], ids=["host", "device"])
+def test_alternating_takes_turns(monkeypatch, graphics):
+    """By the host's clock, and by the events of a GPU, here a stub's."""
+    made: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, last):
+            return 1000 * (last.at - self.at)
+
+    def call(name):
+        made.append(name)
+        time.sleep(1e-3)
+
+    looks: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    device = torch.device("cuda" if graphics else "cpu")
+    clock = alternate.clock_of(device, lambda: looks.append(len(made)))
+    calls = {name: functools.partial(call, name) for name in ("a", "b")}
+    times = alternate.alternate(calls, 0.0, clock, least_rounds=5)
+    assert [len(own) for own in times.values()] == [5, 5]
+    assert all(1e-3 <= seconds < 1e-2 for own in times.values() for seconds in own)
+    # Estimates ab, rounds ab ba ab ba ab: turns that meet are one.
+    assert [name for name, _ in itertools.groupby(made)] == list("abababab")
+    assert len(looks) == (2 * alternate.LOOKED_AT if graphics else 0)

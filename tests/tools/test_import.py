@@ -1,11 +1,15 @@
 """`import nwfast` in fresh processes: what it loads, what it can do without, what it costs."""
 
+import ast
 import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import nwfast
 
 OPTIONAL = ("numba", "triton", "sklearn", "matplotlib", "pandas", "tqdm")
 IMPORT = "import nwfast, nwfast.nn, nwfast.cli"
@@ -74,3 +78,24 @@ report["ms"] = (time.process_time() - start) * 1e3
 """
     costs = [run(code)["ms"] for _ in range(5)]
     assert statistics.median(costs) <= 50, f"milliseconds in 5 processes: {costs}"
+
+
+def test_the_modules_of_the_op_import_one_way():
+    """Each can be read with those to its right alone: call, prepared -> schema -> autograd -> by_reference."""
+    allowed = {
+        "call": {"schema", "autograd", "by_reference"},
+        "prepared": {"schema", "autograd"},
+        "schema": {"autograd", "by_reference"},
+        "autograd": {"by_reference"},
+        "by_reference": set(),
+    }
+    folder = Path(nwfast.__file__).parent / "op"
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *allowed}
+    for name, others in allowed.items():
+        imports = [
+            node
+            for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+        ]
+        found = {node.module or alias.name for node in imports for alias in node.names}
+        assert found <= others, name

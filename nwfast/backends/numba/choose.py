@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...constants import NEGLIGIBLE_DOUBLE, NEGLIGIBLE_FLOAT
+from ...constants import CHOICE_PAIRS_IN_PYTHON, NEGLIGIBLE_DOUBLE, NEGLIGIBLE_FLOAT
 from .. import load
 from .base import ROOT
 from .linear.plan import ONE_BOX
 
 _KEY_SAMPLE, _QUERY_SAMPLE = 256, 64
-_LEAST_LINEAR_PAIRS = 130_000  # below, the choice itself would cost more than it saves
 # Nanoseconds of a query, fitted by hand to sorted data on (0, 5) with one channel on two cores with AVX2: forward
 # passes in float32 of 300 to 300,000 points, w from 0.1 to 1e5, in float64 of 400 to 10,000 points, w up to 1e4; with
 # gradients the latter in both. `benchmarks/studies/method_cost.py --backend numba` shows how good they are.
@@ -59,7 +58,7 @@ def linear_is_faster(
 ) -> bool:
     """Whether the linear method is expected to be faster for these canonical inputs."""
     m, n = query.shape[-2], key.shape[-2]
-    if query.shape[-1] != 1 or m * n < _LEAST_LINEAR_PAIRS:
+    if query.shape[-1] != 1 or m * n < CHOICE_PAIRS_IN_PYTHON:
         return False
     inverse_bandwidth = abs(w.flatten()[0].item())
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32

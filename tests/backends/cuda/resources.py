@@ -8,10 +8,10 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from gpu_resources import Resource, from_ptxas
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -22,18 +22,6 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 # does one of the tiled forward pass over more features than are staged at once (its last template argument).
 BUDGETS = {"sum_rows": 128, "sum_keys": 128, "sum_grads": 255, "sum_tiles<true>": 255}
 DEFAULT_BUDGET = 168
-
-
-@dataclass(frozen=True)
-class Resource:
-    """One kernel compiled for one target."""
-
-    kernel: str
-    target: str
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
-    register_budget: int
 
 
 def why_not() -> str:
@@ -64,25 +52,7 @@ def compile_kernels(source: Path, targets: tuple[str, ...] = TARGETS) -> list[Re
         )
     if process.returncode:
         raise RuntimeError(f"{source.name} does not compile:\n{process.stderr}")
-    return list(_parse(process.stderr))
-
-
-def _parse(report: str) -> Iterator[Resource]:
-    pattern = (
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers([^\n]*)"
-    )
-    for symbol, target, stores, loads, registers, rest in re.findall(pattern, report, re.DOTALL):
-        name = _demangle(symbol)
-        shared = re.search(r"(\d+) bytes smem", rest)
-        yield Resource(
-            kernel=name,
-            target=target,
-            registers=int(registers),
-            shared_bytes=int(shared[1]) if shared else 0,
-            spill_bytes=int(stores) + int(loads),
-            register_budget=_budget(name),
-        )
+    return list(from_ptxas(process.stderr, _demangle, _budget))
 
 
 def _budget(name: str) -> int:

@@ -5,7 +5,6 @@ real calls. `rows()` compiles what was recorded for each target and reads the si
 """
 
 import functools
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from gpu_resources import Resource, from_cuobjdump
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -40,18 +40,6 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-@dataclass(frozen=True)
-class Resource:
-    """What one kernel takes on one target."""
-
-    kernel: str
-    target: str
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
-    register_budget: int
 
 
 @dataclass(frozen=True)
@@ -161,14 +149,12 @@ def measure(launch: Launch, target: int) -> Resource:
         text = subprocess.run(
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     name = launch.kernel.__name__ + (f" ({launch.case})" if launch.case else "")
-    return Resource(
+    return from_cuobjdump(
+        text,
         f"triton {name}",
         f"sm_{target}",
-        sizes["REG"],
         kernel.metadata.shared,
-        sizes["STACK"] + sizes["LOCAL"],
         budget(32 * kernel.metadata.num_warps),
     )
 
