@@ -40,12 +40,12 @@ NWFAST_INLINE void over_vectors(int64_t begin, int64_t end, int64_t n, const int
   if (n % kStep) insert(n / kStep);
   int64_t current = begin / kStep;
   const int64_t last = (end + kStep - 1) / kStep;
-  for (int i = 0; i < count; ++i) {
-    if (current < vectors[i]) plain(current, vectors[i]);
-    special(vectors[i]);
-    current = vectors[i] + 1;
+  for (int i = 0; i <= count; ++i) {  // one call of each: they are long, and inlined
+    const int64_t stop = i < count ? vectors[i] : last;
+    if (current < stop) plain(current, stop);
+    if (i < count) special(stop);
+    current = stop + 1;
   }
-  if (current < last) plain(current, last);
 }
 
 template <typename T>
@@ -97,6 +97,23 @@ NWFAST_INLINE Mirrored<Vec<T>> splat(const Mirrored<T>& mirrored) {
   return {splat<T>(mirrored.high), splat<T>(mirrored.low)};
 }
 
+// Adds the sums of some rows, kCount vectors each, to their places in `out`. One copy serves all accumulators.
+template <typename T, int kCount, bool kScores>
+NWFAST_ONE_COPY void flush_sums(const Vec<T>* sums, int rows, double* out) {
+  for (int r = 0; r < rows; ++r, sums += kCount, out += kScalarSums) {
+    out[kTotal] += horizontal_sum<T>(sums[0]);
+    out[kValue] += horizontal_sum<T>(sums[1]);
+    if (kScores) {
+      out[kScoreTotal] += horizontal_sum<T>(sums[2]);
+      out[kScoreValue] += horizontal_sum<T>(sums[3]);
+    }
+    if (kCount > 2 + 2 * kScores) {
+      out[kOffsetTotal] += horizontal_sum<T>(sums[2 + 2 * kScores]);
+      out[kOffsetValue] += horizontal_sum<T>(sums[3 + 2 * kScores]);
+    }
+  }
+}
+
 template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
 struct ScalarAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
@@ -110,67 +127,63 @@ struct ScalarAccumulator {
     }
   }
 
-  template <bool kMasked>
-  NWFAST_INLINE void add(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded) {
-    const Vec<T> scale = splat<T>(task.scale);
-    const int64_t j = vector * kLanes<T>;
-    const Vec<T> key = load(task.key + j), charge_of_value = load(task.value_charge + j);
-    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+  NWFAST_INLINE void add(const ScalarRows<T>& task, int64_t vector) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      Vec<T> offset, score, value = charge_of_value;
-      if (relative(kMode)) {
-        score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
-        // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
-        const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
-        if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
-      } else {
-        offset = query[r] - key;
-        if (kMode == Scores::kNear) offset = offset * scale;
-        score = Vec<T>{} - offset * offset;
-      }
-      Vec<T> weight = exp2<T>(score);
-      if (kMode == Scores::kWide && kOffsets) {
-        const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
-        offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
-      }
-      if (kMasked) {  // whatever the key left out holds
-        const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
-        weight = select<T>(valid, weight, Vec<T>{});
-        value = select<T>(valid, value, Vec<T>{});
-        if (kScores) score = select<T>(valid, score, Vec<T>{});
-        if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
-      }
-      sums[r][0] += kCharged ? weight * charge : weight;
-      sums[r][1] += weight * value;
-      if (kScores) {
-        const Vec<T> moment = weight * score;
-        sums[r][2] += kCharged ? moment * charge : moment;
-        sums[r][3] += moment * value;
-      }
-      if (kOffsets) {
-        const Vec<T> moment = weight * offset;
-        sums[r][2 + 2 * kScores] += kCharged ? moment * charge : moment;
-        sums[r][3 + 2 * kScores] += moment * value;
-      }
-    }
+    for (int r = 0; r < kRows; ++r) add_row<false>(task, vector, nullptr, r);
+  }
+  // Leaves keys out, whatever they hold. Not unrolled: there are few such vectors.
+  NWFAST_INLINE void add_masked(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded) {
+#pragma GCC unroll 1
+    for (int r = 0; r < kRows; ++r) add_row<true>(task, vector, excluded, r);
   }
 
-  NWFAST_INLINE void flush(int rows, double* out) {
-    for (int r = 0; r < rows; ++r) {
-      double* row = out + r * kScalarSums;
-      row[kTotal] += horizontal_sum<T>(sums[r][0]);
-      row[kValue] += horizontal_sum<T>(sums[r][1]);
-      if (kScores) {
-        row[kScoreTotal] += horizontal_sum<T>(sums[r][2]);
-        row[kScoreValue] += horizontal_sum<T>(sums[r][3]);
-      }
-      if (kOffsets) {
-        row[kOffsetTotal] += horizontal_sum<T>(sums[r][2 + 2 * kScores]);
-        row[kOffsetValue] += horizontal_sum<T>(sums[r][3 + 2 * kScores]);
-      }
-    }
+  void flush(int rows, double* out) {
+    flush_sums<T, kCount, kScores>(&sums[0][0], rows, out);
     clear();
+  }
+
+ private:
+  template <bool kMasked>
+  NWFAST_INLINE void add_row(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded, int r) {
+    const Vec<T> scale = splat<T>(task.scale);
+    const int64_t j = vector * kLanes<T>;
+    const Vec<T> key = load(task.key + j);
+    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+    Vec<T> offset, score, value = load(task.value_charge + j);
+    if (relative(kMode)) {
+      score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
+      // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
+      const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
+      if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
+    } else {
+      offset = query[r] - key;
+      if (kMode == Scores::kNear) offset = offset * scale;
+      score = Vec<T>{} - offset * offset;
+    }
+    Vec<T> weight = exp2<T>(score);
+    if (kMode == Scores::kWide && kOffsets) {
+      const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
+      offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
+    }
+    if (kMasked) {
+      const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
+      weight = select<T>(valid, weight, Vec<T>{});
+      value = select<T>(valid, value, Vec<T>{});
+      if (kScores) score = select<T>(valid, score, Vec<T>{});
+      if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
+    }
+    sums[r][0] += kCharged ? weight * charge : weight;
+    sums[r][1] += weight * value;
+    if (kScores) {
+      const Vec<T> moment = weight * score;
+      sums[r][2] += kCharged ? moment * charge : moment;
+      sums[r][3] += moment * value;
+    }
+    if (kOffsets) {
+      const Vec<T> moment = weight * offset;
+      sums[r][2 + 2 * kScores] += kCharged ? moment * charge : moment;
+      sums[r][3 + 2 * kScores] += moment * value;
+    }
   }
 };
 
@@ -199,7 +212,7 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
         while (begin < end) {
           const int64_t stop = begin + kFlush - pending < end ? begin + kFlush - pending : end;
           auto local = sums;  // lets the accumulators live in registers
-          for (int64_t vector = begin; vector < stop; ++vector) local.template add<false>(task, vector, nullptr);
+          for (int64_t vector = begin; vector < stop; ++vector) local.add(task, vector);
           sums = local;
           pending += stop - begin;
           if (pending >= kFlush) {
@@ -209,22 +222,22 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
           begin = stop;
         }
       },
-      [&](int64_t vector) { sums.template add<true>(task, vector, excluded); });
+      [&](int64_t vector) { sums.add_masked(task, vector, excluded); });
   sums.flush(rows, out);
 }
 
+// Each instance costs time to compile: what is not common is served by one that sums more than is asked for.
 template <typename T, int kRows, Scores kMode, bool kCharged>
 NWFAST_INLINE void scalar_group_sums(const ScalarRows<T>& task, int64_t first, int rows) {
-  if (task.scores) {
-    if (task.offsets) {
-      scalar_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
-    } else {
-      scalar_group<T, kRows, kMode, kCharged, true, false>(task, first, rows);
-    }
-  } else if (task.offsets) {
-    scalar_group<T, kRows, kMode, kCharged, false, true>(task, first, rows);
-  } else {
+  constexpr bool kBoth = kRows == 1 || relative(kMode);
+  if (!task.scores && !task.offsets) {
     scalar_group<T, kRows, kMode, kCharged, false, false>(task, first, rows);
+  } else if (!kBoth && !task.offsets) {
+    scalar_group<T, kRows, kMode, kCharged, true, kBoth>(task, first, rows);
+  } else if (!kBoth && !task.scores) {
+    scalar_group<T, kRows, kMode, kCharged, kBoth, true>(task, first, rows);
+  } else {
+    scalar_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
   }
 }
 
@@ -239,6 +252,8 @@ NWFAST_INLINE void scalar_group_of(const ScalarRows<T>& task, int64_t first, int
 
 template <typename T, int kRows>
 NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
+  // The driver scales float coordinates alone.
+  constexpr Scores kUnit = kRows > 1 && sizeof(T) == 4 ? Scores::kUnit : Scores::kNear;
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
     bool far = false;
@@ -256,8 +271,8 @@ NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
       scalar_group_of<T, kRows, kWideScores<T>>(task, first, rows);
     } else if (far) {
       scalar_group_of<T, kRows, Scores::kFar>(task, first, rows);
-    } else if (sizeof(T) == 4 && task.scale == 1) {  // the driver scales float coordinates alone
-      scalar_group_of<T, kRows, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task, first, rows);
+    } else if (kUnit == Scores::kUnit && task.scale == 1) {
+      scalar_group_of<T, kRows, kUnit>(task, first, rows);
     } else {
       scalar_group_of<T, kRows, Scores::kNear>(task, first, rows);
     }
@@ -372,7 +387,7 @@ struct KeyAccumulator {
     }
   }
 
-  NWFAST_INLINE void flush(const ScalarKeys<T>& task, int64_t j) {
+  NWFAST_ONE_COPY void flush(const ScalarKeys<T>& task, int64_t j) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t base = j + v * kLanes<T> - task.key_begin;
       const int64_t left = task.key_end - task.key_begin - base;
