@@ -44,11 +44,11 @@ NWFAST_INLINE Vec<float> narrow(Vec<double> lower, Vec<double> upper) {
   return v;
 }
 
-// The sum of many vectors.
+// The sum of many vectors of squares.
 template <typename T>
-struct WideSum;
+struct WideScore;
 template <>
-struct WideSum<float> {
+struct WideScore<float> {
   Vec<double> lower = {}, upper = {};
 
   NWFAST_INLINE void add(Vec<float> x) {
@@ -65,7 +65,7 @@ struct WideSum<float> {
   }
 };
 template <>
-struct WideSum<double> {
+struct WideScore<double> {
   Vec<double> sum = {}, rest = {};  // rest: what rounding took from sum (Knuth's two-sum)
 
   NWFAST_INLINE void add(Vec<double> x) {
@@ -121,7 +121,7 @@ template <typename T, bool kUniform>
 NWFAST_INLINE void score_rows_wide(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
                                    int64_t pitch, double* scores) {
   for (int64_t j = 0; j < count; j += kLanes<T>) {
-    WideSum<T> total[kQ];
+    WideScore<T> total[kQ];
     for (int64_t group = 0; group < data.features; group += kFeatureGroup) {
       const int64_t last = group + kFeatureGroup < data.features ? group + kFeatureGroup : data.features;
       Vec<T> part[kQ] = {};

@@ -115,7 +115,7 @@ struct WideSum {
   }
 };
 
-constexpr int64_t kFlush = 8;  // weights that are added up in T before they go to a double
+constexpr int64_t kNearFlush = 8;  // weights that are added up in T before they go to a double
 
 // What a pair of a row and a key adds to the sums, in units of the bandwidth so that they stay within the range of T.
 template <typename T, bool kOffsets, bool kScores>
@@ -164,10 +164,10 @@ NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t e
     part.add(weight, splat(task.value[j * task.value_stride] - task.centre), difference, mirrored, w);
   };
   int64_t j = begin;
-  for (; j + kFlush <= end; j += kFlush) {
+  for (; j + kNearFlush <= end; j += kNearFlush) {
     NearSums<T, kOffsets, kScores> part;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < kFlush; ++i) add(j + i, part);
+    for (int64_t i = 0; i < kNearFlush; ++i) add(j + i, part);
     part.flush(sums);
   }
   NearSums<T, kOffsets, kScores> part;
@@ -412,7 +412,7 @@ NWFAST_ONE_COPY void sum_alone(const FgtNear<T>& task, const LoneRow<T>& found, 
     if (task.weight) weight = weight * (load_strided(task.weight + j, 1, there) * task.weight_factor);
     const Vec<T> value = load_strided(task.value + j * task.value_stride, task.value_stride, there);
     part.add(weight, value - splat(task.centre), difference, mirrored, w);
-    if (blocks % kFlush == 0) part.flush(own);
+    if (blocks % kNearFlush == 0) part.flush(own);
   }
   part.flush(own);
 #pragma GCC unroll 3
