@@ -33,10 +33,7 @@ struct Element {
     fill_matrices(plan);
   }
 
-  template <typename Finish>
-  void rows(bool serial, const Finish& finish) const {
-    RowPass<R, Finish>(data, plan, cells, expanded, finish).run(serial);
-  }
+  void rows(bool serial, const RowFinish& finish) const { sum_rows(data, plan, cells, expanded, finish, serial); }
 };
 
 // One channel: a kernel, through a block where rows go back to another place.

@@ -20,11 +20,11 @@
 // turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes
 // that are not crowded get moments on the spot. With factors d and d^2 in the kernel the same moments give the sums
 // that the derivatives by q and w need. Evaluate: Horner's scheme at the queries of the box. Directly
-// (RowPass::direct): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
+// (rows/direct.h): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
 // holding queries. The window of a query that is delta from its nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and
 // sums are relative to k* (the reference r) where delta > 2:
 //   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
-// Which way is taken follows from counts alone. With one channel and few keys (RowPass::near, kernels/near_rows.h),
+// Which way is taken follows from counts alone. With one channel and few keys (rows/near.h),
 // rows go by vectors in the precision of the input: no box, no search, no conversion; so do keys with few rows
 // (NearRows).
 //
@@ -34,7 +34,7 @@
 // own key) is summed again with care. No level, and no nearest key, has to be known beforehand, and dense data never
 // look for one.
 //
-// With care: directly where the window holds at most kDirectKeys keys. Otherwise (RowPass::run_far) the row lies in a
+// With care: directly where the window holds at most kDirectKeys keys. Otherwise (rows/gaps.h) the row lies in a
 // gap between two neighbouring keys, or beyond an end. Keys on either side, z behind the edge of the gap, count exp(-z
 // (2 delta + z) / 2) relative to the edge, delta from the row. Rows are grouped by edge and level l, 2^l < delta
 // <= 2^(l+1); for each group the keys within the depth that counts are cut into boxes of half width 2^-l, within which
