@@ -200,7 +200,7 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
   return call;
 }
 
-bool scalar(const Problem& problem) { return problem.features == 1 && problem.channels == 1; }
+bool single(const Problem& problem) { return problem.features == 1 && problem.channels == 1; }
 
 template <typename T>
 T* data(const Tensor& tensor) {
@@ -222,7 +222,7 @@ void run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
   if (linear && fgt_forward(problem, result)) return;
-  scalar(problem) ? scalar_forward(problem, result) : tiled_forward(problem, result);
+  single(problem) ? single_forward(problem, result) : tiled_forward(problem, result);
 }
 
 // Which results of a forward pass are wanted, beside out.
@@ -249,7 +249,7 @@ template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  STD_TORCH_CHECK(scalar(call.problem) || !(tangent_w || tangent_q),
+  STD_TORCH_CHECK(single(call.problem) || !(tangent_w || tangent_q),
                   "nwfast: tangents are for one feature and one channel");
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> output(const Tensor& query, const Ten
                                                   const Tensor& w, const std::optional<Tensor>& key_weight,
                                                   bool exclude_self, bool lse, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  check(scalar(call.problem) || !(tangent_w || tangent_q));
+  check(single(call.problem) || !(tangent_w || tangent_q));
   const Gradients outputs = run_forward(call, method, {lse, false, tangent_w, tangent_q});
   return {std::get<0>(outputs), std::get<1>(outputs), std::get<3>(outputs), std::get<4>(outputs)};
 }
@@ -352,13 +352,13 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 template <typename T>
 void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
   if (linear && fgt_query_backward(problem, task)) return;
-  scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
+  single(problem) ? single_query_backward(problem, task) : tiled_query_backward(problem, task);
 }
 
 template <typename T>
 void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
   if (linear && fgt_key_backward(problem, task)) return;
-  scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
+  single(problem) ? single_key_backward(problem, task) : tiled_key_backward(problem, task);
 }
 
 template <typename T>
@@ -478,7 +478,7 @@ Seven compress_as(const Problem& problem) {
   FgtPrepared<T> prepared;
   if (!fgt_compress(problem, prepared)) prepared = FgtPrepared<T>();
   return {tensor_of(prepared.key, 0),     tensor_of(prepared.value, problem.channels),
-          tensor_of(prepared.weight, 0),  tensor_of(prepared.cells, 3),
+          tensor_of(prepared.weight, 0),  tensor_of(prepared.boxes, 3),
           tensor_of(prepared.moments, 0), tensor_of(prepared.matrices, 0),
           tensor_of(prepared.numbers, 0)};
 }
@@ -499,8 +499,8 @@ void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& 
   view.weight = data<T>(prepared[2]);
   view.keys = prepared[0].size(0);
   view.channels = prepared[1].size(1);
-  view.cells = data<int64_t>(prepared[3]);
-  view.cell_count = prepared[3].size(0);
+  view.boxes = data<int64_t>(prepared[3]);
+  view.box_count = prepared[3].size(0);
   view.moments = data<double>(prepared[4]);
   view.matrices = data<double>(prepared[5]);
   view.matrices_size = prepared[5].size(0);
@@ -513,10 +513,10 @@ void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> predict(const Tensor& query, const Tensor& key, const Tensor& value,
-                                   const Tensor& key_weight, const Tensor& cells, const Tensor& moments,
+                                   const Tensor& key_weight, const Tensor& boxes, const Tensor& moments,
                                    const Tensor& matrices, const Tensor& numbers) {
   const Tensor prepared[7] = {as_contiguous(key),    as_contiguous(value),   as_contiguous(key_weight),
-                              as_contiguous(cells),  as_contiguous(moments), as_contiguous(matrices),
+                              as_contiguous(boxes),  as_contiguous(moments), as_contiguous(matrices),
                               as_contiguous(numbers)};
   const bool wide = key.scalar_type() == ScalarType::Double;
   check(query.dim() == 1 && value.dim() == 2 && numbers.size(0) > 0 && value.size(0) == key.size(0) &&

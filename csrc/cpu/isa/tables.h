@@ -18,7 +18,7 @@ namespace NWFAST_ISA {
 // Constant initialisation: no code of this instruction set may run when the library is loaded.
 template <typename T>
 constexpr Kernels<T> table() {
-  return {scalar_nearest<T>, scalar_rows<T>, scalar_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
+  return {single_nearest<T>, single_rows<T>, single_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
 }
 extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();

@@ -38,7 +38,7 @@ using RowFinish = std::function<void(int64_t first, int64_t n, const double* sum
 // Sums every row in the way that its surroundings ask for; `expanded`: whether boxes have moments. Rows are finished by
 // several threads, each once.
 template <typename R>
-void sum_rows(const Data<R>& data, const Plan& plan, const Cells<R>& cells, bool expanded, const RowFinish& finish,
+void sum_rows(const Data<R>& data, const Plan& plan, const Boxes<R>& boxes, bool expanded, const RowFinish& finish,
               bool serial);
 
 }  // namespace fgt

@@ -12,8 +12,8 @@ namespace {
 template <typename R>
 class RowPass {
  public:
-  RowPass(const RowTask<R>& rows, const Cells<R>& cells, bool expanded)
-      : rows_(rows), cells_(cells), expanded_(expanded) {}
+  RowPass(const RowTask<R>& rows, const Boxes<R>& boxes, bool expanded)
+      : rows_(rows), boxes_(boxes), expanded_(expanded) {}
 
   void run(bool serial) {
     const int64_t chunks = (rows_.data.queries + kChunk - 1) / kChunk;
@@ -35,7 +35,7 @@ class RowPass {
       return;
     }
     const auto load = rows_.loader();
-    Expansion<R, decltype(load)> expansion(rows_.plan, cells_, rows_.data.key, rows_.data.keys, rows_.columns,
+    Expansion<R, decltype(load)> expansion(rows_.plan, boxes_, rows_.data.key, rows_.data.keys, rows_.columns,
                                            !rows_.data.weight, load);
     NearRowPass<R> near(rows_);
     SeriesRows<R> series(rows_);
@@ -86,19 +86,19 @@ class RowPass {
   }
 
   const RowTask<R>& rows_;
-  const Cells<R>& cells_;
+  const Boxes<R>& boxes_;
   const bool expanded_;
 };
 
 }  // namespace
 
 template <typename R>
-void sum_rows(const Data<R>& data, const Plan& plan, const Cells<R>& cells, bool expanded, const RowFinish& finish,
+void sum_rows(const Data<R>& data, const Plan& plan, const Boxes<R>& boxes, bool expanded, const RowFinish& finish,
               bool serial) {
-  RowPass<R>(RowTask<R>(data, plan, finish), cells, expanded).run(serial);
+  RowPass<R>(RowTask<R>(data, plan, finish), boxes, expanded).run(serial);
 }
-template void sum_rows<float>(const Data<float>&, const Plan&, const Cells<float>&, bool, const RowFinish&, bool);
-template void sum_rows<double>(const Data<double>&, const Plan&, const Cells<double>&, bool, const RowFinish&, bool);
+template void sum_rows<float>(const Data<float>&, const Plan&, const Boxes<float>&, bool, const RowFinish&, bool);
+template void sum_rows<double>(const Data<double>&, const Plan&, const Boxes<double>&, bool, const RowFinish&, bool);
 
 }  // namespace fgt
 }  // namespace nwfast
