@@ -54,7 +54,7 @@ struct Problem {
   View query, key, value, w, key_weight;  // key_weight.data may be null
   bool exclude_self;
 
-  __host__ __device__ bool scalar() const { return features == 1 && channels == 1; }
+  __host__ __device__ bool single() const { return features == 1 && channels == 1; }
 
   // Whether key j counts, with the batch element's weights at `weights`: one of weight 0 does not, whatever it holds.
   __device__ bool keeps(int64_t weights, int64_t j) const {

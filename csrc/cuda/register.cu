@@ -244,7 +244,7 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, con
   Dimensions dimensions(sizes);
   view_inputs(query, key, value, w, key_weight, problem, dimensions);
   problem.batch = dimensions.merge();
-  STD_TORCH_CHECK(problem.scalar() || !(tangent_w || tangent_q),
+  STD_TORCH_CHECK(problem.single() || !(tangent_w || tangent_q),
                   "nwfast: tangents are for one feature and one channel");
   const OnDevice where(query);
   const int64_t m = problem.queries, channels = problem.channels;
