@@ -39,11 +39,11 @@ constexpr double kSerialPairs = 65536;
 
 // One feature, one channel (dense/single.cpp).
 template <typename T>
-void scalar_forward(const Problem& problem, const ForwardResult<T>& result);
+void single_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
-void scalar_query_backward(const Problem& problem, const BackwardTask<T>& task);
+void single_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
-void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task);
+void single_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
 // Any number of both (tiled.cpp).
 template <typename T>
@@ -70,15 +70,15 @@ bool linear_is_faster(const Problem& problem);
 template <typename T>
 struct FgtPrepared {
   std::vector<T> key, value, weight;  // (keys), (keys, channels), (keys) or empty where all are 1
-  std::vector<int64_t> cells;         // (cells, 3): box, first key, last key + 1
+  std::vector<int64_t> boxes;         // (boxes, 3): number, first key, last key + 1
   std::vector<double> moments, matrices, numbers;
 };
 template <typename T>
 struct FgtPreparedView {
   const T *key, *value, *weight;  // weight may be null
   int64_t keys, channels;
-  const int64_t* cells;
-  int64_t cell_count;
+  const int64_t* boxes;
+  int64_t box_count;
   const double *moments, *matrices;
   int64_t matrices_size;
   const double* numbers;

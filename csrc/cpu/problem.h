@@ -1,5 +1,4 @@
-// One call of the op on the CPU, as plain data: strided views of canonical tensors (see nwfast/backends/__init__.py),
-// and how to read them into packed arrays.
+// One call of the op on the CPU, and how to read its views into packed arrays.
 
 #pragma once
 
@@ -18,6 +17,7 @@
 #include <new>
 #include <utility>
 
+#include "../common/problem.h"
 #include "../common/softmax_state.h"
 #include "dense/kernels.h"
 
@@ -25,38 +25,15 @@ namespace nwfast {
 
 constexpr int kMaxRank = 64;  // of leading dimensions; torch has no tensors of higher rank
 
-enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
+using Batch = BatchOf<kMaxRank>;
 
-struct Batch {
-  int rank = 0;
-  int64_t sizes[kMaxRank];
-  int64_t count = 1;
-};
-
-// A canonical tensor: (*B, rows, columns), stride 0 where broadcast. Vectors have one of the two.
-struct View {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::kFloat;
-  int64_t batch_strides[kMaxRank];
-  int64_t row_stride = 0, column_stride = 0;
-
+struct View : ViewOf<kMaxRank> {
   int64_t offset(const Batch& batch, int64_t b) const {
-    if (batch.rank == 1) return b * batch_strides[0];
-    int64_t offset = 0;
-    for (int dim = batch.rank - 1; dim >= 0; --dim) {
-      offset += b % batch.sizes[dim] * batch_strides[dim];
-      b /= batch.sizes[dim];
-    }
-    return offset;
+    return batch.rank == 1 ? b * batch_strides[0] : ViewOf<kMaxRank>::offset(batch, b);  // mostly
   }
 };
 
-struct Problem {
-  Batch batch;
-  int64_t queries, keys, features, channels;
-  View query, key, value, w, key_weight;  // key_weight.data may be null
-  bool exclude_self;
-};
+using Problem = ProblemOf<View, kMaxRank>;
 
 // Contiguous results of the forward pass, in the arithmetic dtype; tangents may be null.
 template <typename T>

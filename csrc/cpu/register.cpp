@@ -6,56 +6,23 @@
 // sums.
 
 #include <Python.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <tuple>
 
+#include "../common/tensors.h"
 #include "drivers.h"
 #include "left_out.h"
 
 namespace nwfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-enum Needs { kQuery = 1, kKey = 2, kValue = 4, kW = 8, kKeyWeight = 16 };  // as NEEDS_* in nwfast/backends
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::Double:
-      return Dtype::kDouble;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "nwfast: operators take dtypes float32, float64, float16 and bfloat16");
-  }
-}
-
 Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
-  int64_t strides[kMaxRank + 2];
-  int64_t stride = 1;
-  for (int64_t dim = ndim - 1; dim >= 0; --dim) {
-    strides[dim] = stride;
-    stride *= sizes[dim] > 0 ? sizes[dim] : 1;
-  }
-  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                       : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(ndim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  expect_writes(tensor.mutable_data_ptr(), static_cast<size_t>(stride) * static_cast<size_t>(tensor.element_size()));
+  Tensor tensor = empty_on(aoti_torch_device_type_cpu(), 0, sizes, ndim, dtype);
+  expect_writes(tensor.mutable_data_ptr(),
+                static_cast<size_t>(tensor.numel()) * static_cast<size_t>(tensor.element_size()));
   return tensor;
 }
 
@@ -91,13 +58,12 @@ struct Call {
 // A view of a tensor whose dimensions from `batch_dim`, and `row` and `column`, have these roles; -1 for none. Leading
 // dimensions broadcast from the right.
 View view_of(const Tensor& tensor, const Batch& batch, int leading, int row, int column) {
-  const auto stride = [&](int dim) { return dim >= 0 && tensor.size(dim) > 1 ? tensor.stride(dim) : 0; };
   View view;
   view.data = tensor.const_data_ptr();
   view.dtype = dtype_of(tensor);
-  for (int dim = 0; dim < batch.rank; ++dim) view.batch_strides[dim] = stride(dim - (batch.rank - leading));
-  view.row_stride = stride(row);
-  view.column_stride = stride(column);
+  for (int dim = 0; dim < batch.rank; ++dim) view.batch_strides[dim] = stride_of(tensor, dim - (batch.rank - leading));
+  view.row_stride = stride_of(tensor, row);
+  view.column_stride = stride_of(tensor, column);
   return view;
 }
 
@@ -123,11 +89,6 @@ View output_view(const Tensor& tensor, const Call& call) {
     default:
       return matrix_view(tensor, call.problem.batch);
   }
-}
-
-// A refusal, by whose first words nwfast/op/call.py tells it from a failure.
-void check(bool valid) {
-  STD_TORCH_CHECK(valid, "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
 }
 
 Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
@@ -168,39 +129,24 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
     check(problem.key.dtype == problem.query.dtype && problem.value.dtype == problem.query.dtype &&
           problem.w.dtype == problem.query.dtype);
   } else {
-    check(ndim >= 2 && key.dim() == ndim && value.dim() == ndim && w.dim() >= 1 && w.dim() <= ndim - 1);
+    read_sizes(query, key, value, w, problem);
     batch.rank = ndim - 2;
     for (int dim = 0; dim < ndim - 2; ++dim) {
-      int64_t size = 1;
-      for (const Tensor* tensor : {&query, &key, &value}) {
-        const int64_t own = tensor->size(dim);
-        check(own == 1 || size == 1 || own == size);
-        if (own != 1) size = own;
-      }
-      batch.sizes[dim] = size;
-      batch.count *= size;
+      batch.sizes[dim] = common_size(query, key, value, dim);
+      batch.count *= batch.sizes[dim];
     }
-    problem.queries = query.size(ndim - 2);
-    problem.keys = key.size(ndim - 2);
-    problem.features = key.size(ndim - 1);
-    problem.channels = value.size(ndim - 1);
-    check(value.size(ndim - 2) == problem.keys && query.size(ndim - 1) == problem.features);
     problem.query = matrix_view(query, batch);
     problem.key = matrix_view(key, batch);
     problem.value = matrix_view(value, batch);
     problem.w = vector_view(w, batch);
   }
-  check(problem.keys > 0 && problem.features > 0 && problem.channels > 0 &&
-        (!exclude_self || problem.queries == problem.keys));
+  check_sizes(key_weight, problem);
   if (key_weight) {
-    check(key_weight->dim() >= 1 && key_weight->size(key_weight->dim() - 1) == problem.keys);
     problem.key_weight = vector_view(*key_weight, batch);
     check(ndim > 1 || problem.key_weight.dtype == problem.query.dtype);
   }
   return call;
 }
-
-bool scalar(const Problem& problem) { return problem.features == 1 && problem.channels == 1; }
 
 template <typename T>
 T* data(const Tensor& tensor) {
@@ -222,7 +168,7 @@ void run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
   if (linear && fgt_forward(problem, result)) return;
-  scalar(problem) ? scalar_forward(problem, result) : tiled_forward(problem, result);
+  problem.single() ? single_forward(problem, result) : tiled_forward(problem, result);
 }
 
 // Which results of a forward pass are wanted, beside out.
@@ -249,7 +195,7 @@ template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  STD_TORCH_CHECK(scalar(call.problem) || !(tangent_w || tangent_q),
+  STD_TORCH_CHECK(call.problem.single() || !(tangent_w || tangent_q),
                   "nwfast: tangents are for one feature and one channel");
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
@@ -260,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> output(const Tensor& query, const Ten
                                                   const Tensor& w, const std::optional<Tensor>& key_weight,
                                                   bool exclude_self, bool lse, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  check(scalar(call.problem) || !(tangent_w || tangent_q));
+  check(call.problem.single() || !(tangent_w || tangent_q));
   const Gradients outputs = run_forward(call, method, {lse, false, tangent_w, tangent_q});
   return {std::get<0>(outputs), std::get<1>(outputs), std::get<3>(outputs), std::get<4>(outputs)};
 }
@@ -352,13 +298,13 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 template <typename T>
 void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
   if (linear && fgt_query_backward(problem, task)) return;
-  scalar(problem) ? scalar_query_backward(problem, task) : tiled_query_backward(problem, task);
+  problem.single() ? single_query_backward(problem, task) : tiled_query_backward(problem, task);
 }
 
 template <typename T>
 void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
   if (linear && fgt_key_backward(problem, task)) return;
-  scalar(problem) ? scalar_key_backward(problem, task) : tiled_key_backward(problem, task);
+  problem.single() ? single_key_backward(problem, task) : tiled_key_backward(problem, task);
 }
 
 template <typename T>
@@ -368,17 +314,17 @@ void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTa
   task.grad_key = data<T>(std::get<1>(gradients));
   task.grad_value = data<T>(std::get<2>(gradients));
   task.grad_key_weight = data<T>(std::get<4>(gradients));
-  Buffer<double> grad_w(needs & kW ? problem.batch.count * problem.features : 0);
-  for (int64_t i = 0; needs & kW && i < problem.batch.count * problem.features; ++i) grad_w[i] = 0;
-  task.grad_w = needs & kW ? grad_w.get() : nullptr;
-  if (problem.batch.count > 0 && (needs & (kQuery | kW)) && problem.queries > 0) {
+  Buffer<double> grad_w(needs & kNeedW ? problem.batch.count * problem.features : 0);
+  for (int64_t i = 0; needs & kNeedW && i < problem.batch.count * problem.features; ++i) grad_w[i] = 0;
+  task.grad_w = needs & kNeedW ? grad_w.get() : nullptr;
+  if (problem.batch.count > 0 && (needs & (kNeedQuery | kNeedW)) && problem.queries > 0) {
     const bool tangents =
         !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
     check(tangents || task.state);
     // Without a state the dense way alone serves.
     if (!tangents || !apply_tangents(problem, task)) run_query_backward(kept.problem(), task, linear && task.state);
   }
-  if (problem.batch.count > 0 && (needs & (kKey | kValue | kKeyWeight))) {
+  if (problem.batch.count > 0 && (needs & (kNeedKey | kNeedValue | kNeedKeyWeight))) {
     run_key_backward(kept.problem(), task, linear);
     if (kept.any()) {
       // A pass of its own, so that what left-out keys hold reaches the gradient of their weight and no other.
@@ -391,7 +337,7 @@ void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTa
     }
   }
   const Tensor& sum = std::get<3>(gradients);
-  if (!(needs & kW) || sum.numel() == 0) return;
+  if (!(needs & kNeedW) || sum.numel() == 0) return;
   switch (dtype_of(sum)) {
     case Dtype::kFloat:
       return reduce_w(problem, w, grad_w.get(), data<float>(sum));
@@ -402,10 +348,6 @@ void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTa
     case Dtype::kBFloat16:
       return reduce_w(problem, w, grad_w.get(), data<torch::headeronly::BFloat16>(sum));
   }
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <Method method>
@@ -420,13 +362,14 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   int64_t w_sizes[kMaxRank + 2] = {0};
-  const int64_t w_ndim = needs & kW ? w.dim() : 1;
-  for (int64_t dim = 0; needs & kW && dim < w_ndim; ++dim) w_sizes[dim] = w.size(dim);
-  const Gradients gradients{call.allocate(call.query_rows(), problem.features, call.features(), dtype, needs & kQuery),
-                            call.allocate(problem.keys, problem.features, call.features(), dtype, needs & kKey),
-                            call.allocate(problem.keys, problem.channels, call.channels, dtype, needs & kValue),
-                            empty(w_sizes, w_ndim, needs & kW ? w.scalar_type() : dtype),
-                            call.allocate(problem.keys, 0, false, dtype, needs & kKeyWeight)};
+  const int64_t w_ndim = needs & kNeedW ? w.dim() : 1;
+  for (int64_t dim = 0; needs & kNeedW && dim < w_ndim; ++dim) w_sizes[dim] = w.size(dim);
+  const Gradients gradients{
+      call.allocate(call.query_rows(), problem.features, call.features(), dtype, needs & kNeedQuery),
+      call.allocate(problem.keys, problem.features, call.features(), dtype, needs & kNeedKey),
+      call.allocate(problem.keys, problem.channels, call.channels, dtype, needs & kNeedValue),
+      empty(w_sizes, w_ndim, needs & kNeedW ? w.scalar_type() : dtype),
+      call.allocate(problem.keys, 0, false, dtype, needs & kNeedKeyWeight)};
   const Tensor whole[] = {as_contiguous(out), as_contiguous(state), as_contiguous(tangent_w), as_contiguous(tangent_q)};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -461,14 +404,10 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 template <typename V>
 Tensor tensor_of(const std::vector<V>& from, int64_t columns) {
   const int64_t sizes[2] = {static_cast<int64_t>(from.size()) / (columns > 0 ? columns : 1), columns};
-  int64_t strides[2] = {columns > 0 ? columns : 1, 1};
-  const int32_t code = std::is_same<V, int64_t>::value  ? aoti_torch_dtype_int64()
-                       : std::is_same<V, double>::value ? aoti_torch_dtype_float64()
-                                                        : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(columns > 0 ? 2 : 1, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
+  const ScalarType dtype = std::is_same<V, int64_t>::value  ? ScalarType::Long
+                           : std::is_same<V, double>::value ? ScalarType::Double
+                                                            : ScalarType::Float;
+  const Tensor tensor = empty(sizes, columns > 0 ? 2 : 1, dtype);
   if (!from.empty()) std::memcpy(tensor.mutable_data_ptr(), from.data(), from.size() * sizeof(V));
   return tensor;
 }
@@ -478,7 +417,7 @@ Seven compress_as(const Problem& problem) {
   FgtPrepared<T> prepared;
   if (!fgt_compress(problem, prepared)) prepared = FgtPrepared<T>();
   return {tensor_of(prepared.key, 0),     tensor_of(prepared.value, problem.channels),
-          tensor_of(prepared.weight, 0),  tensor_of(prepared.cells, 3),
+          tensor_of(prepared.weight, 0),  tensor_of(prepared.boxes, 3),
           tensor_of(prepared.moments, 0), tensor_of(prepared.matrices, 0),
           tensor_of(prepared.numbers, 0)};
 }
@@ -499,8 +438,8 @@ void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& 
   view.weight = data<T>(prepared[2]);
   view.keys = prepared[0].size(0);
   view.channels = prepared[1].size(1);
-  view.cells = data<int64_t>(prepared[3]);
-  view.cell_count = prepared[3].size(0);
+  view.boxes = data<int64_t>(prepared[3]);
+  view.box_count = prepared[3].size(0);
   view.moments = data<double>(prepared[4]);
   view.matrices = data<double>(prepared[5]);
   view.matrices_size = prepared[5].size(0);
@@ -513,10 +452,10 @@ void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> predict(const Tensor& query, const Tensor& key, const Tensor& value,
-                                   const Tensor& key_weight, const Tensor& cells, const Tensor& moments,
+                                   const Tensor& key_weight, const Tensor& boxes, const Tensor& moments,
                                    const Tensor& matrices, const Tensor& numbers) {
   const Tensor prepared[7] = {as_contiguous(key),    as_contiguous(value),   as_contiguous(key_weight),
-                              as_contiguous(cells),  as_contiguous(moments), as_contiguous(matrices),
+                              as_contiguous(boxes),  as_contiguous(moments), as_contiguous(matrices),
                               as_contiguous(numbers)};
   const bool wide = key.scalar_type() == ScalarType::Double;
   check(query.dim() == 1 && value.dim() == 2 && numbers.size(0) > 0 && value.size(0) == key.size(0) &&

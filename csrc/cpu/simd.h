@@ -15,6 +15,12 @@
 #include "../common/exp2.h"
 
 #define NWFAST_INLINE inline __attribute__((always_inline))
+// Long functions whose call costs nothing beside their work: the compiler would spend its time on copies of them.
+#if defined(__clang__)
+#define NWFAST_ONE_COPY __attribute__((noinline))
+#else
+#define NWFAST_ONE_COPY __attribute__((noinline, noclone))
+#endif
 
 namespace nwfast {
 namespace NWFAST_ISA {

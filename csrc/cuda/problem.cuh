@@ -1,38 +1,17 @@
-// One call of the op on a GPU, as plain data: strided views of canonical tensors (see nwfast/backends/__init__.py) that
-// go to the kernels as they are. Nothing is expanded: broadcast dimensions have stride 0.
+// One call of the op on a GPU: views go to the kernels as they are.
 
 #pragma once
 
+#include "../common/problem.h"
 #include "intrinsics.cuh"
 
 namespace nwfast {
 
 constexpr int kMaxDims = 12;  // of the batch, after dimensions that go together were merged
 
-enum class Dtype : int { kFloat, kDouble, kHalf, kBFloat16 };
+using Batch = BatchOf<kMaxDims>;
 
-struct Batch {
-  int rank = 0;
-  int64_t sizes[kMaxDims];
-  int64_t count = 1;
-};
-
-// (*B, rows, columns); vectors have one of the two.
-struct View {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::kFloat;
-  int64_t batch_strides[kMaxDims];
-  int64_t row_stride = 0, column_stride = 0;
-
-  __host__ __device__ int64_t offset(const Batch& batch, int64_t b) const {
-    int64_t offset = 0;
-    for (int dim = batch.rank - 1; dim >= 0; --dim) {
-      offset += b % batch.sizes[dim] * batch_strides[dim];
-      b /= batch.sizes[dim];
-    }
-    return offset;
-  }
-
+struct View : ViewOf<kMaxDims> {
   template <typename T>
   __device__ T read(int64_t at) const {
     switch (dtype) {
@@ -48,14 +27,7 @@ struct View {
   }
 };
 
-struct Problem {
-  Batch batch;
-  int64_t queries, keys, features, channels;
-  View query, key, value, w, key_weight;  // key_weight.data may be null
-  bool exclude_self;
-
-  __host__ __device__ bool scalar() const { return features == 1 && channels == 1; }
-
+struct Problem : ProblemOf<View, kMaxDims> {
   // Whether key j counts, with the batch element's weights at `weights`: one of weight 0 does not, whatever it holds.
   __device__ bool keeps(int64_t weights, int64_t j) const {
     return !key_weight.data || key_weight.read<float>(weights + j * key_weight.row_stride) != 0;

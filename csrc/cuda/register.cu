@@ -2,18 +2,13 @@
 // form, in terms of LibTorch's stable ABI. Schemas, fakes and autograd are defined in Python.
 
 #include <Python.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "kernels.h"
 
 // Tests build this file for the CPU, with the kernels emulated.
@@ -26,30 +21,7 @@
 namespace nwfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-enum Needs { kQuery = 1, kKey = 2, kValue = 4, kW = 8, kKeyWeight = 16 };  // as NEEDS_* in nwfast/backends
-
-void check(bool valid) {
-  STD_TORCH_CHECK(valid, "nwfast: operators take tensors in canonical form; call nwfast.nadaraya_watson");
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::Double:
-      return Dtype::kDouble;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "nwfast: expected a tensor of dtype float32, float64, float16 or bfloat16");
-  }
-}
 
 #ifdef NWFAST_EMULATED
 
@@ -95,20 +67,7 @@ class OnDevice {
 #endif
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const OnDevice& where) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t dim = sizes.size(); dim-- > 0;) {
-    strides[dim] = stride;
-    stride *= sizes[dim] > 0 ? sizes[dim] : 1;
-  }
-  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                       : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, where.type, where.index, &handle));
-  return Tensor(handle);
+  return empty_on(where.type, where.index, sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 // Leading dimensions with the strides of every view: those that all views walk through in one go are merged, so that
@@ -154,8 +113,6 @@ class Dimensions {
   std::vector<std::vector<int64_t>> strides_;
 };
 
-int64_t stride_of(const Tensor& tensor, int64_t dim) { return tensor.size(dim) > 1 ? tensor.stride(dim) : 0; }
-
 // (*B, rows, columns)
 void view_matrix(const Tensor& tensor, View& view, Dimensions& dimensions) {
   const int64_t ndim = tensor.dim();
@@ -175,37 +132,19 @@ void view_vector(const Tensor& tensor, View& view, Dimensions& dimensions) {
   dimensions.add(&view, tensor, ndim - 1);
 }
 
-std::vector<int64_t> batch_sizes(const Tensor& query, const Tensor& key, const Tensor& value) {
-  const int64_t ndim = query.dim();
-  check(ndim >= 2 && key.dim() == ndim && value.dim() == ndim);
-  std::vector<int64_t> sizes;
-  for (int64_t dim = 0; dim < ndim - 2; ++dim) {
-    int64_t size = 1;
-    for (const Tensor* tensor : {&query, &key, &value}) {
-      const int64_t own = tensor->size(dim);
-      check(own == 1 || size == 1 || own == size);
-      if (own != 1) size = own;
-    }
-    sizes.push_back(size);
-  }
-  return sizes;
-}
-
 Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                    const std::optional<Tensor>& key_weight, bool exclude_self) {
-  const int64_t ndim = query.dim();
-  check(w.dim() >= 1 && w.dim() <= ndim - 1);
   Problem problem;
   problem.exclude_self = exclude_self;
-  problem.queries = query.size(ndim - 2);
-  problem.keys = key.size(ndim - 2);
-  problem.features = key.size(ndim - 1);
-  problem.channels = value.size(ndim - 1);
-  check(value.size(ndim - 2) == problem.keys && query.size(ndim - 1) == problem.features);
-  check(problem.keys > 0 && problem.features > 0 && problem.channels > 0 &&
-        (!exclude_self || problem.queries == problem.keys));
-  if (key_weight) check(key_weight->dim() >= 1 && key_weight->size(key_weight->dim() - 1) == problem.keys);
+  read_sizes(query, key, value, w, problem);
+  check_sizes(key_weight, problem);
   return problem;
+}
+
+std::vector<int64_t> batch_sizes(const Tensor& query, const Tensor& key, const Tensor& value) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < query.dim() - 2; ++dim) sizes.push_back(common_size(query, key, value, dim));
+  return sizes;
 }
 
 void view_inputs(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
@@ -229,22 +168,18 @@ Result result_of(const Tensor& tensor) {
   return result;
 }
 
-ScalarType arithmetic_dtype(const Tensor& query) {
-  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor workspace_of(size_t bytes, const OnDevice& where) {
   return empty({static_cast<int64_t>(bytes / sizeof(double)) + 1}, ScalarType::Double, where);
 }
 
 Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                 const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
-  const std::vector<int64_t> sizes = batch_sizes(query, key, value);
   Problem problem = problem_of(query, key, value, w, key_weight, exclude_self);
+  const std::vector<int64_t> sizes = batch_sizes(query, key, value);
   Dimensions dimensions(sizes);
   view_inputs(query, key, value, w, key_weight, problem, dimensions);
   problem.batch = dimensions.merge();
-  STD_TORCH_CHECK(problem.scalar() || !(tangent_w || tangent_q),
+  STD_TORCH_CHECK(problem.single() || !(tangent_w || tangent_q),
                   "nwfast: tangents are for one feature and one channel");
   const OnDevice where(query);
   const int64_t m = problem.queries, channels = problem.channels;
@@ -266,16 +201,12 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, con
   return outputs;
 }
 
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 Outputs backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
                  const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight, const Tensor& out,
                  const Tensor& state, const Tensor& tangent_w, const Tensor& tangent_q, bool exclude_self,
                  int64_t needs) {
-  const std::vector<int64_t> sizes = batch_sizes(query, key, value);
   Problem problem = problem_of(query, key, value, w, key_weight, exclude_self);
+  const std::vector<int64_t> sizes = batch_sizes(query, key, value);
   const OnDevice where(query);
   const int64_t m = problem.queries, n = problem.keys, features = problem.features, channels = problem.channels;
   const ScalarType dtype = arithmetic_dtype(query);
@@ -284,10 +215,10 @@ Outputs backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, 
   };
   std::vector<int64_t> w_sizes;
   for (int64_t dim = 0; dim < w.dim(); ++dim) w_sizes.push_back(w.size(dim));
-  const Outputs gradients{gradient(kQuery, with(sizes, {m, features}), dtype),
-                          gradient(kKey, with(sizes, {n, features}), dtype),
-                          gradient(kValue, with(sizes, {n, channels}), dtype), gradient(kW, w_sizes, w.scalar_type()),
-                          gradient(kKeyWeight, with(sizes, {n}), dtype)};
+  const Outputs gradients{
+      gradient(kNeedQuery, with(sizes, {m, features}), dtype), gradient(kNeedKey, with(sizes, {n, features}), dtype),
+      gradient(kNeedValue, with(sizes, {n, channels}), dtype), gradient(kNeedW, w_sizes, w.scalar_type()),
+      gradient(kNeedKeyWeight, with(sizes, {n}), dtype)};
   const Tensor whole[] = {as_contiguous(out), as_contiguous(state), as_contiguous(tangent_w), as_contiguous(tangent_q)};
   BackwardTask task;
   Dimensions dimensions(sizes);
@@ -295,8 +226,8 @@ Outputs backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, 
   view_matrix(grad_out, task.grad_out, dimensions);
   if (grad_lse) view_vector(*grad_lse, task.grad_lse, dimensions);
   const Tensor& grad_w = std::get<3>(gradients);
-  if (needs & kW) view_vector(grad_w, task.grad_w, dimensions);
-  task.grad_w_size = needs & kW ? grad_w.numel() : 0;
+  if (needs & kNeedW) view_vector(grad_w, task.grad_w, dimensions);
+  task.grad_w_size = needs & kNeedW ? grad_w.numel() : 0;
   problem.batch = dimensions.merge();
   task.out = result_of(whole[0]);
   task.state = static_cast<const double*>(result_of(whole[1]).data);

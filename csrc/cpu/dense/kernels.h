@@ -15,17 +15,17 @@ inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPaddi
 
 // One feature, one channel ------------------------------------------------------------------------------------------
 
-constexpr int64_t kRowBlock = 64;  // queries that share a window of keys
-constexpr double kFarScore = 16;   // beyond this score of the nearest key, scores are taken relative to that key
+constexpr int64_t kRowBlock = 64;     // queries that share a window of keys
+constexpr double kRelativeFrom = 16;  // beyond this score of the nearest key, scores are taken relative to that key
 
-enum ScalarSum { kTotal, kValue, kScoreTotal, kScoreValue, kOffsetTotal, kOffsetValue, kScalarSums };
+enum SingleSum { kTotal, kValue, kScoreTotal, kScoreValue, kOffsetTotal, kOffsetValue, kSingleSums };
 
 // For up to kRowBlock queries x_i and the keys k_j of a window, with t_ij the score and charges A_j, B_j:
 //   sum_j 2^t A, sum_j 2^t B, and, if asked for, the same two with factors t_ij and the offset (x_i - k_j) * scale.
 // t_ij = -((x_i - k_j) * scale)^2, or relative to the row's nearest key k*_i where that is far:
 // t_ij = -(k* - k_j)(2 x_i - k* - k_j) * scale^2, with offset (k* - k_j) * scale.
 template <typename T>
-struct ScalarRows {
+struct SingleRows {
   const T* key;           // (n), padded
   const T* total_charge;  // A (n), padded, or null for all 1
   const T* value_charge;  // B (n), padded
@@ -38,7 +38,7 @@ struct ScalarRows {
   const T* nearest;         // k* (rows)
   const int64_t* excluded;  // (rows) place of the key left out, or null
   bool scores, offsets;     // whether kScore* and kOffset* are wanted
-  double* sums;             // (rows, kScalarSums)
+  double* sums;             // (rows, kSingleSums)
   double* shift;            // (rows) the score of k* that t is relative to, negated: 0, or >= 0 where far
 };
 
@@ -47,7 +47,7 @@ struct ScalarRows {
 //   sum_i e value_grad_i,   sum_i e u,   sum_i e u (x_i - k_j)
 // Where a key is so much nearer to a row than k* that e overflows (it has no weight), its sums are not finite.
 template <typename T>
-struct ScalarKeys {
+struct SingleKeys {
   const T* key;    // (n), padded
   const T* value;  // (n), padded
   int64_t n, key_begin, key_end;
@@ -136,9 +136,9 @@ struct TiledKeyGrad {
 
 template <typename T>
 struct Kernels {
-  void (*scalar_nearest)(const ScalarRows<T>&, T* nearest);
-  void (*scalar_rows)(const ScalarRows<T>&);
-  void (*scalar_keys)(const ScalarKeys<T>&);
+  void (*single_nearest)(const SingleRows<T>&, T* nearest);
+  void (*single_rows)(const SingleRows<T>&);
+  void (*single_keys)(const SingleKeys<T>&);
   void (*tiled_rows)(const TiledRows<T>&);
   void (*tiled_query_grad)(const TiledQueryGrad<T>&);
   void (*tiled_key_grad)(const TiledKeyGrad<T>&);

@@ -16,11 +16,11 @@ constexpr int64_t kBatchChunk = 16;  // batch elements of one task, where there 
 
 // use(batch) with the batch element in T, or in double where it does not fit.
 template <typename T, typename Use>
-void with_batch(const Problem& problem, int64_t b, Purpose purpose, ScalarBatch<T>& batch, const Use& use) {
+void with_batch(const Problem& problem, int64_t b, Purpose purpose, SingleBatch<T>& batch, const Use& use) {
   if (batch.prepare(problem, b, purpose)) {
     use(batch);
   } else {
-    ScalarBatch<double> wider;
+    SingleBatch<double> wider;
     wider.prepare(problem, b, purpose);
     use(wider);
   }
@@ -30,14 +30,14 @@ void with_batch(const Problem& problem, int64_t b, Purpose purpose, ScalarBatch<
 template <typename T>
 class RowBlock {
  public:
-  RowBlock(const ScalarBatch<T>& batch, const Kernels<T>& kernels, int64_t block, bool scores, bool offsets)
+  RowBlock(const SingleBatch<T>& batch, const Kernels<T>& kernels, int64_t block, bool scores, bool offsets)
       : batch_(batch), first_(block * kRowBlock), step_(batch.scale() * batch.unit) {
     batch.locate(kernels, block, true, rows_, nearest_);
     rows_.scores = scores;
     rows_.offsets = offsets;
     rows_.sums = sums_;
     rows_.shift = shift_;
-    kernels.scalar_rows(rows_);
+    kernels.single_rows(rows_);
   }
 
   int64_t rows() const { return rows_.rows; }
@@ -84,23 +84,23 @@ class RowBlock {
   }
 
  private:
-  double sum(int64_t i, int which) const { return sums_[i * kScalarSums + which]; }
+  double sum(int64_t i, int which) const { return sums_[i * kSingleSums + which]; }
   double covariance(int64_t i, int which) const { return (sum(i, which + 1) - mean(i) * sum(i, which)) / total(i); }
   // From the nearest key to the query in user units, where the sums are relative to that key.
   double far_offset(int64_t i) const {
     return shift_[i] > 0 ? (static_cast<double>(rows_.query[i]) - nearest_[i]) / batch_.unit : 0;
   }
 
-  const ScalarBatch<T>& batch_;
+  const SingleBatch<T>& batch_;
   int64_t first_;
   double step_;  // from user coordinates to those of the scores
-  ScalarRows<T> rows_;
+  SingleRows<T> rows_;
   T nearest_[kRowBlock];
-  double sums_[kRowBlock * kScalarSums], shift_[kRowBlock];
+  double sums_[kRowBlock * kSingleSums], shift_[kRowBlock];
 };
 
 template <typename T, typename R>
-void forward_block(const Problem& problem, const ScalarBatch<T>& batch, int64_t b, int64_t block,
+void forward_block(const Problem& problem, const SingleBatch<T>& batch, int64_t b, int64_t block,
                    const ForwardResult<R>& result) {
   const RowBlock<T> rows(batch, kernels<T>(), block, result.tangent_w != nullptr, result.tangent_q != nullptr);
   for (int64_t i = 0; i < rows.rows(); ++i) {
@@ -123,7 +123,7 @@ void forward_block(const Problem& problem, const ScalarBatch<T>& batch, int64_t 
 
 // Adds a block's part of the gradient of w to grad_w.
 template <typename T, typename R>
-void query_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch, int64_t b,
+void query_block(const Problem& problem, const BackwardTask<R>& task, const SingleBatch<T>& batch, int64_t b,
                  int64_t block, double* grad_w) {
   const RowBlock<T> rows(batch, kernels<T>(), block, task.grad_w != nullptr, task.grad_query != nullptr);
   const int64_t grad = task.grad_out.offset(problem.batch, b);
@@ -158,7 +158,7 @@ void over_row_blocks(const Problem& problem, Purpose purpose, const Run& run) {
   if (problem.batch.count > blocks) {
     const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;
     parallel_blocks(chunks, pairs * static_cast<double>(problem.batch.count) < kSerialPairs, [&](int64_t chunk) {
-      ScalarBatch<T> batch;  // keeps its memory from one batch element to the next
+      SingleBatch<T> batch;  // keeps its memory from one batch element to the next
       const int64_t end = std::min(problem.batch.count, (chunk + 1) * kBatchChunk);
       for (int64_t b = chunk * kBatchChunk; b < end; ++b) {
         with_batch(problem, b, purpose, batch, [&](const auto& rows) {
@@ -168,7 +168,7 @@ void over_row_blocks(const Problem& problem, Purpose purpose, const Run& run) {
     });
     return;
   }
-  ScalarBatch<T> batch;
+  SingleBatch<T> batch;
   for (int64_t b = 0; b < problem.batch.count; ++b) {
     with_batch(problem, b, purpose, batch, [&](const auto& rows) {
       parallel_blocks(blocks, pairs < kSerialPairs, [&](int64_t block) { run(rows, b, block); });
@@ -179,7 +179,7 @@ void over_row_blocks(const Problem& problem, Purpose purpose, const Run& run) {
 }  // namespace
 
 template <typename T>
-void scalar_forward(const Problem& problem, const ForwardResult<T>& result) {
+void single_forward(const Problem& problem, const ForwardResult<T>& result) {
   const Purpose purpose = result.tangent_w || result.tangent_q ? Purpose::kQueryGradients : Purpose::kValues;
   over_row_blocks<T>(problem, purpose, [&](const auto& batch, int64_t b, int64_t block) {
     forward_block(problem, batch, b, block, result);
@@ -187,7 +187,7 @@ void scalar_forward(const Problem& problem, const ForwardResult<T>& result) {
 }
 
 template <typename T>
-void scalar_query_backward(const Problem& problem, const BackwardTask<T>& task) {
+void single_query_backward(const Problem& problem, const BackwardTask<T>& task) {
   const int64_t blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
   Buffer<double> partial(problem.batch.count * blocks);  // added in order below
   over_row_blocks<T>(problem, Purpose::kQueryGradients, [&](const auto& batch, int64_t b, int64_t block) {
@@ -220,19 +220,19 @@ struct KeySide {
   }
 
   // Whether no product with what rows are multiplied by overflows: totals of small key weights make that large.
-  bool fits(const ScalarBatch<T>& batch, int64_t rows) const {
+  bool fits(const SingleBatch<T>& batch, int64_t rows) const {
     double most = 0;
     for (int64_t block = 0; block < (rows + kRowBlock - 1) / kRowBlock; ++block) most = std::fmax(most, largest[block]);
     return sizeof(T) == 8 || most * std::fmax(1, 2 * batch.values.magnitude()) < Limits<T>::kMostValue;
   }
 
   template <typename R>
-  void gather(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch, int64_t b,
+  void gather(const Problem& problem, const BackwardTask<R>& task, const SingleBatch<T>& batch, int64_t b,
               int64_t block) {
     const int64_t first = block * kRowBlock;
     const int64_t grad = task.grad_out.offset(problem.batch, b);
     const int64_t grad_lse = task.grad_lse.data ? task.grad_lse.offset(problem.batch, b) : 0;
-    ScalarRows<T> rows;
+    SingleRows<T> rows;
     bool far = false;
     double most = 0;
     for (int64_t i = first; i < std::min(first + kRowBlock, problem.queries); ++i) {
@@ -264,7 +264,7 @@ struct KeySide {
 
   // The derivative by the weight of a key that has none and lies so near to rows that it overflows on the way: relative
   // to the largest weight that a row gives it.
-  double weight_gradient(const ScalarBatch<T>& batch, int64_t rows, int64_t j) const {
+  double weight_gradient(const SingleBatch<T>& batch, int64_t rows, int64_t j) const {
     const double key = batch.key()[j], scale = batch.scale();
     double most = -INFINITY, sum = 0;
     for (int64_t i = 0; i < rows; ++i) {
@@ -291,10 +291,10 @@ struct KeySide {
 };
 
 template <typename T, typename R>
-void key_block(const Problem& problem, const BackwardTask<R>& task, const ScalarBatch<T>& batch, const KeySide<T>& side,
+void key_block(const Problem& problem, const BackwardTask<R>& task, const SingleBatch<T>& batch, const KeySide<T>& side,
                int64_t b, int64_t block) {
   double sum_value[kKeyBlock], sum_weight[kKeyBlock], sum_offset[kKeyBlock];
-  ScalarKeys<T> keys;
+  SingleKeys<T> keys;
   keys.key = batch.key();
   keys.value = batch.value();
   keys.n = problem.keys;
@@ -315,7 +315,7 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
   keys.sum_value = sum_value;
   keys.sum_weight = sum_weight;
   keys.sum_offset = sum_offset;
-  kernels<T>().scalar_keys(keys);
+  kernels<T>().single_keys(keys);
   const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
   const auto within = [](double x, double most) { return x > most ? most : x < -most ? -most : x; };
   for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
@@ -345,7 +345,7 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Scalar
 }  // namespace
 
 template <typename T>
-void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task) {
+void single_key_backward(const Problem& problem, const BackwardTask<T>& task) {
   const int64_t row_blocks = (problem.queries + kRowBlock - 1) / kRowBlock;
   const int64_t key_blocks = (problem.keys + kKeyBlock - 1) / kKeyBlock;
   const double pairs = static_cast<double>(problem.queries) * static_cast<double>(problem.keys);
@@ -356,9 +356,9 @@ void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task) {
     parallel_blocks(key_blocks, serial, [&](int64_t block) { key_block(problem, task, batch, side, b, block); });
     return true;
   };
-  const auto run_element = [&](ScalarBatch<T>& batch, KeySide<T>& side, int64_t b, bool serial) {
+  const auto run_element = [&](SingleBatch<T>& batch, KeySide<T>& side, int64_t b, bool serial) {
     if (batch.prepare(problem, b, Purpose::kKeyGradients) && run(batch, side, b, serial)) return;
-    ScalarBatch<double> wider;
+    SingleBatch<double> wider;
     KeySide<double> wider_side;
     wider.prepare(problem, b, Purpose::kKeyGradients);
     run(wider, wider_side, b, serial);
@@ -366,23 +366,23 @@ void scalar_key_backward(const Problem& problem, const BackwardTask<T>& task) {
   if (problem.batch.count > key_blocks) {
     const int64_t chunks = (problem.batch.count + kBatchChunk - 1) / kBatchChunk;
     parallel_blocks(chunks, pairs * static_cast<double>(problem.batch.count) < kSerialPairs, [&](int64_t chunk) {
-      ScalarBatch<T> batch;
+      SingleBatch<T> batch;
       KeySide<T> side;
       const int64_t end = std::min(problem.batch.count, (chunk + 1) * kBatchChunk);
       for (int64_t b = chunk * kBatchChunk; b < end; ++b) run_element(batch, side, b, true);
     });
   } else {
-    ScalarBatch<T> batch;
+    SingleBatch<T> batch;
     KeySide<T> side;
     for (int64_t b = 0; b < problem.batch.count; ++b) run_element(batch, side, b, pairs < kSerialPairs);
   }
 }
 
-template void scalar_forward<float>(const Problem&, const ForwardResult<float>&);
-template void scalar_forward<double>(const Problem&, const ForwardResult<double>&);
-template void scalar_query_backward<float>(const Problem&, const BackwardTask<float>&);
-template void scalar_query_backward<double>(const Problem&, const BackwardTask<double>&);
-template void scalar_key_backward<float>(const Problem&, const BackwardTask<float>&);
-template void scalar_key_backward<double>(const Problem&, const BackwardTask<double>&);
+template void single_forward<float>(const Problem&, const ForwardResult<float>&);
+template void single_forward<double>(const Problem&, const ForwardResult<double>&);
+template void single_query_backward<float>(const Problem&, const BackwardTask<float>&);
+template void single_query_backward<double>(const Problem&, const BackwardTask<double>&);
+template void single_key_backward<float>(const Problem&, const BackwardTask<float>&);
+template void single_key_backward<double>(const Problem&, const BackwardTask<double>&);
 
 }  // namespace nwfast

@@ -51,7 +51,7 @@ struct Limits<double> {
 
 // One batch element in packed form, in the order in which it is computed.
 template <typename T>
-class ScalarBatch {
+class SingleBatch {
  public:
   // False where the data is beyond what T can hold, and is to be computed in double.
   bool prepare(const Problem& problem, int64_t b, Purpose purpose) {
@@ -86,7 +86,7 @@ class ScalarBatch {
 
   // The nearest keys and the window of the rows of a block; `rows` gets the block's part of each array. Where keys are
   // not sorted, the nearest keys cost a scan.
-  void locate(const Kernels<T>& kernels, int64_t block, bool scan, ScalarRows<T>& rows, T* nearest) const {
+  void locate(const Kernels<T>& kernels, int64_t block, bool scan, SingleRows<T>& rows, T* nearest) const {
     const int64_t first = block * kRowBlock;
     rows.key = key_.get();
     rows.total_charge = weighted_ ? weight_.get() : nullptr;
@@ -106,7 +106,7 @@ class ScalarBatch {
     }
     if (!sorted_) {
       if (scan) {
-        kernels.scalar_nearest(rows, nearest);
+        kernels.single_nearest(rows, nearest);
         for (int64_t i = 0; i < rows.rows; ++i) settle_ties(rows, i, nearest[i]);
       }
       return;
@@ -355,7 +355,7 @@ class ScalarBatch {
   }
 
   // Among keys at one rounded distance from a far row, the nearest: the scan may have taken another.
-  void settle_ties(const ScalarRows<T>& rows, int64_t i, T& nearest) const {
+  void settle_ties(const SingleRows<T>& rows, int64_t i, T& nearest) const {
     const T x = rows.query[i], distance = std::fabs(x - nearest);
     const double offset = static_cast<double>(distance) * scale_;
     if (!(offset * offset > Limits<T>::kTieScore)) return;

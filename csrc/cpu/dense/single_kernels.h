@@ -40,12 +40,12 @@ NWFAST_INLINE void over_vectors(int64_t begin, int64_t end, int64_t n, const int
   if (n % kStep) insert(n / kStep);
   int64_t current = begin / kStep;
   const int64_t last = (end + kStep - 1) / kStep;
-  for (int i = 0; i < count; ++i) {
-    if (current < vectors[i]) plain(current, vectors[i]);
-    special(vectors[i]);
-    current = vectors[i] + 1;
+  for (int i = 0; i <= count; ++i) {  // one call of each: they are long, and inlined
+    const int64_t stop = i < count ? vectors[i] : last;
+    if (current < stop) plain(current, stop);
+    if (i < count) special(stop);
+    current = stop + 1;
   }
-  if (current < last) plain(current, last);
 }
 
 template <typename T>
@@ -97,8 +97,25 @@ NWFAST_INLINE Mirrored<Vec<T>> splat(const Mirrored<T>& mirrored) {
   return {splat<T>(mirrored.high), splat<T>(mirrored.low)};
 }
 
+// Adds the sums of some rows, kCount vectors each, to their places in `out`. One copy serves all accumulators.
+template <typename T, int kCount, bool kScores>
+NWFAST_ONE_COPY void flush_sums(const Vec<T>* sums, int rows, double* out) {
+  for (int r = 0; r < rows; ++r, sums += kCount, out += kSingleSums) {
+    out[kTotal] += horizontal_sum<T>(sums[0]);
+    out[kValue] += horizontal_sum<T>(sums[1]);
+    if (kScores) {
+      out[kScoreTotal] += horizontal_sum<T>(sums[2]);
+      out[kScoreValue] += horizontal_sum<T>(sums[3]);
+    }
+    if (kCount > 2 + 2 * kScores) {
+      out[kOffsetTotal] += horizontal_sum<T>(sums[2 + 2 * kScores]);
+      out[kOffsetValue] += horizontal_sum<T>(sums[3 + 2 * kScores]);
+    }
+  }
+}
+
 template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
-struct ScalarAccumulator {
+struct SingleAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
   Vec<T> sums[kRows][kCount];
   Vec<T> query[kRows], nearest[kRows];
@@ -110,73 +127,69 @@ struct ScalarAccumulator {
     }
   }
 
-  template <bool kMasked>
-  NWFAST_INLINE void add(const ScalarRows<T>& task, int64_t vector, const int64_t* excluded) {
-    const Vec<T> scale = splat<T>(task.scale);
-    const int64_t j = vector * kLanes<T>;
-    const Vec<T> key = load(task.key + j), charge_of_value = load(task.value_charge + j);
-    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+  NWFAST_INLINE void add(const SingleRows<T>& task, int64_t vector) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      Vec<T> offset, score, value = charge_of_value;
-      if (relative(kMode)) {
-        score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
-        // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
-        const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
-        if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
-      } else {
-        offset = query[r] - key;
-        if (kMode == Scores::kNear) offset = offset * scale;
-        score = Vec<T>{} - offset * offset;
-      }
-      Vec<T> weight = exp2<T>(score);
-      if (kMode == Scores::kWide && kOffsets) {
-        const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
-        offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
-      }
-      if (kMasked) {  // whatever the key left out holds
-        const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
-        weight = select<T>(valid, weight, Vec<T>{});
-        value = select<T>(valid, value, Vec<T>{});
-        if (kScores) score = select<T>(valid, score, Vec<T>{});
-        if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
-      }
-      sums[r][0] += kCharged ? weight * charge : weight;
-      sums[r][1] += weight * value;
-      if (kScores) {
-        const Vec<T> moment = weight * score;
-        sums[r][2] += kCharged ? moment * charge : moment;
-        sums[r][3] += moment * value;
-      }
-      if (kOffsets) {
-        const Vec<T> moment = weight * offset;
-        sums[r][2 + 2 * kScores] += kCharged ? moment * charge : moment;
-        sums[r][3 + 2 * kScores] += moment * value;
-      }
-    }
+    for (int r = 0; r < kRows; ++r) add_row<false>(task, vector, nullptr, r);
+  }
+  // Leaves keys out, whatever they hold. Not unrolled: there are few such vectors.
+  NWFAST_INLINE void add_masked(const SingleRows<T>& task, int64_t vector, const int64_t* excluded) {
+#pragma GCC unroll 1
+    for (int r = 0; r < kRows; ++r) add_row<true>(task, vector, excluded, r);
   }
 
-  NWFAST_INLINE void flush(int rows, double* out) {
-    for (int r = 0; r < rows; ++r) {
-      double* row = out + r * kScalarSums;
-      row[kTotal] += horizontal_sum<T>(sums[r][0]);
-      row[kValue] += horizontal_sum<T>(sums[r][1]);
-      if (kScores) {
-        row[kScoreTotal] += horizontal_sum<T>(sums[r][2]);
-        row[kScoreValue] += horizontal_sum<T>(sums[r][3]);
-      }
-      if (kOffsets) {
-        row[kOffsetTotal] += horizontal_sum<T>(sums[r][2 + 2 * kScores]);
-        row[kOffsetValue] += horizontal_sum<T>(sums[r][3 + 2 * kScores]);
-      }
-    }
+  void flush(int rows, double* out) {
+    flush_sums<T, kCount, kScores>(&sums[0][0], rows, out);
     clear();
+  }
+
+ private:
+  template <bool kMasked>
+  NWFAST_INLINE void add_row(const SingleRows<T>& task, int64_t vector, const int64_t* excluded, int r) {
+    const Vec<T> scale = splat<T>(task.scale);
+    const int64_t j = vector * kLanes<T>;
+    const Vec<T> key = load(task.key + j);
+    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+    Vec<T> offset, score, value = load(task.value_charge + j);
+    if (relative(kMode)) {
+      score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
+      // A key of weight 0 may lie nearer than the nearest one that counts: it must not turn that 0 into NaN.
+      const Vec<T> most = splat<T>(Simd<T>::kBias / 2);
+      if (kCharged || kMode == Scores::kWide) score = select<T>(score > most, most, score);
+    } else {
+      offset = query[r] - key;
+      if (kMode == Scores::kNear) offset = offset * scale;
+      score = Vec<T>{} - offset * offset;
+    }
+    Vec<T> weight = exp2<T>(score);
+    if (kMode == Scores::kWide && kOffsets) {
+      const IntVec<T> counts = (weight > Vec<T>{}) & (weight <= splat<T>(2));
+      offset = select<T>(counts | (weight != weight), offset, Vec<T>{});
+    }
+    if (kMasked) {
+      const IntVec<T> valid = valid_lanes<T>(vector, task.n, excluded, r);
+      weight = select<T>(valid, weight, Vec<T>{});
+      value = select<T>(valid, value, Vec<T>{});
+      if (kScores) score = select<T>(valid, score, Vec<T>{});
+      if (kOffsets) offset = select<T>(valid, offset, Vec<T>{});
+    }
+    sums[r][0] += kCharged ? weight * charge : weight;
+    sums[r][1] += weight * value;
+    if (kScores) {
+      const Vec<T> moment = weight * score;
+      sums[r][2] += kCharged ? moment * charge : moment;
+      sums[r][3] += moment * value;
+    }
+    if (kOffsets) {
+      const Vec<T> moment = weight * offset;
+      sums[r][2 + 2 * kScores] += kCharged ? moment * charge : moment;
+      sums[r][3 + 2 * kScores] += moment * value;
+    }
   }
 };
 
 template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
-void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
-  ScalarAccumulator<T, kRows, kMode, kCharged, kScores, kOffsets> sums;
+void single_group(const SingleRows<T>& task, int64_t first, int rows) {
+  SingleAccumulator<T, kRows, kMode, kCharged, kScores, kOffsets> sums;
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + (r < rows ? r : 0);
     const T x = task.query[row], nearest = task.nearest[row];
@@ -191,7 +204,7 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
     for (int r = 0; r < kRows; ++r) padded_excluded[r] = r < rows ? excluded[r] : -1;
     excluded = padded_excluded;
   }
-  double* out = task.sums + first * kScalarSums;
+  double* out = task.sums + first * kSingleSums;
   int64_t pending = 0;  // vectors since the last flush
   over_vectors<T, kRows>(
       task.window_begin, task.window_end, task.n, excluded, rows,
@@ -199,7 +212,7 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
         while (begin < end) {
           const int64_t stop = begin + kFlush - pending < end ? begin + kFlush - pending : end;
           auto local = sums;  // lets the accumulators live in registers
-          for (int64_t vector = begin; vector < stop; ++vector) local.template add<false>(task, vector, nullptr);
+          for (int64_t vector = begin; vector < stop; ++vector) local.add(task, vector);
           sums = local;
           pending += stop - begin;
           if (pending >= kFlush) {
@@ -209,36 +222,38 @@ void scalar_group(const ScalarRows<T>& task, int64_t first, int rows) {
           begin = stop;
         }
       },
-      [&](int64_t vector) { sums.template add<true>(task, vector, excluded); });
+      [&](int64_t vector) { sums.add_masked(task, vector, excluded); });
   sums.flush(rows, out);
 }
 
+// Each instance costs time to compile: what is not common is served by one that sums more than is asked for.
 template <typename T, int kRows, Scores kMode, bool kCharged>
-NWFAST_INLINE void scalar_group_sums(const ScalarRows<T>& task, int64_t first, int rows) {
-  if (task.scores) {
-    if (task.offsets) {
-      scalar_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
-    } else {
-      scalar_group<T, kRows, kMode, kCharged, true, false>(task, first, rows);
-    }
-  } else if (task.offsets) {
-    scalar_group<T, kRows, kMode, kCharged, false, true>(task, first, rows);
+NWFAST_INLINE void single_group_sums(const SingleRows<T>& task, int64_t first, int rows) {
+  constexpr bool kBoth = kRows == 1 || relative(kMode);
+  if (!task.scores && !task.offsets) {
+    single_group<T, kRows, kMode, kCharged, false, false>(task, first, rows);
+  } else if (!kBoth && !task.offsets) {
+    single_group<T, kRows, kMode, kCharged, true, kBoth>(task, first, rows);
+  } else if (!kBoth && !task.scores) {
+    single_group<T, kRows, kMode, kCharged, kBoth, true>(task, first, rows);
   } else {
-    scalar_group<T, kRows, kMode, kCharged, false, false>(task, first, rows);
+    single_group<T, kRows, kMode, kCharged, true, true>(task, first, rows);
   }
 }
 
 template <typename T, int kRows, Scores kMode>
-NWFAST_INLINE void scalar_group_of(const ScalarRows<T>& task, int64_t first, int rows) {
+NWFAST_INLINE void single_group_of(const SingleRows<T>& task, int64_t first, int rows) {
   if (task.total_charge) {
-    scalar_group_sums<T, kRows, kMode, true>(task, first, rows);
+    single_group_sums<T, kRows, kMode, true>(task, first, rows);
   } else {
-    scalar_group_sums<T, kRows, kMode, false>(task, first, rows);
+    single_group_sums<T, kRows, kMode, false>(task, first, rows);
   }
 }
 
 template <typename T, int kRows>
-NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
+NWFAST_INLINE void single_groups(const SingleRows<T>& task) {
+  // The driver scales float coordinates alone.
+  constexpr Scores kUnit = kRows > 1 && sizeof(T) == 4 ? Scores::kUnit : Scores::kNear;
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
     bool far = false;
@@ -246,32 +261,32 @@ NWFAST_INLINE void scalar_groups(const ScalarRows<T>& task) {
       const T offset = (task.query[first + r] - task.nearest[first + r]) * task.scale;
       const double score = static_cast<double>(offset) * offset, most = std::numeric_limits<double>::max();
       task.shift[first + r] = score > most ? most : score;
-      far |= score > kFarScore;
-      for (int s = 0; s < kScalarSums; ++s) task.sums[(first + r) * kScalarSums + s] = 0;
+      far |= score > kRelativeFrom;
+      for (int s = 0; s < kSingleSums; ++s) task.sums[(first + r) * kSingleSums + s] = 0;
     }
     if (!far && !task.wide) {
       for (int r = 0; r < rows; ++r) task.shift[first + r] = 0;
     }
     if (task.wide) {
-      scalar_group_of<T, kRows, kWideScores<T>>(task, first, rows);
+      single_group_of<T, kRows, kWideScores<T>>(task, first, rows);
     } else if (far) {
-      scalar_group_of<T, kRows, Scores::kFar>(task, first, rows);
-    } else if (sizeof(T) == 4 && task.scale == 1) {  // the driver scales float coordinates alone
-      scalar_group_of<T, kRows, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task, first, rows);
+      single_group_of<T, kRows, Scores::kFar>(task, first, rows);
+    } else if (kUnit == Scores::kUnit && task.scale == 1) {
+      single_group_of<T, kRows, kUnit>(task, first, rows);
     } else {
-      scalar_group_of<T, kRows, Scores::kNear>(task, first, rows);
+      single_group_of<T, kRows, Scores::kNear>(task, first, rows);
     }
   }
 }
 
 template <typename T>
-void scalar_rows(const ScalarRows<T>& task) {
-  task.rows == 1 ? scalar_groups<T, 1>(task) : scalar_groups<T, kRows>(task);
+void single_rows(const SingleRows<T>& task) {
+  task.rows == 1 ? single_groups<T, 1>(task) : single_groups<T, kRows>(task);
 }
 
 // The nearest key of positive charge that is not excluded, by a scan; for keys that are not sorted.
 template <typename T, int kRows>
-NWFAST_INLINE void nearest_groups(const ScalarRows<T>& task, T* nearest) {
+NWFAST_INLINE void nearest_groups(const SingleRows<T>& task, T* nearest) {
   const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
@@ -320,7 +335,7 @@ NWFAST_INLINE void nearest_groups(const ScalarRows<T>& task, T* nearest) {
 }
 
 template <typename T>
-void scalar_nearest(const ScalarRows<T>& task, T* nearest) {
+void single_nearest(const SingleRows<T>& task, T* nearest) {
   task.rows == 1 ? nearest_groups<T, 1>(task, nearest) : nearest_groups<T, kRows>(task, nearest);
 }
 
@@ -336,7 +351,7 @@ struct KeyAccumulator {
   }
 
   template <Scores kMode, bool kExclude>
-  NWFAST_INLINE void add(const ScalarKeys<T>& task, int64_t row, int64_t j) {
+  NWFAST_INLINE void add(const SingleKeys<T>& task, int64_t row, int64_t j) {
     const Vec<T> scale = splat<T>(task.scale), query = splat<T>(task.query[row]);
     const Vec<T> value_grad = splat<T>(task.value_grad[row]), lse_grad = splat<T>(task.lse_grad[row]);
     const Vec<T> mean = splat<T>(task.mean[row]);
@@ -372,7 +387,7 @@ struct KeyAccumulator {
     }
   }
 
-  NWFAST_INLINE void flush(const ScalarKeys<T>& task, int64_t j) {
+  NWFAST_ONE_COPY void flush(const SingleKeys<T>& task, int64_t j) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t base = j + v * kLanes<T> - task.key_begin;
       const int64_t left = task.key_end - task.key_begin - base;
@@ -386,7 +401,7 @@ struct KeyAccumulator {
 };
 
 template <typename T, int kVectors, Scores kMode>
-void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
+void single_key_group(const SingleKeys<T>& task, int64_t j) {
   constexpr Scores kShifted = kMode == Scores::kWide ? Scores::kWide : Scores::kFar;
   KeyAccumulator<T, kVectors> sums;
   for (int v = 0; v < kVectors; ++v) {
@@ -429,26 +444,26 @@ void scalar_key_group(const ScalarKeys<T>& task, int64_t j) {
 }
 
 template <typename T, Scores kMode>
-NWFAST_INLINE void scalar_key_groups(const ScalarKeys<T>& task) {
+NWFAST_INLINE void single_key_groups(const SingleKeys<T>& task) {
   const int64_t end = (task.key_end + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   int64_t j = task.key_begin;
   for (; j + kKeyVectors * kLanes<T> <= end; j += kKeyVectors * kLanes<T>) {
-    scalar_key_group<T, kKeyVectors, kMode>(task, j);
+    single_key_group<T, kKeyVectors, kMode>(task, j);
   }
-  for (; j < end; j += kLanes<T>) scalar_key_group<T, 1, kMode>(task, j);
+  for (; j < end; j += kLanes<T>) single_key_group<T, 1, kMode>(task, j);
 }
 
 template <typename T>
-void scalar_keys(const ScalarKeys<T>& task) {
+void single_keys(const SingleKeys<T>& task) {
   for (int64_t i = 0; i < task.key_end - task.key_begin; ++i) {
     task.sum_value[i] = task.sum_weight[i] = task.sum_offset[i] = 0;
   }
   if (task.wide) {
-    scalar_key_groups<T, sizeof(T) == 8 ? Scores::kWide : Scores::kNear>(task);
+    single_key_groups<T, sizeof(T) == 8 ? Scores::kWide : Scores::kNear>(task);
   } else if (sizeof(T) == 4 && task.scale == 1) {
-    scalar_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
+    single_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
   } else {
-    scalar_key_groups<T, Scores::kNear>(task);
+    single_key_groups<T, Scores::kNear>(task);
   }
 }
 

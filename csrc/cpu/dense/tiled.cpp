@@ -1,7 +1,7 @@
 // Any number of features and channels: what surrounds the tiles of tiled_kernels.h.
 //
 // Each row takes the cheapest arithmetic that serves it: float where its nearest key is near, double further away or
-// where float lacks the range, and long double, row by row (tiled_careful.h), where double scores would lose the
+// where float lacks the range, and long double, row by row (tiled_far.h), where double scores would lose the
 // differences between keys as well. The distance to the nearest key decides, which the forward pass finds and the
 // backward pass reads from the state; data that T does not hold is marked by TiledBatch<T>, for both alike.
 
@@ -11,20 +11,20 @@
 
 #include "../drivers.h"
 #include "tiled_batch.h"
-#include "tiled_careful.h"
+#include "tiled_far.h"
 
 namespace nwfast {
 namespace {
 
-constexpr int64_t kRowTask = 16;      // rows of one parallel task
-constexpr int64_t kCarefulRows = 16;  // rows whose weights the careful way holds at once
+constexpr int64_t kRowTask = 16;  // rows of one parallel task
+constexpr int64_t kFarRows = 16;  // rows whose weights are held at once in long double
 
 using Rows = std::vector<int64_t>;
 
 // The score of its nearest key, in base 2, beyond which a row of R data is not computed in T. Scores are good to about
 // 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's.
 template <typename T, typename R>
-double far_score(const Problem& problem) {
+double most_score(const Problem& problem) {
   const double features = static_cast<double>(problem.features);
   if (sizeof(T) == 4) return std::fmax(256, 32 * features);
   return std::fmax(sizeof(R) == 4 ? 0x1p26 : 1024, 64 * features);
@@ -85,10 +85,10 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b,
   task.shift = shift;
   task.values = values.get();
   kernels<T>().tiled_rows(task);
-  const double far = far_score<T, R>(problem);
+  const double most = most_score<T, R>(problem);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = b * problem.queries + some[i];
-    left[i] = batch.odd[some[i]] || total[i] == 0 || shift[i] > far;
+    left[i] = batch.odd[some[i]] || total[i] == 0 || shift[i] > most;
     if (std::isnan(total[i])) left[i] = batch.odd[some[i]];
     if (left[i]) continue;
     for (int64_t c = 0; c < channels; ++c) {
@@ -128,11 +128,11 @@ void forward_in(const Problem& problem, int64_t b, bool serial, Rows& rows, cons
 }
 
 template <typename R>
-void careful_forward(const Problem& problem, int64_t b, bool serial, const Rows& rows, const ForwardResult<R>& result) {
+void far_forward(const Problem& problem, int64_t b, bool serial, const Rows& rows, const ForwardResult<R>& result) {
   if (rows.empty()) return;
-  const CarefulBatch batch(problem, b);
+  const FarBatch batch(problem, b);
   parallel_blocks(static_cast<int64_t>(rows.size()), serial, [&](int64_t i) {
-    const CarefulBatch::Row weighed = batch.weigh(rows[i]);
+    const FarBatch::Row weighed = batch.weigh(rows[i]);
     const int64_t row = b * problem.queries + rows[i];
     fill_nan(problem, row, result);
     if (weighed.nan) return;
@@ -141,8 +141,8 @@ void careful_forward(const Problem& problem, int64_t b, bool serial, const Rows&
       for (int64_t c = 0; c < problem.channels; ++c) {
         result.out[row * problem.channels + c] = static_cast<R>(weighed.mean[c]);
       }
-      constexpr CarefulBatch::Real kMost = std::numeric_limits<double>::max();
-      const CarefulBatch::Real exact = weighed.nearest_score - weighed.top;
+      constexpr FarBatch::Real kMost = std::numeric_limits<double>::max();
+      const FarBatch::Real exact = weighed.nearest_score - weighed.top;
       shift = static_cast<double>(std::fmin(exact, kMost));  // the backward pass needs no more of it
       total = static_cast<double>(weighed.total);
       lse = static_cast<double>(kLn2 * (std::log2(weighed.total) - exact));
@@ -166,7 +166,7 @@ void forward(const Problem& problem, const ForwardResult<R>& result) {
     for (int64_t i = 0; i < m; ++i) rows[i] = i;
     if (sizeof(R) == 4) forward_in<float>(problem, b, serial, rows, result);
     forward_in<double>(problem, b, serial, rows, result);
-    careful_forward(problem, b, serial, rows, result);
+    far_forward(problem, b, serial, rows, result);
   });
 }
 
@@ -174,7 +174,7 @@ void forward(const Problem& problem, const ForwardResult<R>& result) {
 
 // What the rows of a batch element are differentiated in.
 struct Plan {
-  Rows single, wide, careful;
+  Rows narrow, wide, far;
   Rows nan;  // rows that are NaN as a whole and matter: so are all gradients that they add to
 };
 
@@ -278,9 +278,9 @@ struct BackwardBatch : TiledBatch<T> {
 // The arithmetic of each row that adds something. Batches that some row needs are prepared.
 template <typename R>
 struct Element {
-  std::unique_ptr<BackwardBatch<float>> single;
+  std::unique_ptr<BackwardBatch<float>> narrow;
   std::unique_ptr<BackwardBatch<double>> wide;
-  std::unique_ptr<CarefulBatch> careful;
+  std::unique_ptr<FarBatch> far;
   Plan plan;
 
   // `nearer`: whether keys may lie nearer than all that count, which only double has the range for.
@@ -288,9 +288,9 @@ struct Element {
     const bool finite = finite_w(problem, b);
     RowGrad grad(problem.channels);
     if (sizeof(R) == 4 && finite && !nearer) {
-      single = std::make_unique<BackwardBatch<float>>();
-      single->prepare(problem, b, Values::kBackward, weigh);
-      if (!single->usable) single.reset();
+      narrow = std::make_unique<BackwardBatch<float>>();
+      narrow->prepare(problem, b, Values::kBackward, weigh);
+      if (!narrow->usable) narrow.reset();
     }
     for (int64_t i = 0; i < problem.queries; ++i) {
       grad.read_from(problem, task, b, i);
@@ -298,25 +298,25 @@ struct Element {
       if (grad.size == 0 || (finite && state[1] == 0)) continue;
       if (!finite || std::isnan(state[1])) {
         plan.nan.push_back(i);
-      } else if (single && !single->odd[i] && state[0] <= far_score<float, R>(problem) &&
+      } else if (narrow && !narrow->odd[i] && state[0] <= most_score<float, R>(problem) &&
                  !(grad.size < 0x1p-50 || grad.size > 0x1p40)) {
-        plan.single.push_back(i);
-      } else if (state[0] <= far_score<double, R>(problem)) {
+        plan.narrow.push_back(i);
+      } else if (state[0] <= most_score<double, R>(problem)) {
         plan.wide.push_back(i);
       } else {
-        plan.careful.push_back(i);
+        plan.far.push_back(i);
       }
     }
     if (!plan.wide.empty()) {
       wide = std::make_unique<BackwardBatch<double>>();
       wide->prepare(problem, b, Values::kBackward, weigh);
       Rows left;
-      for (const int64_t i : plan.wide) (wide->usable && !wide->odd[i] ? left : plan.careful).push_back(i);
+      for (const int64_t i : plan.wide) (wide->usable && !wide->odd[i] ? left : plan.far).push_back(i);
       plan.wide.swap(left);
       wide->gather(problem, task, b, plan.wide);
     }
-    if (single) single->gather(problem, task, b, plan.single);
-    if (!plan.careful.empty()) careful = std::make_unique<CarefulBatch>(problem, b);
+    if (narrow) narrow->gather(problem, task, b, plan.narrow);
+    if (!plan.far.empty()) far = std::make_unique<FarBatch>(problem, b);
   }
 };
 
@@ -361,23 +361,23 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
 }
 
 template <typename R>
-void careful_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                        const Element<R>& element, double* grad_w) {
-  const Rows& rows = element.plan.careful;
+void far_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                    const Element<R>& element, double* grad_w) {
+  const Rows& rows = element.plan.far;
   const int64_t features = problem.features, count = static_cast<int64_t>(rows.size());
-  std::vector<CarefulBatch::Real> partial(count * features);
+  std::vector<FarBatch::Real> partial(count * features);
   parallel_blocks(count, serial, [&](int64_t i) {
     RowGrad grad(problem.channels);
     grad.read_from(problem, task, b, rows[i]);
-    std::vector<CarefulBatch::Real> grad_query(features);
-    const CarefulBatch::Row row = element.careful->weigh(rows[i]);
-    element.careful->differentiate(row, grad.out.get(), grad.lse, grad_query.data(), &partial[i * features]);
+    std::vector<FarBatch::Real> grad_query(features);
+    const FarBatch::Row row = element.far->weigh(rows[i]);
+    element.far->differentiate(row, grad.out.get(), grad.lse, grad_query.data(), &partial[i * features]);
     for (int64_t f = 0; task.grad_query && f < features; ++f) {
       task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
     }
   });
   for (int64_t f = 0; grad_w && f < features; ++f) {
-    CarefulBatch::Real sum = 0;  // of terms that may overflow in double where their sum does not
+    FarBatch::Real sum = 0;  // of terms that may overflow in double where their sum does not
     for (int64_t i = 0; i < count; ++i) sum += partial[i * features + f];
     grad_w[f] += static_cast<double>(sum);
   }
@@ -391,9 +391,9 @@ void query_backward(const Problem& problem, const BackwardTask<R>& task) {
     if (grad_w) std::fill_n(grad_w, features, 0.0);
     if (task.grad_query) std::fill_n(task.grad_query + b * m * features, m * features, R(0));
     const Element<R> element(problem, task, b, true, false);
-    query_side(problem, task, b, serial, element.single.get(), grad_w);
+    query_side(problem, task, b, serial, element.narrow.get(), grad_w);
     query_side(problem, task, b, serial, element.wide.get(), grad_w);
-    careful_query_side(problem, task, b, serial, element, grad_w);
+    far_query_side(problem, task, b, serial, element, grad_w);
     for (const int64_t i : element.plan.nan) {
       if (task.grad_query) std::fill_n(task.grad_query + (b * m + i) * features, features, static_cast<R>(NAN));
       if (grad_w) std::fill_n(grad_w, features, NAN);
@@ -442,15 +442,15 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
 
 // In long double: terms may overflow in double where their sum does not.
 template <typename R>
-KeySums<CarefulBatch::Real> careful_key_sums(const Problem& problem, const BackwardTask<R>& task, int64_t b,
-                                             bool serial, const CarefulBatch& batch, const Rows& rows) {
-  KeySums<CarefulBatch::Real> sums(problem);
+KeySums<FarBatch::Real> far_key_sums(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                                     const FarBatch& batch, const Rows& rows) {
+  KeySums<FarBatch::Real> sums(problem);
   const int64_t features = problem.features, channels = problem.channels, n = problem.keys;
-  std::vector<std::unique_ptr<RowGrad>> grads(kCarefulRows);
-  std::vector<CarefulBatch::Row> weighed(kCarefulRows);
-  std::vector<CarefulBatch::KeyParts> parts(kCarefulRows);
-  for (int64_t begin = 0; begin < static_cast<int64_t>(rows.size()); begin += kCarefulRows) {
-    const int64_t count = std::min(kCarefulRows, static_cast<int64_t>(rows.size()) - begin);
+  std::vector<std::unique_ptr<RowGrad>> grads(kFarRows);
+  std::vector<FarBatch::Row> weighed(kFarRows);
+  std::vector<FarBatch::KeyParts> parts(kFarRows);
+  for (int64_t begin = 0; begin < static_cast<int64_t>(rows.size()); begin += kFarRows) {
+    const int64_t count = std::min(kFarRows, static_cast<int64_t>(rows.size()) - begin);
     parallel_blocks(count, serial, [&](int64_t i) {
       const int64_t row = rows[begin + i];
       grads[i] = std::make_unique<RowGrad>(channels);
@@ -464,7 +464,7 @@ KeySums<CarefulBatch::Real> careful_key_sums(const Problem& problem, const Backw
         size_t place = std::lower_bound(keys.begin(), keys.end(), block * kKeyTile) - keys.begin();
         for (; place < keys.size() && keys[place] < (block + 1) * kKeyTile; ++place) {
           const int64_t j = keys[place];
-          const CarefulBatch::Real weight = parts[i].value[place], score = parts[i].score[place];
+          const FarBatch::Real weight = parts[i].value[place], score = parts[i].score[place];
           sums.weight[j] += parts[i].weight[place];
           if (weight != 0) {
             for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * grads[i]->out[c];
@@ -481,11 +481,11 @@ KeySums<CarefulBatch::Real> careful_key_sums(const Problem& problem, const Backw
 }
 
 template <typename R>
-void careful_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                      const Element<R>& element, KeySums<double>& total) {
-  if (element.plan.careful.empty()) return;
-  const auto sums = careful_key_sums(problem, task, b, serial, *element.careful, element.plan.careful);
-  const auto add = [](const std::vector<CarefulBatch::Real>& from, std::vector<double>& to) {
+void far_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                  const Element<R>& element, KeySums<double>& total) {
+  if (element.plan.far.empty()) return;
+  const auto sums = far_key_sums(problem, task, b, serial, *element.far, element.plan.far);
+  const auto add = [](const std::vector<FarBatch::Real>& from, std::vector<double>& to) {
     for (size_t i = 0; i < to.size(); ++i) to[i] += static_cast<double>(from[i]);
   };
   add(sums.value, total.value);
@@ -503,8 +503,8 @@ void settle_beyond(const Problem& problem, const BackwardTask<R>& task, int64_t 
   for (int64_t j = 0; j < problem.keys; ++j) any |= beyond(j);
   if (!any) return;
   Rows rows = element.plan.wide;
-  rows.insert(rows.end(), element.plan.careful.begin(), element.plan.careful.end());
-  const auto again = careful_key_sums(problem, task, b, serial, CarefulBatch(problem, b), rows);
+  rows.insert(rows.end(), element.plan.far.begin(), element.plan.far.end());
+  const auto again = far_key_sums(problem, task, b, serial, FarBatch(problem, b), rows);
   for (int64_t j = 0; j < problem.keys; ++j) {
     if (beyond(j)) sums[j] = static_cast<double>(again.weight[j]);
   }
@@ -525,9 +525,9 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
     }
     const Element<R> element(problem, task, b, false, nearer);
     KeySums<double> sums(problem);
-    key_side(problem, serial, element.single.get(), sums);
+    key_side(problem, serial, element.narrow.get(), sums);
     key_side(problem, serial, element.wide.get(), sums);
-    careful_key_side(problem, task, b, serial, element, sums);
+    far_key_side(problem, task, b, serial, element, sums);
     if (nearer) settle_beyond(problem, task, b, serial, element, weight.get(), sums.weight);
     if (!element.plan.nan.empty()) {
       for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);

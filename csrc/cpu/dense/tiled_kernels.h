@@ -44,11 +44,11 @@ NWFAST_INLINE Vec<float> narrow(Vec<double> lower, Vec<double> upper) {
   return v;
 }
 
-// The sum of many vectors.
+// The sum of many vectors of squares.
 template <typename T>
-struct WideSum;
+struct WideScore;
 template <>
-struct WideSum<float> {
+struct WideScore<float> {
   Vec<double> lower = {}, upper = {};
 
   NWFAST_INLINE void add(Vec<float> x) {
@@ -65,7 +65,7 @@ struct WideSum<float> {
   }
 };
 template <>
-struct WideSum<double> {
+struct WideScore<double> {
   Vec<double> sum = {}, rest = {};  // rest: what rounding took from sum (Knuth's two-sum)
 
   NWFAST_INLINE void add(Vec<double> x) {
@@ -121,7 +121,7 @@ template <typename T, bool kUniform>
 NWFAST_INLINE void score_rows_wide(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
                                    int64_t pitch, double* scores) {
   for (int64_t j = 0; j < count; j += kLanes<T>) {
-    WideSum<T> total[kQ];
+    WideScore<T> total[kQ];
     for (int64_t group = 0; group < data.features; group += kFeatureGroup) {
       const int64_t last = group + kFeatureGroup < data.features ? group + kFeatureGroup : data.features;
       Vec<T> part[kQ] = {};
@@ -155,8 +155,8 @@ NWFAST_INLINE void score_rows(const TiledData<T>& data, const T* const* query, i
 }
 
 template <typename T, bool kWide>
-void scores_of(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count, int64_t pitch,
-               Score<T, kWide>* scores) {
+NWFAST_ONE_COPY void scores_of(const TiledData<T>& data, const T* const* query, int64_t begin, int64_t count,
+                               int64_t pitch, Score<T, kWide>* scores) {
   if constexpr (kWide) {
     data.feature_scale ? score_rows_wide<T, false>(data, query, begin, count, pitch, scores)
                        : score_rows_wide<T, true>(data, query, begin, count, pitch, scores);
@@ -212,8 +212,8 @@ NWFAST_INLINE void multiply_columns(const T* weights, int64_t pitch, int64_t key
 }
 
 template <typename T, bool kTransposed>
-void multiply(const T* weights, int64_t pitch, int64_t keys, const T* right, int64_t right_pitch, double* out,
-              int64_t out_pitch, int64_t columns, int rows) {
+NWFAST_ONE_COPY void multiply(const T* weights, int64_t pitch, int64_t keys, const T* right, int64_t right_pitch,
+                              double* out, int64_t out_pitch, int64_t columns, int rows) {
   constexpr int kWide = NWFAST_LEVEL == 512 ? 4 : 2;
   int64_t c = 0;
   for (; c < columns; c += kWide * kLanes<T>) {
@@ -370,8 +370,8 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
 
 // p_ij and u_ij for kQ rows and the keys [begin, begin + count), to weights and grads (kQ, pitch).
 template <typename T, bool kWide>
-void weights_and_grads(const TiledData<T>& data, const GradRows<T>& block, int64_t begin, int64_t count, int64_t pitch,
-                       T* weights, T* grads) {
+NWFAST_ONE_COPY void weights_and_grads(const TiledData<T>& data, const GradRows<T>& block, int64_t begin, int64_t count,
+                                       int64_t pitch, T* weights, T* grads) {
   using S = Score<T, kWide>;
   constexpr bool kInPlace = std::is_same_v<S, T>;
   alignas(64) S wide_scores[kInPlace ? 1 : kQ * kTileKeys];

@@ -1,4 +1,4 @@
-// The kernels for any processor, and the choice of the best table for this one.
+// The kernels for any processor, and the choice of the best tables for this one.
 
 #include <cstdlib>
 
@@ -13,10 +13,14 @@ namespace nwfast {
 namespace avx512 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
+extern const FgtKernels<float> kFloatFgtKernels;
+extern const FgtKernels<double> kDoubleFgtKernels;
 }  // namespace avx512
 namespace avx2 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
+extern const FgtKernels<float> kFloatFgtKernels;
+extern const FgtKernels<double> kDoubleFgtKernels;
 }  // namespace avx2
 #endif
 
@@ -55,6 +59,16 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return NWFAST_TABLE(kDoubleKernels);
+}
+
+template <>
+const FgtKernels<float>& fgt_kernels<float>() {
+  return NWFAST_TABLE(kFloatFgtKernels);
+}
+
+template <>
+const FgtKernels<double>& fgt_kernels<double>() {
+  return NWFAST_TABLE(kDoubleFgtKernels);
 }
 
 }  // namespace nwfast

@@ -1,4 +1,5 @@
-// One instruction set's kernels; included once by each <isa>.cpp.
+// One instruction set's kernels; included once by each <isa>.cpp. The longest to compile, and there are three: two
+// cores are busy to the end.
 
 #include <cstdint>
 #include <cstring>
@@ -7,6 +8,9 @@
 
 #include "../dense/single_kernels.h"
 #include "../dense/tiled_kernels.h"
+#include "../linear/kernels/finish.h"
+#include "../linear/kernels/near_keys.h"
+#include "../linear/kernels/series.h"
 
 namespace nwfast {
 namespace NWFAST_ISA {
@@ -14,10 +18,18 @@ namespace NWFAST_ISA {
 // Constant initialisation: no code of this instruction set may run when the library is loaded.
 template <typename T>
 constexpr Kernels<T> table() {
-  return {scalar_nearest<T>, scalar_rows<T>, scalar_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
+  return {single_nearest<T>, single_rows<T>, single_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
 }
 extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();
+
+template <typename T>
+constexpr FgtKernels<T> fgt_table() {
+  return {fgt_moments<T>, fgt_translate, fgt_evaluate<T>,  fgt_direct<T>, fgt_near<T>,
+          fgt_gather<T>,  fgt_pull<T>,   fgt_near_pull<T>, fgt_finish<T>};
+}
+extern constexpr FgtKernels<float> kFloatFgtKernels = fgt_table<float>();
+extern constexpr FgtKernels<double> kDoubleFgtKernels = fgt_table<double>();
 
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

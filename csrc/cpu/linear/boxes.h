@@ -7,15 +7,16 @@
 namespace nwfast {
 namespace fgt {
 
-struct Cell {
-  int64_t box, begin, end;
+// A crowded box: its number on the axis, and its points.
+struct Box {
+  int64_t number, begin, end;
   int64_t slot;  // of its moments
 };
 
 // The crowded boxes among sorted points, and their moments. A box belongs to the chunk of points in which it begins;
 // moments are summed by chunk and then in order.
 template <typename R>
-class Cells {
+class Boxes {
  public:
   // load(begin, n, charge, pitch) writes charges of points, (columns, pitch).
   template <typename Load>
@@ -24,21 +25,21 @@ class Cells {
     n_ = n;
     columns_ = columns;
     find(plan, serial);
-    if (cells_.empty()) return;
+    if (boxes_.empty()) return;
     int64_t slots = 0;
-    for (Cell& cell : cells_) {
-      cell.slot = slots;
-      slots += (cell.end - 1) / kChunk - cell.begin / kChunk + 1;
+    for (Box& box : boxes_) {
+      box.slot = slots;
+      slots += (box.end - 1) / kChunk - box.begin / kChunk + 1;
     }
     size_ = static_cast<int64_t>(columns) * plan.terms;
     moments_.allocate(slots * size_);
     const int64_t chunks = (n + kChunk - 1) / kChunk;
     parallel_blocks(chunks, serial, [&](int64_t chunk) { sum_chunk(plan, chunk, unit, load); });
-    parallel_blocks((static_cast<int64_t>(cells_.size()) + 255) / 256, serial, [&](int64_t block) {
-      const int64_t end = std::min<int64_t>(cells_.size(), (block + 1) * 256);
+    parallel_blocks((static_cast<int64_t>(boxes_.size()) + 255) / 256, serial, [&](int64_t block) {
+      const int64_t end = std::min<int64_t>(boxes_.size(), (block + 1) * 256);
       for (int64_t i = block * 256; i < end; ++i) {
-        double* const first = moments_.get() + cells_[i].slot * size_;
-        const int64_t more = (cells_[i].end - 1) / kChunk - cells_[i].begin / kChunk;
+        double* const first = moments_.get() + boxes_[i].slot * size_;
+        const int64_t more = (boxes_[i].end - 1) / kChunk - boxes_[i].begin / kChunk;
         for (int64_t k = 1; k <= more; ++k) {
           for (int64_t m = 0; m < size_; ++m) first[m] += first[k * size_ + m];
         }
@@ -46,26 +47,27 @@ class Cells {
     });
   }
 
-  // Takes over what compress() found: cells of one slot each, and their moments.
-  void adopt(std::vector<Cell> cells, const double* moments, int64_t size) {
-    cells_ = std::move(cells);
+  // Takes over what compress() found: boxes of one slot each, and their moments.
+  void adopt(std::vector<Box> boxes, const double* moments, int64_t size) {
+    boxes_ = std::move(boxes);
     size_ = size;
     adopted_ = moments;
   }
 
-  int64_t count() const { return static_cast<int64_t>(cells_.size()); }
-  const Cell& operator[](int64_t i) const { return cells_[i]; }
-  const double* moments(int64_t i) const { return (adopted_ ? adopted_ : moments_.get()) + cells_[i].slot * size_; }
-  // The first cell whose box is `box` or higher.
-  int64_t first_from(int64_t box) const {
-    return std::lower_bound(cells_.begin(), cells_.end(), box, [](const Cell& c, int64_t b) { return c.box < b; }) -
-           cells_.begin();
+  int64_t count() const { return static_cast<int64_t>(boxes_.size()); }
+  const Box& operator[](int64_t i) const { return boxes_[i]; }
+  const double* moments(int64_t i) const { return (adopted_ ? adopted_ : moments_.get()) + boxes_[i].slot * size_; }
+  // The first of them from this number on.
+  int64_t first_from(int64_t number) const {
+    return std::lower_bound(boxes_.begin(), boxes_.end(), number,
+                            [](const Box& c, int64_t b) { return c.number < b; }) -
+           boxes_.begin();
   }
 
  private:
   void find(const Plan& plan, bool serial) {
     const int64_t chunks = (n_ + kChunk - 1) / kChunk;
-    std::vector<std::vector<Cell>> found(chunks);
+    std::vector<std::vector<Box>> found(chunks);
     parallel_blocks(chunks, serial, [&](int64_t chunk) {
       const int64_t end = std::min(n_, (chunk + 1) * kChunk);
       int64_t p = chunk * kChunk;
@@ -87,11 +89,11 @@ class Cells {
         }
       }
     });
-    cells_.clear();
+    boxes_.clear();
     size_t total = 0;
     for (const auto& part : found) total += part.size();
-    cells_.reserve(total);
-    for (const auto& part : found) cells_.insert(cells_.end(), part.begin(), part.end());
+    boxes_.reserve(total);
+    for (const auto& part : found) boxes_.insert(boxes_.end(), part.begin(), part.end());
   }
 
   // The first point from p on with kCrowd points (itself the first of them) within the width of a box; `end` if none
@@ -113,17 +115,17 @@ class Cells {
   void sum_chunk(const Plan& plan, int64_t chunk, bool unit, const Load& load) {
     const FgtKernels<R>& table = fgt_kernels<R>();
     const int64_t begin = chunk * kChunk, end = std::min(n_, begin + kChunk);
-    int64_t i = std::upper_bound(cells_.begin(), cells_.end(), begin,
-                                 [](int64_t place, const Cell& cell) { return place < cell.end; }) -
-                cells_.begin();
+    int64_t i = std::upper_bound(boxes_.begin(), boxes_.end(), begin,
+                                 [](int64_t place, const Box& box) { return place < box.end; }) -
+                boxes_.begin();
     std::vector<double> charge(columns_ * kBlock);
     int64_t loaded = -1;
-    for (; i < count() && cells_[i].begin < end; ++i) {
-      const Cell& cell = cells_[i];
-      double* const moments = moments_.get() + (cell.slot + chunk - cell.begin / kChunk) * size_;
+    for (; i < count() && boxes_[i].begin < end; ++i) {
+      const Box& box = boxes_[i];
+      double* const moments = moments_.get() + (box.slot + chunk - box.begin / kChunk) * size_;
       std::fill(moments, moments + size_, 0.0);
-      const int64_t stop = std::min(cell.end, end);
-      for (int64_t p = std::max(cell.begin, begin); p < stop;) {
+      const int64_t stop = std::min(box.end, end);
+      for (int64_t p = std::max(box.begin, begin); p < stop;) {
         const int64_t block = p / kBlock * kBlock, next = std::min(stop, block + kBlock);
         if (block != loaded) {
           load(block, std::min(n_, block + kBlock) - block, charge.data(), kBlock);
@@ -132,7 +134,7 @@ class Cells {
         FgtMoments<R> task;
         task.x = x_ + p;
         task.n = next - p;
-        task.centre = plan.centre(cell.box);
+        task.centre = plan.centre(box.number);
         task.scale = plan.to_local();
         task.charge = charge.data() + (p - block);
         task.pitch = kBlock;
@@ -149,7 +151,7 @@ class Cells {
   const R* x_ = nullptr;
   int64_t n_ = 0, size_ = 0;
   int columns_ = 0;
-  std::vector<Cell> cells_;
+  std::vector<Box> boxes_;
   Buffer<double> moments_;
   const double* adopted_ = nullptr;
 };
@@ -158,8 +160,8 @@ class Cells {
 template <typename R, typename Load>
 class Expansion {
  public:
-  Expansion(const Plan& plan, const Cells<R>& cells, const R* x, int64_t n, int columns, bool unit, const Load& load)
-      : plan_(plan), cells_(cells), x_(x), n_(n), columns_(columns), unit_(unit), load_(load) {
+  Expansion(const Plan& plan, const Boxes<R>& boxes, const R* x, int64_t n, int columns, bool unit, const Load& load)
+      : plan_(plan), boxes_(boxes), x_(x), n_(n), columns_(columns), unit_(unit), load_(load) {
     matrix_.resize(plan.reach + 1);
     for (auto* side : {&below_, &above_, &lower_, &higher_}) side->resize(plan.reach + 1);
     nothing_.assign(columns * plan.terms, 0.0);
@@ -172,21 +174,21 @@ class Expansion {
     target_ = box;
     if (!started_) {
       begin_ = lower_bound(x_, n_, plan_.lower_edge(box - plan_.reach));
-      first_ = cells_.first_from(box - plan_.reach);
+      first_ = boxes_.first_from(box - plan_.reach);
       started_ = true;
     }
-    while (first_ < cells_.count() && cells_[first_].box < box - plan_.reach) ++first_;
+    while (first_ < boxes_.count() && boxes_[first_].number < box - plan_.reach) ++first_;
     crowded_ = 0;
     last_ = first_;
-    for (; last_ < cells_.count() && cells_[last_].box <= box + plan_.reach; ++last_) {
-      crowded_ += cells_[last_].end - cells_[last_].begin;
+    for (; last_ < boxes_.count() && boxes_[last_].number <= box + plan_.reach; ++last_) {
+      crowded_ += boxes_[last_].end - boxes_[last_].begin;
     }
-    // Cells at the ends of the reach save the search.
-    const bool starts = last_ > first_ && cells_[first_].box == box - plan_.reach;
-    const bool ends = last_ > first_ && cells_[last_ - 1].box == box + plan_.reach;
-    begin_ = starts ? cells_[first_].begin : gallop(x_, n_, begin_, plan_.lower_edge(box - plan_.reach));
+    // Boxes at the ends of the reach save the search.
+    const bool starts = last_ > first_ && boxes_[first_].number == box - plan_.reach;
+    const bool ends = last_ > first_ && boxes_[last_ - 1].number == box + plan_.reach;
+    begin_ = starts ? boxes_[first_].begin : gallop(x_, n_, begin_, plan_.lower_edge(box - plan_.reach));
     end_ =
-        ends ? cells_[last_ - 1].end : gallop(x_, n_, std::max(begin_, end_), plan_.lower_edge(box + plan_.reach + 1));
+        ends ? boxes_[last_ - 1].end : gallop(x_, n_, std::max(begin_, end_), plan_.lower_edge(box + plan_.reach + 1));
   }
   int64_t points() const { return end_ - begin_; }
   int64_t first_point() const { return begin_; }
@@ -251,7 +253,7 @@ class Expansion {
     };
     int64_t p = begin_;
     for (int64_t i = first_; i <= last_; ++i) {
-      const int64_t stop = i < last_ ? cells_[i].begin : end_;
+      const int64_t stop = i < last_ ? boxes_[i].begin : end_;
       while (p < stop) {
         const int64_t box = plan_.box_of(x_[p]);
         const int64_t next = std::min(stop, std::max(p + 1, gallop(x_, n_, p, plan_.lower_edge(box + 1))));
@@ -259,8 +261,8 @@ class Expansion {
         p = next;
       }
       if (i < last_) {
-        put(cells_[i].box, cells_.moments(i));
-        p = cells_[i].end;
+        put(boxes_[i].number, boxes_.moments(i));
+        p = boxes_[i].end;
       }
     }
   }
@@ -297,7 +299,7 @@ class Expansion {
   }
 
   const Plan& plan_;
-  const Cells<R>& cells_;
+  const Boxes<R>& boxes_;
   const R* x_;
   int64_t n_;
   int columns_;

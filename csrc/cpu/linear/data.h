@@ -1,4 +1,4 @@
-// One batch element of the fast Gauss transform: sorted coordinates, charges, and the way back to the caller's order.
+// One batch element of the linear method: sorted coordinates, charges, and the way back to the caller's order.
 // Sorted contiguous input is used where it lies; all else is packed.
 
 #pragma once

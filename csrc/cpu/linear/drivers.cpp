@@ -1,4 +1,4 @@
-// Drivers of the fast Gauss transform: the forward pass, and the query side of the backward pass.
+// Drivers of the linear method: the forward pass, and the query side of the backward pass.
 
 #include "element.h"
 #include "row_gradients.h"

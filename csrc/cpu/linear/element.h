@@ -12,7 +12,7 @@ template <typename R>
 struct Element {
   Data<R> data;
   Plan plan;
-  Cells<R> cells;
+  Boxes<R> boxes;
   bool expanded = false;
 
   bool prepare(const Problem& problem, int64_t b, bool offsets, bool scores, bool serial) {
@@ -26,17 +26,14 @@ struct Element {
   void compress(bool serial) {
     expanded = plan.any_edges(data.key_range.low, data.key_range.high);
     if (!expanded) return;
-    cells.compress(
+    boxes.compress(
         plan, data.key, data.keys, data.channels + 1, !data.weight,
         [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { data.load(begin, n, charge, pitch); },
         serial);
     fill_matrices(plan);
   }
 
-  template <typename Finish>
-  void rows(bool serial, const Finish& finish) const {
-    RowPass<R, Finish>(data, plan, cells, expanded, finish).run(serial);
-  }
+  void rows(bool serial, const RowFinish& finish) const { sum_rows(data, plan, boxes, expanded, finish, serial); }
 };
 
 // One channel: a kernel, through a block where rows go back to another place.

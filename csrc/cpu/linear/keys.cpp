@@ -58,7 +58,7 @@ class KeyPass {
     if (!near_) {
       if (!read_rows(far)) return false;
       if (expanded_ && data_.queries > 0) {
-        cells_.compress(plan_, data_.query, data_.queries, columns_, false, loader(), serial_);
+        boxes_.compress(plan_, data_.query, data_.queries, columns_, false, loader(), serial_);
         fill_matrices(plan_);
       }
     }
@@ -272,7 +272,7 @@ class KeyPass {
     const R* const u = targets.x;
     const double reach = plan_.scale > 0 ? (plan_.window + 3) / plan_.scale : INFINITY;
     const auto load = loader();
-    Expansion<R, decltype(load)> expansion(plan_, cells_, data_.query, data_.queries, columns_, false, load);
+    Expansion<R, decltype(load)> expansion(plan_, boxes_, data_.query, data_.queries, columns_, false, load);
     const double per_pair = 4.0 * ((columns_ + 1) / 2), per_term = 0.3 * columns_ * slots_;
     int64_t window = lower_bound(data_.query, data_.queries, static_cast<double>(u[begin]) - reach);
     for (int64_t j = begin; j < end;) {
@@ -439,7 +439,7 @@ class KeyPass {
   const FgtKernels<R>& table_;
   Data<R> data_;
   Plan plan_;
-  Cells<R> cells_;
+  Boxes<R> boxes_;
   int channels_ = 1, columns_ = 2, slots_ = 1;
   bool expanded_ = false, near_ = false;
   NearRows<R> near_rows_;  // where near_

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "rows.h"
+#include "rows/near.h"
 
 namespace nwfast {
 namespace fgt {

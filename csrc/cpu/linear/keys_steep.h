@@ -4,8 +4,8 @@
 
 #pragma once
 
+#include "nearest.h"
 #include "row_gradients.h"
-#include "rows.h"
 
 namespace nwfast {
 namespace fgt {

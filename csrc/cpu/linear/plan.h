@@ -1,5 +1,5 @@
-// The fast Gauss transform in one feature: sums over all keys for every query in linear time, accurate relative to each
-// sum, near the keys and far from them.
+// The linear method, a fast Gauss transform in one feature: sums over all keys for every query in linear time, accurate
+// relative to each sum, near the keys and far from them.
 //
 // In units of the bandwidth, x = |w| q and u = |w| k, all sums are S(x) = sum_j c_j exp(-(x - u_j)^2 / 2), one for each
 // column of charges c: a_j (the total) and a_j (v_j - centre) for each channel. Everything is in double, whatever the
@@ -13,28 +13,28 @@
 // float32, 2e-15 for float64), and the choice is that of least work for the density of the keys. Only boxes up to
 // `reach` apart count.
 //
-// Compress (Cells): a box with kCrowd keys or more gets its power moments sum_j c_j t_j^n. Sorted keys are read in
+// Compress (Boxes): a box with kCrowd keys or more gets its power moments sum_j c_j t_j^n. Sorted keys are read in
 // chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
 // threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
 // of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
 // turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes
 // that are not crowded get moments on the spot. With factors d and d^2 in the kernel the same moments give the sums
 // that the derivatives by q and w need. Evaluate: Horner's scheme at the queries of the box. Directly
-// (RowPass::direct): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
+// (rows/direct.h): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
 // holding queries. The window of a query that is delta from its nearest key k* is sqrt(delta^2 + 2 log(N / eps)), and
 // sums are relative to k* (the reference r) where delta > 2:
 //   (x - u)^2 - (x - k*)^2 = (k* - u)(2 x - u - k*),    lse = log S - (x - k*)^2 / 2,    state = (shift, S).
-// Which way is taken follows from counts alone. With one channel and few keys (RowPass::near, kernels/near_rows.h),
+// Which way is taken follows from counts alone. With one channel and few keys (rows/near.h),
 // rows go by vectors in the precision of the input: no box, no search, no conversion; so do keys with few rows
 // (NearRows).
 //
 // Which expansions to trust. Expansion adds up the plan's error times the mass of each box, plus what boxes that it
 // leaves out and all keys beyond the reach could add: a bound of the absolute error of S. A row whose total is not well
 // above it (a gap, a lone key beside a distant crowd, key weights of many decades, a leave-one-out row dominated by its
-// own key) is summed again with care. No level, and no nearest key, has to be known beforehand, and dense data never
+// own key) is summed again as a far row. No level, and no nearest key, has to be known beforehand, and dense data never
 // look for one.
 //
-// With care: directly where the window holds at most kDirectKeys keys. Otherwise (RowPass::run_far) the row lies in a
+// Far rows: directly where the window holds at most kDirectKeys keys. Otherwise (rows/gaps.h) the row lies in a
 // gap between two neighbouring keys, or beyond an end. Keys on either side, z behind the edge of the gap, count exp(-z
 // (2 delta + z) / 2) relative to the edge, delta from the row. Rows are grouped by edge and level l, 2^l < delta
 // <= 2^(l+1); for each group the keys within the depth that counts are cut into boxes of half width 2^-l, within which
@@ -86,8 +86,8 @@ struct Accuracy;
 template <>
 struct Accuracy<float> {
   static constexpr double kTruncation = kTruncationFloat;  // of expansions, relative to the mass of a box
-  static constexpr double kAccept = kAcceptFloat;  // of a row's total: beyond this error bound it is summed with care
-  static constexpr double kLargestHalf = 1.5;      // half width of a box, in bandwidths
+  static constexpr double kAccept = kAcceptFloat;          // of a row's total: beyond this error bound it is a far row
+  static constexpr double kLargestHalf = 1.5;              // half width of a box, in bandwidths
   static constexpr int kFarTerms = 16;
 };
 template <>

@@ -49,10 +49,10 @@ bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared) {
   }
   if (data.weight) prepared.weight.assign(data.weight, data.weight + data.keys);
   const int64_t size = (channels + 1) * plan.terms;
-  for (int64_t i = 0; i < element.cells.count(); ++i) {
-    const fgt::Cell& cell = element.cells[i];
-    prepared.cells.insert(prepared.cells.end(), {cell.box, cell.begin, cell.end});
-    prepared.moments.insert(prepared.moments.end(), element.cells.moments(i), element.cells.moments(i) + size);
+  for (int64_t i = 0; i < element.boxes.count(); ++i) {
+    const fgt::Box& box = element.boxes[i];
+    prepared.boxes.insert(prepared.boxes.end(), {box.number, box.begin, box.end});
+    prepared.moments.insert(prepared.moments.end(), element.boxes.moments(i), element.boxes.moments(i) + size);
   }
   prepared.matrices = plan.matrices;
   std::vector<double>& numbers = prepared.numbers;
@@ -122,11 +122,11 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
   fgt::fill_bounds(plan);
   plan.matrices.assign(prepared.matrices, prepared.matrices + prepared.matrices_size);
   element.expanded = numbers[kExpanded] != 0;
-  std::vector<fgt::Cell> cells(prepared.cell_count);
-  for (int64_t i = 0; i < prepared.cell_count; ++i) {
-    cells[i] = {prepared.cells[3 * i], prepared.cells[3 * i + 1], prepared.cells[3 * i + 2], i};
+  std::vector<fgt::Box> boxes(prepared.box_count);
+  for (int64_t i = 0; i < prepared.box_count; ++i) {
+    boxes[i] = {prepared.boxes[3 * i], prepared.boxes[3 * i + 1], prepared.boxes[3 * i + 2], i};
   }
-  element.cells.adopt(std::move(cells), prepared.moments, static_cast<int64_t>(channels + 1) * plan.terms);
+  element.boxes.adopt(std::move(boxes), prepared.moments, static_cast<int64_t>(channels + 1) * plan.terms);
   fgt::forward_rows(element, result, 0, serial);
   fgt::finish_odd_rows(data, result, 0);
   return true;

@@ -2,13 +2,13 @@
 //
 // Query side: the product with the tangents where the forward pass saved them, else the sums of the forward pass again.
 // Key side: a kernel gathers what the keys need of each row, then sums over rows. Each side has float32 sums, finished
-// by one lane a row or key, here or in tiled_backward.cu, and computations in double for what they leave out (rows.cuh,
+// by one lane a row or key, here or in tiled/backward.cu, and computations in double for what they leave out (rows.cuh,
 // keys.cuh). The gradient of w is a partial sum for each warp or block, added in a fixed order at the end.
 
 #include "forward.cuh"
 #include "keys.cuh"
-#include "single_keys.cuh"
-#include "tiled_grads.cuh"
+#include "single/keys.cuh"
+#include "tiled/grads.cuh"
 
 namespace nwfast {
 namespace {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_number();
   const int64_t b = warp / warps, i = warp % warps * kWarp + lane_number();
   if (b >= problem.batch.count) return;
-  const ScalarRow row(problem, plan, surveys[b], partial, b, i);
+  const SingleRow row(problem, plan, surveys[b], partial, b, i);
   double by_w = 0;
   if (row.good) {
     const RowGrad grad(problem, task, b, i);
@@ -157,7 +157,7 @@ void query_side(const Problem& problem, const Device& device, const BackwardTask
       launch(apply_tangents, count * blocks.of_element, threads, threads / kWarp * sizeof(double), device.stream,
              problem, task, blocks, partial);
     }
-  } else if (has_scalar_kernels(problem)) {
+  } else if (has_single_kernels(problem)) {
     const RowPlan plan =
         plan_rows(problem, device.multiprocessors, task.grad_query.data ? Moments::kAll : Moments::kSquares);
     const int64_t warps = blocks_for(m, kWarp);
@@ -190,13 +190,13 @@ void query_side(const Problem& problem, const Device& device, const BackwardTask
 // Key side -----------------------------------------------------------------------------------------------------------
 
 // A block gathers a tile of rows of one batch element, for the keys in double and, if fast, for those in float32.
-__global__ void __launch_bounds__(kScalarTile, 3)
+__global__ void __launch_bounds__(kSingleTile, 3)
     gather_rows(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task, const Blocks tiles,
-                const Survey* surveys, KeyRow* rows, ScalarKeyRow* fast_rows, float* windows, int* tile_far) {
+                const Survey* surveys, KeyRow* rows, SingleKeyRow* fast_rows, float* windows, int* tile_far) {
   NWFAST_SHARED(shared);
   float* const edges = reinterpret_cast<float*>(shared);
   const int64_t b = tiles.element(), m = problem.queries;
-  const int64_t i = tiles.block() * kScalarTile + threadIdx.x, place = b * m + i;
+  const int64_t i = tiles.block() * kSingleTile + threadIdx.x, place = b * m + i;
   double shift = 0, total = 0;
   if (i < m) {
     shift = task.state[2 * place];
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kScalarTile, 3)
   own.far = !own.skip && (!survey.usable || shift != 0 || !isfinite(total));
   float low = INFINITY, high = -INFINITY;
   if (i < m) {
-    ScalarKeyRow fast{0, 0, 0, 0};
+    SingleKeyRow fast{0, 0, 0, 0};
     if (!own.far && !own.skip) {
       const RowGrad grad(problem, task, b, i);
       const double unit_total = total / survey.weight_unit;
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kScalarTile, 3)
   __syncthreads();
   if (threadIdx.x > 0) return;
   float any = edges[2];
-  for (int warp = 1; warp < kScalarTile / kWarp; ++warp) {
+  for (int warp = 1; warp < kSingleTile / kWarp; ++warp) {
     low = fminf(low, edges[3 * warp]);
     high = fmaxf(high, edges[3 * warp + 1]);
     any += edges[3 * warp + 2];
@@ -317,11 +317,11 @@ void key_side(const Problem& problem, const Device& device, const BackwardTask& 
   const int64_t count = problem.batch.count, m = problem.queries, n = problem.keys;
   if (count == 0) return;
   if (has_tiled_kernels(problem)) return tiled_key_side(problem, device, task, arena);
-  const bool fast = has_scalar_kernels(problem);
-  const Blocks tiles{blocks_for(m, kScalarTile)};
+  const bool fast = has_single_kernels(problem);
+  const Blocks tiles{blocks_for(m, kSingleTile)};
   KeyRow* const rows = arena.take<KeyRow>(count * m);
   Survey* const surveys = fast ? arena.take<Survey>(count) : nullptr;
-  ScalarKeyRow* const fast_rows = fast ? arena.take<ScalarKeyRow>(count * m) : nullptr;
+  SingleKeyRow* const fast_rows = fast ? arena.take<SingleKeyRow>(count * m) : nullptr;
   float* const windows = fast ? arena.take<float>(2 * count * tiles.of_element) : nullptr;
   int* const tile_far = fast ? arena.take<int>(count * tiles.of_element) : nullptr;
   const KeyPlan plan = plan_keys(problem, device.multiprocessors, task.grad_lse.data || task.grad_key_weight.data);
@@ -329,7 +329,7 @@ void key_side(const Problem& problem, const Device& device, const BackwardTask& 
   if (arena.counting()) return;
   if (fast) launch(survey_data, count, kSurveyThreads, kSurveyShared, device.stream, problem, surveys);
   if (m > 0) {
-    launch(gather_rows, count * tiles.of_element, kScalarTile, 3 * kScalarTile / kWarp * sizeof(float), device.stream,
+    launch(gather_rows, count * tiles.of_element, kSingleTile, 3 * kSingleTile / kWarp * sizeof(float), device.stream,
            problem, task, tiles, static_cast<const Survey*>(surveys), rows, fast_rows, windows, tile_far);
   }
   if (fast) {

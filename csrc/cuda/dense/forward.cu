@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_number();
   const int64_t b = warp / warps, i = warp % warps * kWarp + lane_number(), place = b * m + i;
   if (b >= problem.batch.count) return;
-  const ScalarRow row(problem, plan, surveys[b], partial, b, i);
+  const SingleRow row(problem, plan, surveys[b], partial, b, i);
   if (row.good) {
     const double out = fmin(fmax(row.centre + row.mean(), static_cast<double>(row.low)), static_cast<double>(row.high));
     const SoftmaxState state{0, row.total * row.weight_unit};
@@ -91,7 +91,7 @@ Moments moments_of(const ForwardResult& result) {
   return result.tangent_q.data ? Moments::kAll : result.tangent_w.data ? Moments::kSquares : Moments::kNone;
 }
 
-void forward_scalar(const Problem& problem, const Device& device, const ForwardResult& result, Arena& arena) {
+void forward_single(const Problem& problem, const Device& device, const ForwardResult& result, Arena& arena) {
   const RowPlan plan = plan_rows(problem, device.multiprocessors, moments_of(result));
   Survey* const surveys = arena.take<Survey>(problem.batch.count);
   float* const partial = arena.take<float>(problem.batch.count * plan.parts * plan.sums * problem.queries);
@@ -117,7 +117,7 @@ void forward_tiled(const Problem& problem, const Device& device, const ForwardRe
 }
 
 void forward(const Problem& problem, const Device& device, const ForwardResult& result, Arena& arena) {
-  if (has_scalar_kernels(problem)) return forward_scalar(problem, device, result, arena);
+  if (has_single_kernels(problem)) return forward_single(problem, device, result, arena);
   if (has_tiled_kernels(problem)) return forward_tiled(problem, device, result, arena);
   if (arena.counting()) return;
   launch(exact_rows, blocks_for(problem.batch.count * problem.queries, kThreads / kWarp), kThreads, 0, device.stream,

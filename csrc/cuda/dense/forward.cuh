@@ -4,33 +4,33 @@
 #pragma once
 
 #include "rows.cuh"
-#include "single_rows.cuh"
-#include "tiled_rows.cuh"
+#include "single/rows.cuh"
+#include "tiled/rows.cuh"
 
 namespace nwfast {
 
 // From so many pairs in a batch element on, and so many keys, float32 sums pay; below, a launch more costs more than
 // double arithmetic does.
-constexpr int64_t kScalarPairs = 1 << 18, kScalarKeys = 128;
+constexpr int64_t kSinglePairs = 1 << 18, kSingleKeys = 128;
 
 inline bool is_double(const Problem& problem) { return problem.query.dtype == Dtype::kDouble; }
 
-inline bool has_scalar_kernels(const Problem& problem) {
-  return problem.scalar() && !is_double(problem) && problem.keys >= kScalarKeys &&
-         problem.queries * problem.keys >= kScalarPairs;
+inline bool has_single_kernels(const Problem& problem) {
+  return problem.single() && !is_double(problem) && problem.keys >= kSingleKeys &&
+         problem.queries * problem.keys >= kSinglePairs;
 }
 
 // Any other float32 arithmetic. Smaller problems have no tile to fill.
 constexpr int64_t kTiledSide = 32, kTiledPairs = 1 << 14;
 
 inline bool has_tiled_kernels(const Problem& problem) {
-  return !problem.scalar() && !is_double(problem) && problem.queries >= kTiledSide && problem.keys >= kTiledSide &&
+  return !problem.single() && !is_double(problem) && problem.queries >= kTiledSide && problem.keys >= kTiledSide &&
          problem.queries * problem.keys >= kTiledPairs;
 }
 
 // One row's sums over all parts of the keys, added in order.
-struct ScalarRow {
-  __device__ ScalarRow(const Problem& problem, const RowPlan& plan, const Survey& survey, const float* partial,
+struct SingleRow {
+  __device__ SingleRow(const Problem& problem, const RowPlan& plan, const Survey& survey, const float* partial,
                        int64_t b, int64_t i)
       : centre(survey.centre), low(survey.low), high(survey.high), weight_unit(survey.weight_unit) {
     const int64_t m = problem.queries;
@@ -45,7 +45,7 @@ struct ScalarRow {
     total = sums[kTotal];
     w = problem.w.read<double>(problem.w.offset(problem.batch, b));
     const int64_t query = problem.query.offset(problem.batch, b) + i * problem.query.row_stride;
-    good = isfinite(problem.query.read<float>(query)) && total >= exp2(-kFarScore);
+    good = isfinite(problem.query.read<float>(query)) && total >= exp2(-kFarTotal);
   }
 
   __device__ double mean() const { return sums[kValue] / total; }  // of the centred values

@@ -35,47 +35,52 @@ LEFT_OUT = [
 MUTATIONS = {
     "an index that is off by one": (
         "sorted",
-        "single_rows.cu",
+        "dense/single/rows.cu",
         "stage(problem.value, value + j * problem.value.row_stride",
         "stage(problem.value, value + (j > 0 ? j - 1 : j) * problem.value.row_stride",
     ),
     "a tail that is not masked": (
         "sorted",
-        "single_rows.cu",
-        "const int count = static_cast<int>(end - from < kScalarTile ? end - from : kScalarTile);",
-        "const int count = kScalarTile;",
+        "dense/single/rows.cu",
+        "const int count = static_cast<int>(end - from < kSingleTile ? end - from : kSingleTile);",
+        "const int count = kSingleTile;",
     ),
     "a merge that leaves out a part": (
         "sorted",
-        "forward.cuh",
+        "dense/forward.cuh",
         "for (int64_t part = 0; part < plan.parts; ++part) {",
         "for (int64_t part = 1; part < plan.parts; ++part) {",
     ),
-    "a window that is too narrow": ("sorted", "single_rows.cu", "fabs(w) * (1 + 1e-6);", "fabs(w) / 4;"),
-    "a wait that is too short": ("sorted", "single_rows.cu", "wait_copies<1>();", "wait_copies<2>();"),
+    "a window that is too narrow": (
+        "sorted",
+        "dense/single/rows.cu",
+        "fabs(w) * (1 + 1e-6);",
+        "fabs(w) / 4;",
+    ),
+    "a wait that is too short": ("sorted", "dense/single/rows.cu", "wait_copies<1>();", "wait_copies<2>();"),
     "a barrier that is missing": (
         "sorted",
-        "single_keys.cu",
+        "dense/single/keys.cu",
         "wait_copies<1>();\n      __syncthreads();",
         "wait_copies<1>();",
     ),
     "a tail of the tiled gradients that is not masked": (
         "tiled",
-        "tiled_grads.cu",
+        "dense/tiled/grads.cu",
         "float log_weight = thread < count ? 0 : -INFINITY;",
         "float log_weight = 0;",
     ),
     "tiled gradients that go to the wrong key": (
         "tiled",
-        "tiled_grads.cu",
+        "dense/tiled/grads.cu",
         "mine = first_own + own + lane % 4 * 4",
         "mine = first_own + own + lane % 4",
     ),
 }
 OUTSIDE = (
-    "single_rows.cu",
-    "const int64_t row = own_row + r * kScalarThreads < m ? own_row + r * kScalarThreads : m - 1;",
-    "const int64_t row = own_row + r * kScalarThreads;",
+    "dense/single/rows.cu",
+    "const int64_t row = own_row + r * kSingleThreads < m ? own_row + r * kSingleThreads : m - 1;",
+    "const int64_t row = own_row + r * kSingleThreads;",
 )
 
 

@@ -19,7 +19,7 @@ NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t 
   const IntVec<T> lanes = lane_numbers<T>();
   WideSum<T> sums[3];
   for (int64_t i = begin; i < end;) {
-    const int64_t stop = end - i < kFlush ? end : i + kFlush;
+    const int64_t stop = end - i < kNearFlush ? end : i + kNearFlush;
     Vec<T> total = {}, pulled = {}, moment = {};
 #pragma GCC unroll 2
     for (; i < stop; ++i) {

@@ -115,7 +115,7 @@ struct WideSum {
   }
 };
 
-constexpr int64_t kFlush = 8;  // weights that are added up in T before they go to a double
+constexpr int64_t kNearFlush = 8;  // weights that are added up in T before they go to a double
 
 // What a pair of a row and a key adds to the sums, in units of the bandwidth so that they stay within the range of T.
 template <typename T, bool kOffsets, bool kScores>
@@ -164,10 +164,10 @@ NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t e
     part.add(weight, splat(task.value[j * task.value_stride] - task.centre), difference, mirrored, w);
   };
   int64_t j = begin;
-  for (; j + kFlush <= end; j += kFlush) {
+  for (; j + kNearFlush <= end; j += kNearFlush) {
     NearSums<T, kOffsets, kScores> part;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < kFlush; ++i) add(j + i, part);
+    for (int64_t i = 0; i < kNearFlush; ++i) add(j + i, part);
     part.flush(sums);
   }
   NearSums<T, kOffsets, kScores> part;
@@ -187,8 +187,8 @@ NWFAST_INLINE Vec<T> load_strided(const T* x, int64_t stride, int64_t count) {
 // Writes sums that are relative to the nearest key, whose weight is exactly 1, in user units; rows near to that key are
 // to be relative to themselves.
 template <typename T, bool kOffsets, bool kScores>
-NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
-                              int parts) {
+NWFAST_ONE_COPY void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
+                                int parts) {
   constexpr int kScore = 1 + kOffsets;
   T lanes[kLanes<T>];
   store<T>(lanes, apart);
@@ -276,11 +276,20 @@ NWFAST_INLINE bool exact_differences(T bottom, T top) {
   return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
 }
 
-// A vector of rows over a common window, the first key not below them being `first`. False if it holds too many keys,
-// or T is not precise enough.
-template <typename T, bool kOffsets, bool kScores, bool kMasked>
-NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows, int64_t first,
-                            NearWindow<T>& window) {
+// A vector of rows, their nearest keys and their common window.
+template <typename T>
+struct RowVector {
+  Vec<T> x, reference;
+  IntVec<T> excluded;  // places that the lanes leave out, counted from the window's first key
+  NearWindow<T> window;
+};
+
+// The first key not below the rows is `first`; the window moves on from the last one's. False if it holds too many
+// keys, or T is not precise enough.
+template <typename T, bool kMasked>
+NWFAST_ONE_COPY bool find_together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows,
+                                   int64_t first, RowVector<T>& found) {
+  NearWindow<T>& window = found.window;
   const T* const key = task.key;
   const T lowest = task.x[row], highest = task.x[row + rows - 1];
   const int64_t last = move_up(key, task.keys, first, highest);
@@ -317,17 +326,36 @@ NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, i
   const T bottom = key[begin] < lowest ? key[begin] : lowest, top = key[end - 1] > highest ? key[end - 1] : highest;
   const Vec<T> distance = nearest * splat(static_cast<T>(task.scale));
   if (!exact_differences(bottom, top) && count_lanes<T>(distance > static_cast<T>(kNearAlways)) > 0) return false;
-  WideSum<T> sums[3][2];
-  sum_together<T, kOffsets, kScores, kMasked>(task, begin, end, x, reference,
-                                              excluded - static_cast<int>(begin - first), sums);
-  store_sums<T, kOffsets, kScores>(task, x - reference, sums, row, WideSum<T>::kParts);
+  found.x = x;
+  found.reference = reference;
+  found.excluded = excluded - static_cast<int>(begin - first);
   return true;
 }
 
-// One row, its keys in the lanes: vectors of them upwards and downwards from the row, to the first that reaches beyond
-// the window. False as above.
+// Sums a vector of rows over their common window.
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
-NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t first) {
+NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows, int64_t first,
+                            RowVector<T>& found) {
+  if (!find_together<T, kMasked>(task, spans, row, rows, first, found)) return false;
+  WideSum<T> sums[3][2];
+  sum_together<T, kOffsets, kScores, kMasked>(task, found.window.begin, found.window.end, found.x, found.reference,
+                                              found.excluded, sums);
+  store_sums<T, kOffsets, kScores>(task, found.x - found.reference, sums, row, WideSum<T>::kParts);
+  return true;
+}
+
+// One row, its nearest key and its window.
+template <typename T>
+struct LoneRow {
+  T x, reference;
+  int64_t excluded, begin, end;
+};
+
+// The window is vectors of keys upwards and downwards from the row, to the first that reaches beyond what counts. False
+// as above.
+template <typename T, bool kMasked>
+NWFAST_ONE_COPY bool find_alone(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t first,
+                                LoneRow<T>& found) {
   constexpr int64_t kKeys = kLanes<T>;
   const T* const key = task.key;
   const T x = task.x[row];
@@ -356,7 +384,17 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
   }
   if (!exact_differences(bottom, top) && nearest * static_cast<T>(task.scale) > static_cast<T>(kNearAlways))
     return false;
+  found = {x, reference, excluded, begin, end};
+  return true;
+}
 
+// Sums one row, its keys in the lanes.
+template <typename T, bool kOffsets, bool kScores>
+NWFAST_ONE_COPY void sum_alone(const FgtNear<T>& task, const LoneRow<T>& found, int64_t row) {
+  constexpr int64_t kKeys = kLanes<T>;
+  const T* const key = task.key;
+  const T x = found.x, reference = found.reference;
+  const int64_t excluded = found.excluded, begin = found.begin, end = found.end;
   const Vec<T> w = splat(static_cast<T>(task.scale));
   const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));
   const Vec<T> from = splat(reference), twice = splat(2 * (x - reference));
@@ -365,18 +403,16 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
   for (int64_t j = begin, blocks = 1; j < end; j += kKeys, ++blocks) {
     const int64_t there = end - j;
     Vec<T> difference = from - load_strided(key + j, 1, there);
-    IntVec<T> counts = lane_numbers<T>() < static_cast<int>(there < kKeys ? there : kKeys);
-    if (kMasked) {
-      const int64_t at = excluded - j;
-      counts = counts & (lane_numbers<T>() != static_cast<int>(at >= 0 && at < kKeys ? at : -1));
-      difference = select<T>(counts, difference, Vec<T>{});
-    }
+    const int64_t at = excluded - j;
+    const IntVec<T> counts = (lane_numbers<T>() < static_cast<int>(there < kKeys ? there : kKeys)) &
+                             (lane_numbers<T>() != static_cast<int>(at >= 0 && at < kKeys ? at : -1));
+    difference = select<T>(counts, difference, Vec<T>{});  // such a key may be nearer than the reference
     const Vec<T> mirrored = difference + twice;
     Vec<T> weight = select<T>(counts, near_weight((difference * factor) * mirrored), Vec<T>{});
     if (task.weight) weight = weight * (load_strided(task.weight + j, 1, there) * task.weight_factor);
     const Vec<T> value = load_strided(task.value + j * task.value_stride, task.value_stride, there);
     part.add(weight, value - splat(task.centre), difference, mirrored, w);
-    if (blocks % kFlush == 0) part.flush(own);
+    if (blocks % kNearFlush == 0) part.flush(own);
   }
   part.flush(own);
 #pragma GCC unroll 3
@@ -389,14 +425,14 @@ NWFAST_INLINE bool alone(const FgtNear<T>& task, const NearSpans<T>& spans, int6
     }
   }
   store_sums<T, kOffsets, kScores>(task, splat(x - reference), sums, row, 1);
-  return true;
 }
 
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
 NWFAST_INLINE int64_t near_rows(const FgtNear<T>& task) {
   const NearSpans<T> spans(task);
   int64_t place = task.place, singly = 0;  // rows before `singly` are summed alone
-  NearWindow<T> window{place, place};
+  RowVector<T> found;
+  found.window = {place, place};
   for (int64_t row = 0; row < task.rows;) {
     place = move_up(task.key, task.keys, place, task.x[row]);
     const int64_t rows = task.rows - row < kLanes<T> ? task.rows - row : kLanes<T>;
@@ -405,14 +441,16 @@ NWFAST_INLINE int64_t near_rows(const FgtNear<T>& task) {
     };
     if (spread(task.spread)) singly = row + rows;
     if (row >= singly) {
-      if (together<T, kOffsets, kScores, kMasked>(task, spans, row, rows, place, window)) {
+      if (together<T, kOffsets, kScores, kMasked>(task, spans, row, rows, place, found)) {
         row += rows;
         continue;
       }
       if (!spread(task.spread / 2)) return row;
       singly = row + rows;
     }
-    if (!alone<T, kOffsets, kScores, kMasked>(task, spans, row, place)) return row;
+    LoneRow<T> lone;
+    if (!find_alone<T, kMasked>(task, spans, row, place, lone)) return row;
+    sum_alone<T, kOffsets, kScores>(task, lone, row);
     ++row;
   }
   return task.rows;

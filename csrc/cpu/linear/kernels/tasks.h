@@ -1,4 +1,4 @@
-// The vectorised kernels of the fast Gauss transform (plan.h): one table for each instruction set, and the plain
+// The vectorised kernels of the linear method (plan.h): one table for each instruction set, and the plain
 // structures that they take. Coordinates are read as T, arithmetic is in double unless said. A point of a box has the
 // local coordinate (x - centre) * scale, within [-1, 1].
 

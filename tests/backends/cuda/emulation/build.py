@@ -1,6 +1,6 @@
 """Build csrc/cuda for the CPU, with the GPU emulated: a library that registers nwfast::cuda_forward and cuda_backward.
 
-    python build.py library.so [--sanitize] [--replace file.cu old new]
+    python build.py library.so [--sanitize] [--replace dense/forward.cu old new]
 
 The sources are compiled as they are; --replace plants an error in one of them, for tests that it is found.
 """
@@ -47,33 +47,35 @@ def build(
 ) -> None:
     """Compile what is not in the folder `objects` yet, two files at a time, and link.
 
-    replace = (file, old, new) plants an error in a copy of the sources; what it makes stays out of `objects`.
+    replace = (path in csrc/cuda, old, new) plants an error in a copy of the sources; what it makes stays out of
+    `objects`.
     register.cu runs no kernel itself, and takes longest with a sanitizer: it goes without.
     """
     root = Path(torch.__file__).parent
     includes = [HERE, root / "include", sysconfig.get_path("include")]
     flags = [*FLAGS, *(f"-I{path}" for path in includes)]
     sources = SOURCES
-    changed: list[str] = []
+    changed: list[Path] = []
     with tempfile.TemporaryDirectory() as name:
         if replace:
             file, old, new = replace
             sources = Path(name) / "csrc"
             shutil.copytree(SOURCES, sources)
-            (path,) = (sources / "cuda").rglob(file)
+            path = sources / "cuda" / file
             text = path.read_text()
             if text.count(old) != 1:
                 raise SystemExit(f"{file} has {old!r} {text.count(old)} times, expected once")
             path.write_text(text.replace(old, new))
-            changed = [
-                path.name,
-                *(p.name for p in (sources / "cuda").rglob("*.cu") if file in p.read_text()),
-            ]
+            changed = [path]
+            if path.suffix == ".cuh":
+                changed += [p for p in (sources / "cuda").rglob("*.cu") if path.name in p.read_text()]
 
         def compile_one(source: Path) -> Path:
             options = SANITIZE if sanitize and source.stem != "register" else []
-            folder = Path(name) if source.name in changed else objects
-            target = folder / f"{source.stem}{'.sanitized' if options else ''}.o"
+            folder = Path(name) if source in changed else objects
+            place = source.relative_to(sources) if source.is_relative_to(sources) else Path(source.name)
+            stem = "-".join(place.with_suffix("").parts)
+            target = folder / f"{stem}{'.sanitized' if options else ''}.o"
             if not target.exists():
                 command = [*compiler(), *flags, *options, "-x", "c++", "-c", str(source), "-o", str(target)]
                 subprocess.run(command, check=True)

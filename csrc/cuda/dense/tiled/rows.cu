@@ -8,7 +8,7 @@
 // copied to shared memory while the scores are computed. Blocks for parts of the keys fill the chip where there are few
 // rows.
 
-#include "tiled_values.cuh"
+#include "values.cuh"
 
 namespace nwfast {
 namespace {

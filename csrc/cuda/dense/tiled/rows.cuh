@@ -1,8 +1,8 @@
-// Sums over keys for any number of features and channels in float32: declarations; see tiled_rows.cu.
+// Sums over keys for any number of features and channels in float32: declarations; see tiled/rows.cu.
 
 #pragma once
 
-#include "../kernels.h"
+#include "../../kernels.h"
 
 namespace nwfast {
 

@@ -1,10 +1,10 @@
-// What a block of tiled_rows.cu holds in shared memory, and its sums of weights times values: one specialization for
+// What a block of tiled/rows.cu holds in shared memory, and its sums of weights times values: one specialization for
 // each way to multiply. Each takes a tile of values to shared memory (stage), adds the product of a warp's weights, 16
 // rows by 64 keys in the registers of the scores, with the tile (add), and hands out the sums (finish).
 
 #pragma once
 
-#include "tiled_rows.cuh"
+#include "rows.cuh"
 
 namespace nwfast {
 

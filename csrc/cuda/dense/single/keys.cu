@@ -6,7 +6,7 @@
 // owns 1024; it walks over tiles of rows in shared memory, each copied while the one before is summed, and skips those
 // whose window its keys do not meet. Blocks for parts of the rows fill the chip where there are few keys.
 
-#include "single_keys.cuh"
+#include "keys.cuh"
 
 namespace nwfast {
 namespace {
@@ -21,12 +21,12 @@ struct Accumulator {
   Sums<kKeys> sums[kFull ? 3 : 2];
 
   template <bool kMasked>
-  __device__ __forceinline__ void add(float factor, const ScalarKeyRow& row, int64_t first_key, int64_t i) {
+  __device__ __forceinline__ void add(float factor, const SingleKeyRow& row, int64_t first_key, int64_t i) {
 #pragma unroll
     for (int r = 0; r < kKeys; ++r) {
       const float d = row.query - key[r];
       float e = exp2_approximate(d * d * factor);
-      if (kMasked && first_key + r * kScalarThreads == i) e = 0;
+      if (kMasked && first_key + r * kSingleThreads == i) e = 0;
       // The difference of values first: it is 0 where the row's weight is all on this key.
       if constexpr (kFull) {
         sums[kValueSum].inner[r] += e * row.value_grad;
@@ -43,13 +43,13 @@ struct Accumulator {
 };
 
 template <bool kFull>
-__global__ void __launch_bounds__(kScalarThreads)
+__global__ void __launch_bounds__(kSingleThreads)
     sum_keys(const __grid_constant__ Problem problem, const KeyPlan plan, const Survey* surveys,
-             const ScalarKeyRow* rows, const float* windows, float* partial) {
+             const SingleKeyRow* rows, const float* windows, float* partial) {
   NWFAST_SHARED(shared);
-  ScalarKeyRow* const staged = reinterpret_cast<ScalarKeyRow*>(shared);
-  float* const edges = reinterpret_cast<float*>(staged + 2 * kScalarTile);
-  int* const active = reinterpret_cast<int*>(edges + 2 * kScalarThreads / kWarp);
+  SingleKeyRow* const staged = reinterpret_cast<SingleKeyRow*>(shared);
+  float* const edges = reinterpret_cast<float*>(staged + 2 * kSingleTile);
+  int* const active = reinterpret_cast<int*>(edges + 2 * kSingleThreads / kWarp);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t part = blockIdx.x % plan.parts, group = blockIdx.x / plan.parts;
   const int64_t b = group / plan.key_blocks, m = problem.queries, n = problem.keys;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   const int64_t key = problem.key.offset(problem.batch, b), value = problem.value.offset(problem.batch, b);
 #pragma unroll
   for (int r = 0; r < kKeys; ++r) {
-    const int64_t j = own_key + r * kScalarThreads < n ? own_key + r * kScalarThreads : n - 1;
+    const int64_t j = own_key + r * kSingleThreads < n ? own_key + r * kSingleThreads : n - 1;
     sums.key[r] = problem.key.read<float>(key + j * problem.key.row_stride);
     sums.value[r] = problem.value.read<float>(value + j * problem.value.row_stride) - survey.centre;
     low = fminf(low, sums.key[r]);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kScalarThreads)
     edges[2 * warp_number() + 1] = high;
   }
   __syncthreads();
-  for (int warp = 0; warp < kScalarThreads / kWarp; ++warp) {
+  for (int warp = 0; warp < kSingleThreads / kWarp; ++warp) {
     low = fminf(low, edges[2 * warp]);
     high = fmaxf(high, edges[2 * warp + 1]);
   }
@@ -89,18 +89,18 @@ __global__ void __launch_bounds__(kScalarThreads)
   const int64_t part_tiles = (plan.tiles + plan.parts - 1) / plan.parts;
   const int64_t begin = part * part_tiles;
   const int64_t end = begin + part_tiles < plan.tiles ? begin + part_tiles : plan.tiles;
-  const auto start = [&](int64_t tile, ScalarKeyRow* to) {
-    const int64_t i = tile * kScalarTile + thread;
+  const auto start = [&](int64_t tile, SingleKeyRow* to) {
+    const int64_t i = tile * kSingleTile + thread;
     if (i < m) copy_async<16>(to + thread, rows + b * m + i);
     commit_copies();
   };
-  for (int64_t group_begin = begin; group_begin < end; group_begin += kScalarThreads) {
+  for (int64_t group_begin = begin; group_begin < end; group_begin += kSingleThreads) {
     // Which of the next 128 tiles count.
     const int64_t own = group_begin + thread;
     const float* const window = windows + 2 * (b * plan.tiles + own);
     active[thread] = own < end && window[0] <= high && window[1] >= low;
     __syncthreads();
-    const int limit = static_cast<int>(end - group_begin < kScalarThreads ? end - group_begin : kScalarThreads);
+    const int limit = static_cast<int>(end - group_begin < kSingleThreads ? end - group_begin : kSingleThreads);
     const auto next = [&](int tile) {
       while (tile < limit && !active[tile]) ++tile;
       return tile;
@@ -110,15 +110,15 @@ __global__ void __launch_bounds__(kScalarThreads)
     while (tile < limit) {
       const int following = next(tile + 1);
       if (following < limit) {
-        start(group_begin + following, staged + (current ^ 1) * kScalarTile);
+        start(group_begin + following, staged + (current ^ 1) * kSingleTile);
       } else {
         commit_copies();
       }
       wait_copies<1>();
       __syncthreads();
-      const ScalarKeyRow* const these = staged + current * kScalarTile;
-      const int64_t from = (group_begin + tile) * kScalarTile;
-      const int count = static_cast<int>(m - from < kScalarTile ? m - from : kScalarTile);
+      const SingleKeyRow* const these = staged + current * kSingleTile;
+      const int64_t from = (group_begin + tile) * kSingleTile;
+      const int count = static_cast<int>(m - from < kSingleTile ? m - from : kSingleTile);
       if (problem.exclude_self && from < first_key + plan.block_keys && from + count > first_key) {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) sums.template add<true>(bandwidth.factor, these[i], own_key, from + i);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   for (int s = 0; s < (kFull ? 3 : 2); ++s) {
 #pragma unroll
     for (int r = 0; r < kKeys; ++r) {
-      const int64_t j = own_key + r * kScalarThreads;
+      const int64_t j = own_key + r * kSingleThreads;
       if (j < n) partial[((b * plan.parts + part) * kKeySums + s) * n + j] = sums.sums[s].outer[r];
     }
   }
@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kScalarThreads)
 KeyPlan plan_keys(const Problem& problem, int multiprocessors, bool full) {
   KeyPlan plan;
   plan.full = full;
-  plan.block_keys = kScalarThreads * kKeys;
+  plan.block_keys = kSingleThreads * kKeys;
   plan.key_blocks = blocks_for(problem.keys, plan.block_keys);
-  plan.tiles = blocks_for(problem.queries, kScalarTile);
+  plan.tiles = blocks_for(problem.queries, kSingleTile);
   const int64_t wanted = blocks_for(kBlocksPerMultiprocessor * multiprocessors, problem.batch.count * plan.key_blocks);
   const int64_t most = blocks_for(plan.tiles, kLeastPart);
   plan.parts = wanted < most ? wanted : most;
@@ -160,11 +160,11 @@ KeyPlan plan_keys(const Problem& problem, int multiprocessors, bool full) {
 }
 
 void launch_key_sums(const Problem& problem, const Device& device, const KeyPlan& plan, const Survey* surveys,
-                     const ScalarKeyRow* rows, const float* windows, float* partial) {
-  const size_t shared = 2 * kScalarTile * sizeof(ScalarKeyRow) + 2 * kScalarThreads / kWarp * sizeof(float) +
-                        kScalarThreads * sizeof(int);
+                     const SingleKeyRow* rows, const float* windows, float* partial) {
+  const size_t shared = 2 * kSingleTile * sizeof(SingleKeyRow) + 2 * kSingleThreads / kWarp * sizeof(float) +
+                        kSingleThreads * sizeof(int);
   launch(plan.full ? sum_keys<true> : sum_keys<false>, problem.batch.count * plan.key_blocks * plan.parts,
-         kScalarThreads, shared, device.stream, problem, plan, surveys, rows, windows, partial);
+         kSingleThreads, shared, device.stream, problem, plan, surveys, rows, windows, partial);
 }
 
 }  // namespace nwfast

@@ -1,14 +1,14 @@
-// Sums over rows for one feature and channel in float32: declarations; see single_keys.cu.
+// Sums over rows for one feature and channel in float32: declarations; see single/keys.cu.
 
 #pragma once
 
-#include "keys.cuh"
-#include "single.cuh"
+#include "../keys.cuh"
+#include "common.cuh"
 
 namespace nwfast {
 
 // A row as the float32 key side sees it; one that it leaves out has zeros for gradients.
-struct alignas(16) ScalarKeyRow {
+struct alignas(16) SingleKeyRow {
   float query;
   float value_grad;  // of out, over the total
   float mean;        // out, centred
@@ -30,6 +30,6 @@ KeyPlan plan_keys(const Problem& problem, int multiprocessors, bool full);
 
 // windows (*B, tiles, 2): the keys that can matter to a tile of rows. partial: (*B, parts, kKeySums, N).
 void launch_key_sums(const Problem& problem, const Device& device, const KeyPlan& plan, const Survey* surveys,
-                     const ScalarKeyRow* rows, const float* windows, float* partial);
+                     const SingleKeyRow* rows, const float* windows, float* partial);
 
 }  // namespace nwfast

@@ -1,11 +1,11 @@
-// The backward pass in float32 for any number of features and channels: what surrounds the sums of tiled_grads.cu.
+// The backward pass in float32 for any number of features and channels: what surrounds the sums of tiled/grads.cu.
 //
 // A kernel gathers what the tiles need of each row, the sums over tiles follow, and a last one adds their parts in
 // order and multiplies what sums have in common. Rows far from all keys, which the forward pass computed in double, add
 // nothing to the tiles and are computed in double here as well (rows.cuh, keys.cuh).
 
-#include "keys.cuh"
-#include "tiled_grads.cuh"
+#include "../keys.cuh"
+#include "grads.cuh"
 
 namespace nwfast {
 namespace {

@@ -5,15 +5,15 @@
 // A thread holds several queries, a block of 128 threads 1024 or 512 of them; it walks over tiles of keys, which are
 // copied to shared memory while the tile before is summed. So a pair costs three multiplications and additions, an
 // exponential and one multiply-add a sum. Blocks for parts of the keys fill the chip where there are few queries. See
-// single.cuh for the scores and the window, scalar_finish.cu for what becomes of the sums.
+// single/common.cuh for the scores and the window, forward.cuh for what becomes of the sums.
 
-#include "single_rows.cuh"
+#include "rows.cuh"
 
 namespace nwfast {
 namespace {
 
 constexpr int64_t kBlocksPerMultiprocessor = 32;  // several waves, so that uneven windows even out
-constexpr int64_t kLeastPart = 4 * kScalarTile;   // keys
+constexpr int64_t kLeastPart = 4 * kSingleTile;   // keys
 
 template <Moments kMoments>
 struct Shape {
@@ -22,7 +22,7 @@ struct Shape {
 };
 
 struct Tile {
-  float key[kScalarTile], value[kScalarTile], weight[kScalarTile];
+  float key[kSingleTile], value[kSingleTile], weight[kSingleTile];
 };
 
 // Starts copying one number; what needs a conversion is written at once.
@@ -49,7 +49,7 @@ struct Accumulator {
       const bool polynomial = kMoments == Moments::kNone && r % kPolynomialShare == kPolynomialShare - 1;
       float p = polynomial ? polynomial_power(square, bandwidth.factor, bandwidth.most)
                            : exp2_approximate(square * bandwidth.factor);
-      if (kMasked && first_row + r * kScalarThreads == j) p = 0;
+      if (kMasked && first_row + r * kSingleThreads == j) p = 0;
       const float pv = p * value;  // of values times weights
       if (kCharged) p *= weight;
       sums[kTotal].inner[r] += p;
@@ -75,7 +75,7 @@ __device__ void find_window(const Problem& problem, const Survey& survey, int64_
   if (!survey.ascending) return;
   const double w = problem.w.read<double>(problem.w.offset(problem.batch, b));
   const double radius =
-      sqrt((kFarScore + kNegligibleScore + log2(static_cast<double>(n))) / kHalfLog2E) / fabs(w) * (1 + 1e-6);
+      sqrt((kFarTotal + kNegligibleScore + log2(static_cast<double>(n))) / kHalfLog2E) / fabs(w) * (1 + 1e-6);
   const int64_t key = problem.key.offset(problem.batch, b);
   for (int side = 0; side < 2; ++side) {
     const double edge = side == 0 ? low - radius : high + radius;  // infinite for w = 0
@@ -94,7 +94,7 @@ __device__ void find_window(const Problem& problem, const Survey& survey, int64_
 }
 
 template <Moments kMoments, bool kCharged>
-__global__ void __launch_bounds__(kScalarThreads)
+__global__ void __launch_bounds__(kSingleThreads)
     sum_rows(const __grid_constant__ Problem problem, const RowPlan plan, const Survey* surveys, float* partial) {
   NWFAST_SHARED(shared);
   Tile* const tiles = reinterpret_cast<Tile*>(shared);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   const int64_t query = problem.query.offset(problem.batch, b);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int64_t row = own_row + r * kScalarThreads < m ? own_row + r * kScalarThreads : m - 1;
+    const int64_t row = own_row + r * kSingleThreads < m ? own_row + r * kSingleThreads : m - 1;
     sums.query[r] = problem.query.read<float>(query + row * problem.query.row_stride);
     low = fminf(low, sums.query[r]);  // not of NaN
     high = fmaxf(high, sums.query[r]);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kScalarThreads)
 
   // The window of the block's queries, and the part of it that this block sums.
   float* const edges = reinterpret_cast<float*>(shared);
-  int64_t* const window = reinterpret_cast<int64_t*>(shared + 2 * kScalarThreads / kWarp * sizeof(float));
+  int64_t* const window = reinterpret_cast<int64_t*>(shared + 2 * kSingleThreads / kWarp * sizeof(float));
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
     low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   }
   __syncthreads();
   if (thread == 0) {
-    for (int warp = 1; warp < kScalarThreads / kWarp; ++warp) {
+    for (int warp = 1; warp < kSingleThreads / kWarp; ++warp) {
       low = fminf(low, edges[2 * warp]);
       high = fmaxf(high, edges[2 * warp + 1]);
     }
@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kScalarThreads)
   }
   __syncthreads();
   const int64_t length = window[1] > window[0] ? window[1] - window[0] : 0;
-  const int64_t part_tiles = (length + kScalarTile * plan.parts - 1) / (kScalarTile * plan.parts);
-  const int64_t begin = window[0] + part * part_tiles * kScalarTile;
+  const int64_t part_tiles = (length + kSingleTile * plan.parts - 1) / (kSingleTile * plan.parts);
+  const int64_t begin = window[0] + part * part_tiles * kSingleTile;
   const int64_t window_end = window[1];
-  const int64_t end = begin + part_tiles * kScalarTile < window_end ? begin + part_tiles * kScalarTile : window_end;
+  const int64_t end = begin + part_tiles * kSingleTile < window_end ? begin + part_tiles * kSingleTile : window_end;
   __syncthreads();  // tiles take the place of the window
 
   const Bandwidth bandwidth(problem, b);
@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(kScalarThreads)
   };
   if (begin < end) start(begin, tiles[0]);
   int current = 0;
-  for (int64_t from = begin; from < end; from += kScalarTile, current ^= 1) {
+  for (int64_t from = begin; from < end; from += kSingleTile, current ^= 1) {
     Tile& tile = tiles[current];
-    start(from + kScalarTile, tiles[current ^ 1]);
+    start(from + kSingleTile, tiles[current ^ 1]);
     wait_copies<1>();
-    const int count = static_cast<int>(end - from < kScalarTile ? end - from : kScalarTile);
+    const int count = static_cast<int>(end - from < kSingleTile ? end - from : kSingleTile);
     if (thread < count) {  // each thread has waited for its own copies only
       const float charge = kCharged ? tile.weight[thread] / survey.weight_unit : 1;
       tile.value[thread] = (tile.value[thread] - survey.centre) * charge;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   for (int s = 0; s < Shape<kMoments>::kSums; ++s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = own_row + r * kScalarThreads;
+      const int64_t row = own_row + r * kSingleThreads;
       if (row < m) partial[((b * plan.parts + part) * plan.sums + s) * m + row] = sums.sums[s].outer[r];
     }
   }
@@ -213,7 +213,7 @@ void launch_with(const Problem& problem, const Device& device, const RowPlan& pl
                  float* partial) {
   const int64_t blocks = problem.batch.count * plan.query_blocks * plan.parts;
   const auto kernel = problem.key_weight.data ? sum_rows<kMoments, true> : sum_rows<kMoments, false>;
-  launch(kernel, blocks, kScalarThreads, 2 * sizeof(Tile), device.stream, problem, plan, surveys, partial);
+  launch(kernel, blocks, kSingleThreads, 2 * sizeof(Tile), device.stream, problem, plan, surveys, partial);
 }
 
 }  // namespace
@@ -223,7 +223,7 @@ RowPlan plan_rows(const Problem& problem, int multiprocessors, Moments moments) 
   plan.moments = moments;
   const auto shape = [&](auto of) {
     plan.sums = of.kSums;
-    plan.block_rows = kScalarThreads * of.kRows;
+    plan.block_rows = kSingleThreads * of.kRows;
   };
   switch (moments) {
     case Moments::kNone:

@@ -1,8 +1,8 @@
-// Sums over keys for one feature and channel in float32: declarations; see single_rows.cu.
+// Sums over keys for one feature and channel in float32: declarations; see single/rows.cu.
 
 #pragma once
 
-#include "single.cuh"
+#include "common.cuh"
 
 namespace nwfast {
 

@@ -17,7 +17,7 @@
 
 namespace nwfast {
 
-class CarefulBatch {
+class FarBatch {
  public:
   using Real = long double;
 
@@ -38,7 +38,7 @@ class CarefulBatch {
     std::vector<Real> value, score, weight;
   };
 
-  CarefulBatch(const Problem& problem, int64_t b) : problem_(problem), b_(b) {
+  FarBatch(const Problem& problem, int64_t b) : problem_(problem), b_(b) {
     const Batch& batch = problem.batch;
     const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
     w_.resize(features);

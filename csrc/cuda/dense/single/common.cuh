@@ -6,14 +6,14 @@
 
 #pragma once
 
-#include "../kernels.h"
-#include "survey.cuh"
+#include "../../kernels.h"
+#include "../survey.cuh"
 
 namespace nwfast {
 
-constexpr int kScalarThreads = 128;
-constexpr int kScalarTile = 128;  // keys, or rows, staged at once; their sums go to a second set of accumulators
-constexpr double kFarScore = 32;  // a row whose total is below 2^-kFarScore is far
+constexpr int kSingleThreads = 128;
+constexpr int kSingleTile = 128;  // keys, or rows, staged at once; their sums go to a second set of accumulators
+constexpr double kFarTotal = 32;  // a row whose total is below 2^-kFarTotal is far
 constexpr double kNegligibleScore = kNegligibleFloat;
 
 // Which of a thread's rows take their powers from the polynomial: every kPolynomialShare-th. A pair with the
@@ -21,7 +21,7 @@ constexpr double kNegligibleScore = kNegligibleFloat;
 // are busy all the time. Where the tangents are summed too, issue slots alone are the limit.
 constexpr int kPolynomialShare = 8;
 
-static_assert(kScalarTile == kScalarThreads, "a thread stages one key, or one row, of a tile");
+static_assert(kSingleTile == kSingleThreads, "a thread stages one key, or one row, of a tile");
 static_assert(kPolynomialShare > 0, "a share beyond the rows of a thread takes no polynomial");
 
 // 2^(factor * square), factor <= 0, on the arithmetic units; `most` = -125 / factor. NaN is not kept.

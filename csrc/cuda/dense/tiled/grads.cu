@@ -8,7 +8,7 @@
 // others: there are no atomic additions, and sums are the same at every run. A lane holds the pairs of its own l / 8 +
 // 4 r, r < 4, with the others l % 8 + 8 c, c < 8. Blocks for parts of the others fill the chip where the owned are few.
 
-#include "tiled_grads.cuh"
+#include "grads.cuh"
 
 namespace nwfast {
 namespace {
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (!kKeys) t += shared.log_weight[other + 8 * c];
         t -= shared.exponent[row];
         // A key of weight 0, which p leaves out, may lie nearer than all that count: sums of its own that overflow are
-        // computed again in double (tiled_backward.cu).
+        // computed again in double (tiled/backward.cu).
         const bool excluded = masked && from + other + 8 * c == first_own + own + 4 * r;
         const float p = excluded ? 0 : exp2_approximate(t) * shared.inverse_total[row];
         score[r][c] = p;

@@ -1,9 +1,9 @@
-// Sums of the backward pass for any number of features and channels in float32: declarations; see tiled_grads.cu for
-// the sums and tiled_backward.cu for what surrounds them.
+// Sums of the backward pass for any number of features and channels in float32: declarations; see tiled/grads.cu for
+// the sums and tiled/backward.cu for what surrounds them.
 
 #pragma once
 
-#include "tiled_rows.cuh"
+#include "rows.cuh"
 
 namespace nwfast {
 
