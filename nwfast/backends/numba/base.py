@@ -1,4 +1,4 @@
-"""What all Numba kernels share: compile options, typed pointers, exp2 and the addressing of strided batches.
+"""What all Numba kernels share: compile options, the cache on disk, typed pointers, strided batches.
 
 Kernels get one int64 array, the *description* of a call, with sizes, addresses and strides at the places named below.
 One small array costs less per call than a dozen array arguments, and one compiled kernel serves every number of
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from ... import constants
-from ...constants import EXP2_FLOOR_DOUBLE, EXP2_FLOOR_FLOAT, HALF_LOG2E, LN2, ROOT
+from ...constants import HALF_LOG2E, LN2, ROOT
 
 __all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
 
-# Numba's cache looks at the file of an entry point alone; with this digest of all sources in the entry point's closure
-# a changed kernel in another file is a new entry.
+# Of all sources: see _Cache.
 DIGEST = hashlib.sha256(
     b"".join(
         source.read_bytes()
@@ -50,13 +50,6 @@ BATCH_ITEMS = 6
 # To be written where kernels widen: in them Python's float(x) leaves a float32 as it is, and x - y is rounded to one.
 double: Any = np.float64
 
-# With w scaled by ROOT the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
-ROUND = 6755399441055744.0  # 1.5 * 2^52
-
-# 2^f on [0, 1), from the constant term on.
-EXP2_FLOAT = tuple(np.float32(coefficient) for coefficient in EXP2_FLOOR_FLOAT)
-_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_FLOOR_DOUBLE
-
 
 def _say_once(what: str, seen: list[bool]) -> None:
     if not seen:
@@ -71,37 +64,39 @@ def _say_once(what: str, seen: list[bool]) -> None:
 _SAID: list[bool] = []
 
 
-class _Cache:
-    """Numba's cache of one function, without the failures of the disk: what cannot be read is compiled."""
+class _Cache(FunctionCache):
+    """Numba's cache of one function, for these sources, and without the failures of the disk.
 
-    def __init__(self, cache: Any):
-        self._cache = cache
+    Numba looks at the file of an entry point alone: here a change in any file is a new entry. What cannot be read is
+    compiled.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+    def _index_key(self, *about: Any) -> tuple:
+        return *super()._index_key(*about), DIGEST
 
     def load_overload(self, *about: Any) -> Any:
         try:
-            return self._cache.load_overload(*about)
+            return super().load_overload(*about)
         except (OSError, EOFError, UnpicklingError):
             return None
 
     def save_overload(self, *about: Any) -> None:
         try:
-            self._cache.save_overload(*about)
+            super().save_overload(*about)
         except OSError as error:
             _say_once(str(error), _SAID)
 
 
 def entry(function: Callable) -> Callable:
-    """Compile an entry point; cached on disk where a place for that can be written."""
+    """Compile an entry point, which takes the units first .. last of a call; all else is compiled into these.
+
+    Cached on disk where a place for that can be written.
+    """
     compiled = njit(**EXACT)(function)
     try:
-        compiled.enable_caching()
+        compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written
         _say_once(str(error), _SAID)
-    else:
-        compiled._cache = _Cache(compiled._cache)
     return compiled
 
 
@@ -114,27 +109,6 @@ def pointer(typingctx, address, example):
         return builder.inttoptr(args[0], context.get_value_type(result))
 
     return result(types.int64, example), codegen
-
-
-@njit(**EXACT)
-def exp2_double(x):
-    """2^x for x < 1024, relative error 3e-16; 0 below -1022. Branch-free: loops over it become vector code."""
-    x = max(x, -1023.0)
-    whole = np.floor(x)
-    f = x - whole
-    p = _D11 * f + _D10
-    p = p * f + _D9
-    p = p * f + _D8
-    p = p * f + _D7
-    p = p * f + _D6
-    p = p * f + _D5
-    p = p * f + _D4
-    p = p * f + _D3
-    p = p * f + _D2
-    p = p * f + _D1
-    p = p * f + _D0
-    # Adding ROUND leaves a whole number in the low bits.
-    return p * np.int64((np.float64(whole + ROUND).view(np.int64) + 1023) << 52).view(np.float64)
 
 
 @njit(**EXACT)

@@ -15,7 +15,8 @@ import math
 import numpy as np
 from numba import njit
 
-from .base import EXACT, LN2, SUMS, double, exp2_double
+from .base import EXACT, LN2, SUMS, double
+from .exp2 import exp2_double
 
 MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
 HUGE = 1e300  # scores beyond are as good as infinite

@@ -14,8 +14,9 @@ import torch
 import nwfast
 from nwfast import backends
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 dense, fgt = backends.load("numba"), backends.load("numba_fgt")
+base, boxes = backends.load("numba.base"), backends.load("numba.linear.boxes")
 
 METHODS = {"dense": dense, "fgt": fgt}
 NAMES = ("query", "key", "value", "w", "key_weight")
@@ -367,7 +368,20 @@ def test_many_features_in_float32(features):
             assert (error <= budget).all(), f"{name}: {float((error / budget).max()):.3g}"
 
 
-# A disk that cannot be written.
+# The cache on disk.
+
+
+def test_kernels_are_loaded_until_any_source_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def loaded() -> bool:
+        kernel = base.entry(boxes.cut_points.py_func)
+        assert kernel(np.arange(3.0), 1.0, np.empty(3, np.int64), np.empty(4, np.int64)) == 3
+        return bool(kernel.stats.cache_hits)
+
+    assert [loaded(), loaded()] == [False, True]
+    monkeypatch.setattr(base, "DIGEST", "of a change in another file")
+    assert [loaded(), loaded()] == [False, True]
 
 
 def test_kernels_run_where_nothing_can_be_cached(tmp_path):

@@ -43,10 +43,10 @@ from ..base import (
     N,
     W,
     double,
-    exp2_double,
     offset,
     pointer,
 )  # fmt: skip
+from ..exp2 import exp2_double
 from ..scores import both_distances, limited, lse_of, relative_score, row_terms
 
 CLAMP = 1000.0  # of exponents in base 2

@@ -1,7 +1,5 @@
 """The key side: gradients of a block of keys in one pass over all rows, the terms recomputed from the saved state."""
 
-from collections.abc import Callable
-
 import numpy as np
 from numba import njit
 
@@ -27,9 +25,10 @@ from ..base import (
     entry,
     pointer,
 )  # fmt: skip
-from . import far as robust
+from ..exp2 import gauss
+from . import far
 from .rows import FAR, NEAR, effective_state, load_queries, load_w, project
-from .tiles import TILE, box_score, gauss, pack, survey, tile_scores, tile_terms_unshifted
+from .tiles import TILE, box_score, pack, survey, tile_scores, tile_terms_unshifted
 
 ROWS_AT_ONCE = 64  # summed in the dtype of the data, then added to float64
 
@@ -158,71 +157,64 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
         by_weight[j] *= scale
 
 
-def compile_backward(digest: str) -> Callable:
-    """The entry point for grad_key, grad_value and grad_key_weight; see units.py for the digest."""
-
-    @entry
-    def backward_keys(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-        kinds = pointer(about[KINDS], np.empty(0, np.int8))
-        n, n_features, n_channels = about[N], about[D], about[C]
-        grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
-        grad_weight = pointer(about[GRAD_WEIGHT], example)
-        surveyed, ordinary, exponent = -1, False, 0.0
-        for unit in range(first, last):
-            b = unit // tiles
-            start = (unit % tiles) * TILE
-            stop = min(start + TILE, n)
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
-                surveyed = b
-            by_key, by_value, by_weight = (
-                np.zeros((n_features, count)),
-                np.zeros((n_channels, count)),
-                np.zeros(count),
+@entry
+def backward_keys(example, about, first, last):
+    """Gradients of keys, values and weights."""
+    tiles = (about[N] + TILE - 1) // TILE
+    centre = np.empty(about[C], example.dtype)
+    low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+    kinds = pointer(about[KINDS], np.empty(0, np.int8))
+    n, n_features, n_channels = about[N], about[D], about[C]
+    grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
+    grad_weight = pointer(about[GRAD_WEIGHT], example)
+    surveyed, ordinary, exponent = -1, False, 0.0
+    for unit in range(first, last):
+        b = unit // tiles
+        start = (unit % tiles) * TILE
+        stop = min(start + TILE, n)
+        count = stop - start
+        if b != surveyed:
+            ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
+            surveyed = b
+        by_key, by_value, by_weight = (
+            np.zeros((n_features, count)),
+            np.zeros((n_channels, count)),
+            np.zeros(count),
+        )
+        if ordinary:
+            add_near(
+                example,
+                about,
+                b,
+                start,
+                stop,
+                exponent,
+                centre,
+                low,
+                high,
+                kinds,
+                by_key,
+                by_value,
+                by_weight,
             )
-            if ordinary:
-                add_near(
-                    example,
-                    about,
-                    b,
-                    start,
-                    stop,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    kinds,
-                    by_key,
-                    by_value,
-                    by_weight,
-                )
-            far = 0
+        count_far = 0
+        for i in range(about[M]):
+            count_far += kinds[b * about[M] + i] == FAR
+        if count_far > 0:
+            indices = np.empty(count_far, np.int64)
+            count_far = 0
             for i in range(about[M]):
-                far += kinds[b * about[M] + i] == FAR
-            if far > 0:
-                indices = np.empty(far, np.int64)
-                far = 0
-                for i in range(about[M]):
-                    if kinds[b * about[M] + i] == FAR:
-                        indices[far] = i
-                        far += 1
-                robust.key_side(
-                    example, about, b, start, stop, rows, means, indices, by_key, by_value, by_weight
-                )
-            for j in range(start, stop):
-                if about[GRAD_KEY] != 0:
-                    for f in range(n_features):
-                        grad_key[(b * n + j) * n_features + f] = by_key[f, j - start]
-                if about[GRAD_VALUE] != 0:
-                    for c in range(n_channels):
-                        grad_value[(b * n + j) * n_channels + c] = by_value[c, j - start]
-                if about[GRAD_WEIGHT] != 0:
-                    grad_weight[b * n + j] = by_weight[j - start]
-
-    return backward_keys
+                if kinds[b * about[M] + i] == FAR:
+                    indices[count_far] = i
+                    count_far += 1
+            far.key_side(example, about, b, start, stop, rows, means, indices, by_key, by_value, by_weight)
+        for j in range(start, stop):
+            if about[GRAD_KEY] != 0:
+                for f in range(n_features):
+                    grad_key[(b * n + j) * n_features + f] = by_key[f, j - start]
+            if about[GRAD_VALUE] != 0:
+                for c in range(n_channels):
+                    grad_value[(b * n + j) * n_channels + c] = by_value[c, j - start]
+            if about[GRAD_WEIGHT] != 0:
+                grad_weight[b * n + j] = by_weight[j - start]

@@ -1,16 +1,16 @@
 """The query side: sums over all keys for a block of rows, by tiles of keys (see tiles.py for the terms)."""
 
-from collections.abc import Callable
-
 import numpy as np
 from numba import njit
 
 from ..base import (
+    BATCH,
     EXACT,
     GRAD_LSE,
     GRAD_OUT,
     GRAD_QUERY,
     GRAD_W,
+    HALF_LOG2E,
     KINDS,
     LN2,
     LSE,
@@ -33,17 +33,15 @@ from ..base import (
     W,
     double,
     entry,
-    exp2_double,
     offset,
     pointer,
 )  # fmt: skip
-from . import far as robust
+from ..exp2 import exp2_double, gauss
+from . import far
 from .tiles import (
     ABSENT,
-    HALF_LOG2E,
     TILE,
     box_score,
-    gauss,
     in_range,
     least_of,
     pack,
@@ -59,7 +57,7 @@ from .tiles import (
 )  # fmt: skip
 
 QUERY_BLOCK = 256
-NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows: for the fast kernels, for the robust ones, without any gradient
+NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows; those without any gradient are EMPTY
 
 
 @njit(**EXACT)
@@ -235,188 +233,194 @@ def effective_state(shift, total, exponent, n_features):
     return (shift + exponent) / HALF_LOG2E, total
 
 
-def compile_forward(digest: str) -> Callable:
-    """The entry point for out, lse, state and tangents; see units.py for the digest."""
-
-    @entry
-    def forward(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        n_features, n_channels = about[D], about[C]
-        moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
-        count = min(QUERY_BLOCK, about[M])
-        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-        w = np.empty(n_features, example.dtype)
-        sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
-        out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
-        state = pointer(about[STATE], np.empty(0))
-        tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-        no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
-        surveyed, ordinary, exponent = -1, False, 0.0
-        for unit in range(first, last):
-            b = unit // blocks
-            start = (unit % blocks) * QUERY_BLOCK
-            stop = min(start + QUERY_BLOCK, about[M])
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
-                surveyed = b
-            if ordinary:
-                load_queries(example, about, b, start, stop, queries, fit)
-                load_w(example, about, b, w)
-                sum_rows(
-                    example,
-                    about,
-                    b,
-                    start,
-                    queries[:count],
-                    fit,
-                    w,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    no_gradients,
-                    no_levels,
-                    moments,
-                    sums,
-                    tops,
-                )
-            for r in range(count):
-                i = start + r
-                row = b * about[M] + i
-                if not (
-                    ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)
-                ):
-                    robust.forward_rows(example, about, b, i, i + 1)
-                    continue
-                total = sums[r, 0]
-                shift = tops[r] * HALF_LOG2E - exponent
-                state[2 * row], state[2 * row + 1] = shift, total
-                lse[row] = LN2 * (np.log2(total) - shift)
-                for c in range(n_channels):
-                    out[row * n_channels + c] = double(centre[c]) + sums[r, 1 + c] / total
-                if moments:
-                    bandwidth, mean = double(w[0]), sums[r, 1] / total
-                    if about[TANGENT_W] != 0:
-                        tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
-                    if about[TANGENT_Q] != 0:
-                        tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
-
-    return forward
-
-
-def compile_backward(digest: str) -> Callable:
-    """The entry point for grad_query, each unit's sum for w, and what keys.py needs of each row."""
-
-    @entry
-    def backward_rows(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        n_features, n_channels = about[D], about[C]
-        single = example.itemsize == 4
-        count = min(QUERY_BLOCK, about[M])
-        moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
-        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-        w = np.empty(n_features, example.dtype)
-        gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
-        grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
-        state = pointer(about[STATE], np.empty(0))
-        grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
-        sums, tops = (
-            np.empty((count if moments else 0, 2 + 4 * n_features)),
-            np.empty(count if moments else 0),
-        )
-        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-        kinds = pointer(about[KINDS], np.empty(0, np.int8))
-        unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
-        surveyed, ordinary, exponent, spread, reach, least = -1, False, 0.0, 0.0, 1.0, 1.0
-        for unit in range(first, last):
-            b = unit // blocks
-            start = (unit % blocks) * QUERY_BLOCK
-            stop = min(start + QUERY_BLOCK, about[M])
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, spread, reach, least = survey(example, about, b, centre, low, high)
-                surveyed = b
-            grad_w[:] = 0.0
+@entry
+def forward_rows(example, about, first, last):
+    """Out, lse, state and tangents."""
+    tiles = (about[N] + TILE - 1) // TILE
+    blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
+    centre = np.empty(about[C], example.dtype)
+    low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+    n_features, n_channels = about[D], about[C]
+    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+    count = min(QUERY_BLOCK, about[M])
+    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+    w = np.empty(n_features, example.dtype)
+    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+    out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
+    surveyed, ordinary, exponent = -1, False, 0.0
+    for unit in range(first, last):
+        b = unit // blocks
+        start = (unit % blocks) * QUERY_BLOCK
+        stop = min(start + QUERY_BLOCK, about[M])
+        count = stop - start
+        if b != surveyed:
+            ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
+            surveyed = b
+        if ordinary:
             load_queries(example, about, b, start, stop, queries, fit)
             load_w(example, about, b, w)
-            for r in range(count):
-                row = b * about[M] + start + r
-                top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-                near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
-                level, most, silent = 0.0, 0.0, True
-                for c in range(n_channels):
-                    g = double(grad_out[row * n_channels + c])
-                    gradients[r, c] = g
-                    level += g * (double(out[row * n_channels + c]) - double(centre[c]))
-                    most = max(most, abs(g))
-                    silent &= g == 0.0
-                levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
-                near &= in_range(most, 1.0, 1.0, single)
-                size = most * spread
-                if about[GRAD_LSE] != 0:
-                    size += abs(double(grad_lse[row]))
-                    silent &= double(grad_lse[row]) == 0.0
-                far = reach
-                for f in range(n_features):
-                    far = max(far, abs(double(queries[r, f])))
-                near &= in_range(size, least, far, single)
-                # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
-                empty = silent or state[2 * row + 1] == 0.0
-                kinds[row] = EMPTY if empty else (NEAR if near else FAR)
-                fit[r] = near and not empty
-            if moments and ordinary:
-                sum_rows(
-                    example,
-                    about,
-                    b,
-                    start,
-                    queries[:count],
-                    fit,
-                    w,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    gradients,
-                    levels,
-                    moments,
-                    sums,
-                    tops,
-                )
-            for r in range(count):
-                i = start + r
-                row = b * about[M] + i
-                if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
-                    kinds[row] = FAR
-                if kinds[row] == EMPTY:
-                    if about[GRAD_QUERY] != 0:
-                        for f in range(n_features):
-                            grad_query[row * n_features + f] = 0
-                elif kinds[row] == FAR:
-                    robust.query_side(example, about, b, i, i + 1, rows, means, grad_w)
-                elif moments:
-                    total = sums[r, 0]
-                    mean = sums[r, 1] / total
-                    through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
-                    for f in range(n_features):
-                        at = 2 + 4 * f
-                        bandwidth = double(w[f])
-                        by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
-                        by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
-                        if about[GRAD_QUERY] != 0:
-                            grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
-                        grad_w[f] -= bandwidth * by_w
-            if about[GRAD_W] != 0:
-                for f in range(n_features):
-                    unit_sums[unit * n_features + f] = grad_w[f]
+            sum_rows(
+                example,
+                about,
+                b,
+                start,
+                queries[:count],
+                fit,
+                w,
+                exponent,
+                centre,
+                low,
+                high,
+                no_gradients,
+                no_levels,
+                moments,
+                sums,
+                tops,
+            )
+        for r in range(count):
+            i = start + r
+            row = b * about[M] + i
+            if not (ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)):
+                far.forward_rows(example, about, b, i, i + 1)
+                continue
+            total = sums[r, 0]
+            shift = tops[r] * HALF_LOG2E - exponent
+            state[2 * row], state[2 * row + 1] = shift, total
+            lse[row] = LN2 * (np.log2(total) - shift)
+            for c in range(n_channels):
+                out[row * n_channels + c] = double(centre[c]) + sums[r, 1 + c] / total
+            if moments:
+                bandwidth, mean = double(w[0]), sums[r, 1] / total
+                if about[TANGENT_W] != 0:
+                    tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
+                if about[TANGENT_Q] != 0:
+                    tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
 
-    return backward_rows
+
+@entry
+def backward_rows(example, about, first, last):
+    """Gradients of queries, each unit's sum for w, and what keys.py needs of each row."""
+    tiles = (about[N] + TILE - 1) // TILE
+    blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
+    centre = np.empty(about[C], example.dtype)
+    low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
+    n_features, n_channels = about[D], about[C]
+    single = example.itemsize == 4
+    count = min(QUERY_BLOCK, about[M])
+    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+    queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
+    w = np.empty(n_features, example.dtype)
+    gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
+    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
+    sums, tops = (
+        np.empty((count if moments else 0, 2 + 4 * n_features)),
+        np.empty(count if moments else 0),
+    )
+    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+    kinds = pointer(about[KINDS], np.empty(0, np.int8))
+    unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
+    surveyed, ordinary, exponent, spread, reach, least = -1, False, 0.0, 0.0, 1.0, 1.0
+    for unit in range(first, last):
+        b = unit // blocks
+        start = (unit % blocks) * QUERY_BLOCK
+        stop = min(start + QUERY_BLOCK, about[M])
+        count = stop - start
+        if b != surveyed:
+            ordinary, exponent, spread, reach, least = survey(example, about, b, centre, low, high)
+            surveyed = b
+        grad_w[:] = 0.0
+        load_queries(example, about, b, start, stop, queries, fit)
+        load_w(example, about, b, w)
+        for r in range(count):
+            row = b * about[M] + start + r
+            top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
+            near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
+            level, most, silent = 0.0, 0.0, True
+            for c in range(n_channels):
+                g = double(grad_out[row * n_channels + c])
+                gradients[r, c] = g
+                level += g * (double(out[row * n_channels + c]) - double(centre[c]))
+                most = max(most, abs(g))
+                silent &= g == 0.0
+            levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
+            near &= in_range(most, 1.0, 1.0, single)
+            size = most * spread
+            if about[GRAD_LSE] != 0:
+                size += abs(double(grad_lse[row]))
+                silent &= double(grad_lse[row]) == 0.0
+            most_reach = reach
+            for f in range(n_features):
+                most_reach = max(most_reach, abs(double(queries[r, f])))
+            near &= in_range(size, least, most_reach, single)
+            # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
+            empty = silent or state[2 * row + 1] == 0.0
+            kinds[row] = EMPTY if empty else (NEAR if near else FAR)
+            fit[r] = near and not empty
+        if moments and ordinary:
+            sum_rows(
+                example,
+                about,
+                b,
+                start,
+                queries[:count],
+                fit,
+                w,
+                exponent,
+                centre,
+                low,
+                high,
+                gradients,
+                levels,
+                moments,
+                sums,
+                tops,
+            )
+        for r in range(count):
+            i = start + r
+            row = b * about[M] + i
+            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
+                kinds[row] = FAR
+            if kinds[row] == EMPTY:
+                if about[GRAD_QUERY] != 0:
+                    for f in range(n_features):
+                        grad_query[row * n_features + f] = 0
+            elif kinds[row] == FAR:
+                far.query_side(example, about, b, i, i + 1, rows, means, grad_w)
+            elif moments:
+                total = sums[r, 0]
+                mean = sums[r, 1] / total
+                through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+                for f in range(n_features):
+                    at = 2 + 4 * f
+                    bandwidth = double(w[f])
+                    by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
+                    by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
+                    if about[GRAD_QUERY] != 0:
+                        grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
+                    grad_w[f] -= bandwidth * by_w
+        if about[GRAD_W] != 0:
+            for f in range(n_features):
+                unit_sums[unit * n_features + f] = grad_w[f]
+
+
+@entry
+def backward_tangents(example, about):
+    """grad_query and the sum for w of each batch element, as products with the tangents (D = C = 1)."""
+    grad_out, grad_query = pointer(about[GRAD_OUT], example), pointer(about[GRAD_QUERY], example)
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    state, sums = pointer(about[STATE], np.empty(0)), pointer(about[GRAD_W], np.empty(0))
+    for b in range(about[BATCH]):
+        by_w = 0.0
+        for row in range(b * about[M], (b + 1) * about[M]):
+            empty = grad_out[row] == 0 or state[2 * row + 1] == 0.0  # 0 times NaN adds nothing
+            if about[GRAD_QUERY] != 0:
+                grad_query[row] = example.dtype.type(0) if empty else grad_out[row] * tangent_q[row]
+            if about[GRAD_W] != 0 and not empty:
+                by_w += double(grad_out[row]) * double(tangent_w[row])
+        if about[GRAD_W] != 0:
+            sums[b] = by_w

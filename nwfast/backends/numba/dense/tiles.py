@@ -10,12 +10,9 @@ dtype. All other rows, and blocks with unusual data (not finite, extreme scale),
 
 import numpy as np
 from numba import njit
-from numba.extending import overload
 
 from ..base import (
     EXACT,
-    EXP2_FLOAT,
-    HALF_LOG2E,
     KEY,
     KEY_D,
     KEY_N,
@@ -31,55 +28,15 @@ from ..base import (
     N,
     W,
     double,
-    exp2_double,
     offset,
     pointer,
 )  # fmt: skip
+from ..exp2 import gauss
 
 TILE = 512
 FEATURES = 15  # summed at once, a multiple of 3
 ABSENT = 1e30  # the score of a key that is left out: its term is 0
 LEAST_TOTAL = 2.0**-16
-
-_float = np.float32
-_HIGH = _float(HALF_LOG2E)
-_LOW = _float(HALF_LOG2E - float(_HIGH))
-_MOST = _float(176.0)  # the power of 2 is that of 0 here
-_C0, _C1, _C2, _C3, _C4, _C5 = EXP2_FLOAT
-_BIAS, _SHIFT = np.int32(127), np.int32(23)
-
-
-def gauss(s):
-    """exp(-s / 2), relative error 1e-7 or 3e-16; 0 where s is above 176 (float32) or 1416 (float64)."""
-    raise NotImplementedError
-
-
-@njit(**EXACT)
-def gauss_float(s):
-    """exp(-s / 2) in float32: degree 5, and log2(e) / 2 in two parts, since its rounding would bias all terms."""
-    s = min(s, _MOST)
-    x = s * _HIGH
-    whole = np.ceil(x)
-    f = (whole - x) - s * _LOW
-    p = _C5 * f + _C4
-    p = p * f + _C3
-    p = p * f + _C2
-    p = p * f + _C1
-    p = p * f + _C0
-    return p * np.int32((_BIAS - np.int32(whole)) << _SHIFT).view(np.float32)
-
-
-@njit(**EXACT)
-def gauss_double(s):
-    """exp(-s / 2) in float64."""
-    return exp2_double(min(s, 1418.0) * -HALF_LOG2E)
-
-
-@overload(gauss, inline="always")
-def _gauss(s):
-    if s.bitwidth == 32:
-        return lambda s: gauss_float(s)
-    return lambda s: gauss_double(s)
 
 
 @njit(**EXACT)

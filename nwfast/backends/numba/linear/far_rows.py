@@ -10,12 +10,11 @@ level = log2 of the distance / 2, that hold more than CROWD keys are replaced by
 keeps its relative accuracy, since a source box changes its scores by a few units at most.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, SUMS, entry, exp2_double
+from ..base import EXACT, HALF_LOG2E, SUMS, entry
+from ..exp2 import exp2_double
 from ..scores import mirrored
 from .boxes import BLOCK, box_of, end_of_box
 from .near_rows import finish_rows
@@ -278,70 +277,135 @@ def empty_row(rows, r):
         rows.tangent_q[row] = 0.0
 
 
-def compile_careful(digest: str) -> Callable:
-    """The entry point for chunks of the rows `which`."""
+@entry
+def careful_rows(
+    rows,
+    which,
+    x,
+    key,
+    charge,
+    w,
+    exponent,
+    log_span,
+    orders,
+    windows,
+    levels,
+    box_start,
+    box_stop,
+    box_centre,
+    box_half,
+    by_level,
+    node,
+    charges,
+    first,
+    last,
+):
+    """Finish chunks of the rows `which`; without boxes, those of crowded windows are left, with their level (else -1).
 
-    @entry
-    def careful_rows(
-        rows,
-        which,
-        x,
-        key,
-        charge,
-        w,
-        exponent,
-        log_span,
-        orders,
-        windows,
-        levels,
-        box_start,
-        box_stop,
-        box_centre,
-        box_half,
-        by_level,
-        node,
-        charges,
-        first,
-        last,
-    ):
-        """Finish rows; without boxes, those of crowded windows are left and get their level, others -1.
-
-        windows (rows, 2) gets the first key and one past the last that counts, if it has rows.
-        """
-        digest  # noqa: B018
-        columns, factor = len(charge), -HALF_LOG2E * w * w
-        with_boxes = len(by_level) > 0
-        excluding, own_of = len(rows.own) > 0, rows.own
-        term, offset, score = np.empty(STRIP), np.empty(STRIP), np.empty(STRIP)
-        sums, logarithm = np.zeros((3, columns, BLOCK)), np.empty(BLOCK)
-        rows_of, distances = np.empty(BLOCK, np.int64), np.zeros(BLOCK)
-        for chunk in range(first, last):
-            place, low, high = 0, 0, 0
-            for begin in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(which)), BLOCK):
-                n = min(BLOCK, len(which) - begin)
-                for i in range(n):
-                    index = begin + i
-                    r = which[index]
-                    q, own = x[r], own_of[r] if excluding else -1
-                    clear(sums, i)
-                    sums[0, 0, i] = 1.0
-                    levels[index] = rows_of[i] = -1
-                    place = first_at_least(key, place, q)
-                    star = nearest_key(key, place, q, own)
-                    if star < 0:
-                        empty_row(rows, r)
-                        continue
-                    nearest = key[star]
-                    distance = distances[i] = q - nearest
-                    margin = 0.0 if charge[0, star] == 1.0 else -2 * np.log(charge[0, star])
-                    limit = (2 * log_span + margin) / (w * w)
-                    low = window_start(key, place, low, nearest, q, limit)
-                    high = window_stop(key, place, high, nearest, q, limit)
-                    low, high = min(low, star), max(high, star + 1)
-                    windows[index, 0], windows[index, 1] = low, high
-                    if high - low <= DIRECT:
-                        rows_of[i] = r
-                        sums[0, 0, i] = 0.0
+    windows (rows, 2) gets the first key and one past the last that counts, if it has rows.
+    """
+    columns, factor = len(charge), -HALF_LOG2E * w * w
+    with_boxes = len(by_level) > 0
+    excluding, own_of = len(rows.own) > 0, rows.own
+    term, offset, score = np.empty(STRIP), np.empty(STRIP), np.empty(STRIP)
+    sums, logarithm = np.zeros((3, columns, BLOCK)), np.empty(BLOCK)
+    rows_of, distances = np.empty(BLOCK, np.int64), np.zeros(BLOCK)
+    for chunk in range(first, last):
+        place, low, high = 0, 0, 0
+        for begin in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(which)), BLOCK):
+            n = min(BLOCK, len(which) - begin)
+            for i in range(n):
+                index = begin + i
+                r = which[index]
+                q, own = x[r], own_of[r] if excluding else -1
+                clear(sums, i)
+                sums[0, 0, i] = 1.0
+                levels[index] = rows_of[i] = -1
+                place = first_at_least(key, place, q)
+                star = nearest_key(key, place, q, own)
+                if star < 0:
+                    empty_row(rows, r)
+                    continue
+                nearest = key[star]
+                distance = distances[i] = q - nearest
+                margin = 0.0 if charge[0, star] == 1.0 else -2 * np.log(charge[0, star])
+                limit = (2 * log_span + margin) / (w * w)
+                low = window_start(key, place, low, nearest, q, limit)
+                high = window_stop(key, place, high, nearest, q, limit)
+                low, high = min(low, star), max(high, star + 1)
+                windows[index, 0], windows[index, 1] = low, high
+                if high - low <= DIRECT:
+                    rows_of[i] = r
+                    sums[0, 0, i] = 0.0
+                    sum_keys(
+                        key,
+                        charge,
+                        low,
+                        high,
+                        own,
+                        nearest,
+                        q,
+                        factor,
+                        orders,
+                        term,
+                        offset,
+                        score,
+                        sums,
+                        i,
+                    )
+                    continue
+                level = level_of(distance, w, margin)
+                levels[index] = level
+                if not with_boxes:
+                    continue
+                rows_of[i] = r
+                sums[0, 0, i] = 0.0
+                in_box, at = False, low
+                box, end = by_level[level], by_level[level + 1]
+                box = box_after(box_stop, box, end, low)
+                while box < end and box_start[box] < high:
+                    if box_start[box] > at:
+                        sum_keys(
+                            key, charge, at, box_start[box], own, nearest, q, factor, orders, term, offset, score,
+                            sums, i
+                        )  # fmt: skip
+                    in_box |= box_start[box] <= own < box_stop[box]
+                    terms_of_nodes(
+                        node, box_half[box], box_centre[box], nearest, q, factor, term, offset, score
+                    )
+                    for c in range(columns):
+                        add_sums(term, offset, score, charges[box], c, 0, len(node), orders, sums, i)
+                    at = box_stop[box]
+                    box += 1
+                if at < high:
+                    sum_keys(
+                        key,
+                        charge,
+                        at,
+                        high,
+                        own,
+                        nearest,
+                        q,
+                        factor,
+                        orders,
+                        term,
+                        offset,
+                        score,
+                        sums,
+                        i,
+                    )
+                if in_box:
+                    before = sums[0, 0, i]
+                    near = nearest - key[own]
+                    number, rest = mirrored(q, nearest)
+                    z = near * ((number - key[own]) + rest)
+                    part = exp2_double(min(z * factor, LARGEST))
+                    for c in range(columns):
+                        sums[0, c, i] -= part * charge[c, own]
+                        sums[1, c, i] -= part * charge[c, own] * near
+                        sums[2, c, i] -= part * charge[c, own] * z
+                    if not sums[0, 0, i] > 0.02 * before:
+                        clear(sums, i)
                         sum_keys(
                             key,
                             charge,
@@ -358,110 +422,33 @@ def compile_careful(digest: str) -> Callable:
                             sums,
                             i,
                         )
-                        continue
-                    level = level_of(distance, w, margin)
-                    levels[index] = level
-                    if not with_boxes:
-                        continue
-                    rows_of[i] = r
-                    sums[0, 0, i] = 0.0
-                    in_box, at = False, low
-                    box, end = by_level[level], by_level[level + 1]
-                    box = box_after(box_stop, box, end, low)
-                    while box < end and box_start[box] < high:
-                        if box_start[box] > at:
-                            sum_keys(
-                                key, charge, at, box_start[box], own, nearest, q, factor, orders, term, offset, score,
-                                sums, i
-                            )  # fmt: skip
-                        in_box |= box_start[box] <= own < box_stop[box]
-                        terms_of_nodes(
-                            node, box_half[box], box_centre[box], nearest, q, factor, term, offset, score
-                        )
-                        for c in range(columns):
-                            add_sums(term, offset, score, charges[box], c, 0, len(node), orders, sums, i)
-                        at = box_stop[box]
-                        box += 1
-                    if at < high:
-                        sum_keys(
-                            key,
-                            charge,
-                            at,
-                            high,
-                            own,
-                            nearest,
-                            q,
-                            factor,
-                            orders,
-                            term,
-                            offset,
-                            score,
-                            sums,
-                            i,
-                        )
-                    if in_box:
-                        before = sums[0, 0, i]
-                        near = nearest - key[own]
-                        number, rest = mirrored(q, nearest)
-                        z = near * ((number - key[own]) + rest)
-                        part = exp2_double(min(z * factor, LARGEST))
-                        for c in range(columns):
-                            sums[0, c, i] -= part * charge[c, own]
-                            sums[1, c, i] -= part * charge[c, own] * near
-                            sums[2, c, i] -= part * charge[c, own] * z
-                        if not sums[0, 0, i] > 0.02 * before:
-                            clear(sums, i)
-                            sum_keys(
-                                key,
-                                charge,
-                                low,
-                                high,
-                                own,
-                                nearest,
-                                q,
-                                factor,
-                                orders,
-                                term,
-                                offset,
-                                score,
-                                sums,
-                                i,
-                            )
-                finish_rows(rows, rows_of, n, False, w, exponent, distances, logarithm, sums)
-
-    return careful_rows
+            finish_rows(rows, rows_of, n, False, w, exponent, distances, logarithm, sums)
 
 
-def compile_crowds(digest: str) -> Callable:
-    """The entry point that finds the crowded boxes of the windows of rows, level by level."""
+@entry
+def find_crowds(key, windows, levels, inverse, level, start, stop, number, count):
+    """Append the crowded boxes of the windows of rows (of one level, in order); return how many there are then, or -1.
 
-    @entry
-    def crowds(key, windows, levels, inverse, level, start, stop, number, count):
-        """Append the crowded boxes of rows (all of one level, in order); return how many there are then, or -1.
-
-        inverse: of the width of this level's boxes. A box that a row needs and that is missing is visited key by key,
-        so rows out of order cost time alone.
-        """
-        digest  # noqa: B018
-        done = 0  # keys below are cut
-        for index in range(len(levels)):
-            if levels[index] != level:
+    inverse: of the width of this level's boxes. A box that a row needs and that is missing is visited key by key,
+    so rows out of order cost time alone.
+    """
+    done = 0  # keys below are cut
+    for index in range(len(levels)):
+        if levels[index] != level:
+            continue
+        at, high = windows[index, 0], windows[index, 1]
+        while at < high:
+            b = box_of(key[at], inverse)
+            if at < done:
+                at = done
                 continue
-            at, high = windows[index, 0], windows[index, 1]
-            while at < high:
-                b = box_of(key[at], inverse)
-                if at < done:
-                    at = done
-                    continue
-                while at > done and box_of(key[at - 1], inverse) == b:  # a box that reaches below the window
-                    at -= 1
-                end = end_of_box(key, at, len(key), b, inverse)
-                if end - at >= CROWD:
-                    if count == len(start):
-                        return -1
-                    start[count], stop[count], number[count] = at, end, b
-                    count += 1
-                at = done = end
-        return count
-
-    return crowds
+            while at > done and box_of(key[at - 1], inverse) == b:  # a box that reaches below the window
+                at -= 1
+            end = end_of_box(key, at, len(key), b, inverse)
+            if end - at >= CROWD:
+                if count == len(start):
+                    return -1
+                start[count], stop[count], number[count] = at, end, b
+                count += 1
+            at = done = end
+    return count

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..dense.call import run_units
-from . import units
 from .data import Data, as_double, places_in_order, ready
 from .far_rows import CHUNK
+from .key_kernels import careful_keys, crowd_keys, find_windows, near_keys
 from .plan import Accuracy, Plan, node_charges, nodes
 from .query_side import (
     KEY_CHUNK,
@@ -182,7 +182,7 @@ def _near_field(
         series = translated(number, reaches, sources, moments, plan, 1)
 
         def run(first: int, last: int, pieces=pieces, series=series, values=values, slopes=slopes) -> None:
-            units.near_keys(
+            near_keys(
                 key,
                 owner,
                 data.query,
@@ -224,7 +224,7 @@ def _careful_field(
     query, key, weighted = as_double(data.query), as_double(keys.key), as_double(data.key)
 
     def find(first: int, last: int) -> None:
-        units.key_windows(
+        find_windows(
             which,
             query,
             data.own,
@@ -253,7 +253,7 @@ def _careful_field(
     size = max(16, min(KEY_CHUNK, -(-len(keys.key) // 16)))
 
     def give(first: int, last: int) -> None:
-        units.careful_keys(
+        careful_keys(
             key,
             query,
             keys.own,
@@ -300,7 +300,7 @@ def _careful_field(
         def gather(
             first: int, last: int, begin=begin, end=end, level_rows=level_rows, node=node, table=table
         ) -> None:
-            units.box_keys(
+            crowd_keys(
                 key,
                 keys.owner,
                 query,

@@ -4,13 +4,13 @@ Tasks are groups of pieces of query boxes. A row is finished here if the error b
 total; otherwise it is flagged, to be summed with care (far_rows.py).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, LN2, ROUND, entry, exp2_double
+from ..base import EXACT, HALF_LOG2E, LN2, entry
+from ..exp2 import ROUND, exp2_double
 from .boxes import PAD, evaluate, padded, to_marks
 
 HELD = 512  # rows of some boxes that get their results together
@@ -206,59 +206,56 @@ def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm
     finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums)
 
 
-def compile_rows(digest: str) -> Callable:
-    """The entry point for the tasks first .. last of `group` pieces each."""
+@entry
+def near_rows(
+    rows,
+    x,
+    key,
+    charge,
+    box,
+    start,
+    stop,
+    centre,
+    scale,
+    group,
+    series,
+    bound,
+    accept,
+    w,
+    exponent,
+    orders,
+    careful,
+    first,
+    last,
+):
+    """Finish the rows of tasks of `group` pieces each, as far as the series serve them.
 
-    @entry
-    def near_rows(
-        rows,
-        x,
-        key,
-        charge,
-        box,
-        start,
-        stop,
-        centre,
-        scale,
-        group,
-        series,
-        bound,
-        accept,
-        w,
-        exponent,
-        orders,
-        careful,
-        first,
-        last,
-    ):
-        """Box: of each piece, its place among the series (box, column, term) and their bounds."""
-        digest  # noqa: B018
-        count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
-        sums, values = np.zeros((3, columns, size)), np.empty((count, size))
-        marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
-        place, distance = np.empty(size, np.int64), np.empty(size)
-        for unit in range(first, last):
-            held = 0
-            for piece in range(unit * group, min((unit + 1) * group, len(box))):
-                own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
-                for at in range(start[piece], stop[piece], HELD):
-                    n = min(HELD, stop[piece] - at)
-                    if held + n > HELD:
-                        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
-                        held = 0
-                    most = min(padded(n), len(x) - at)
-                    to_marks(x[at : at + most], centre[piece], scale, marks)
-                    for c in range(count):
-                        evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
-                    if orders > 0:
-                        from_marks(most, scale, marks, orders, values, sums, held)
-                    if len(rows.own) > 0:
-                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
-                    place_here, least_here = place[held:], least[held:]
-                    for i in range(most):
-                        place_here[i] = at + i
-                        least_here[i] = own_least
-                    held += n
-            finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
-
-    return near_rows
+    box: of each piece, its place among the series (box, column, term) and their bounds.
+    """
+    count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
+    sums, values = np.zeros((3, columns, size)), np.empty((count, size))
+    marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
+    place, distance = np.empty(size, np.int64), np.empty(size)
+    for unit in range(first, last):
+        held = 0
+        for piece in range(unit * group, min((unit + 1) * group, len(box))):
+            own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
+            for at in range(start[piece], stop[piece], HELD):
+                n = min(HELD, stop[piece] - at)
+                if held + n > HELD:
+                    finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
+                    held = 0
+                most = min(padded(n), len(x) - at)
+                to_marks(x[at : at + most], centre[piece], scale, marks)
+                for c in range(count):
+                    evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
+                if orders > 0:
+                    from_marks(most, scale, marks, orders, values, sums, held)
+                if len(rows.own) > 0:
+                    subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
+                place_here, least_here = place[held:], least[held:]
+                for i in range(most):
+                    place_here[i] = at + i
+                    least_here[i] = own_least
+                held += n
+        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)

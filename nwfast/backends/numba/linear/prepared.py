@@ -4,13 +4,11 @@ A query looks up its box and sums the series there. Queries that no series serve
 summed with care, as far_rows.py describes, over keys that stay sorted.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import DIGEST, LN2, entry
+from ..base import LN2, entry
 from ..dense import call as dense
 from ..dense.call import run_units
 from ..left_out import anchored, places
@@ -26,71 +24,65 @@ USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, SINGLE_PRECISION, TABLE_S
 NEAR, CAREFUL = 0, 1
 
 
-def compile_lookup(digest: str) -> Callable:
-    """The entry point for blocks of queries in any order."""
+@entry
+def lookup(
+    query,
+    width,
+    origin,
+    one_box,
+    exponent,
+    table_start,
+    table,
+    series,
+    least,
+    centre,
+    out,
+    lse,
+    careful,
+    first,
+    last,
+):
+    """Out and lse of blocks of queries in any order, those that a series serves.
 
-    @entry
-    def lookup(
-        query,
-        width,
-        origin,
-        one_box,
-        exponent,
-        table_start,
-        table,
-        series,
-        least,
-        centre,
-        out,
-        lse,
-        careful,
-        first,
-        last,
-    ):
-        """Table (boxes from table_start on): the place of a box among the series, or -1."""
-        digest  # noqa: B018
-        columns, terms = series.shape[1], series.shape[2]
-        inverse, scale, sums = 1.0 / width, 2.0 / width, np.empty(columns)
-        for i in range(first * ROWS, min(last * ROWS, len(query))):
-            q = query[i]
-            careful[i] = False
-            if not abs(q) < np.inf:
-                lse[i] = -np.inf if q == q else np.nan
-                for c in range(columns - 1):
-                    out[i, c] = np.nan
-                continue
-            careful[i] = True
-            where = np.floor(q * inverse) if not one_box else 0.0
-            if not (0 <= where - table_start < len(table)):
-                continue
-            box = table[np.int64(where - table_start)]
-            if box < 0:
-                continue
-            s = (q - (origin if one_box else (where + 0.5) * width)) * scale
-            if columns == 2:
-                total, product = series[box, 0, terms - 1], series[box, 1, terms - 1]
-                for m in range(terms - 2, -1, -1):
-                    total = total * s + series[box, 0, m]
-                    product = product * s + series[box, 1, m]
-                sums[0], sums[1] = total, product
-            else:
-                for c in range(columns):
-                    total = series[box, c, terms - 1]
-                    for m in range(terms - 2, -1, -1):
-                        total = total * s + series[box, c, m]
-                    sums[c] = total
-            total = sums[0]
-            if not (total > 0 and total >= least[box]):
-                continue
-            careful[i] = False
-            lse[i] = LN2 * (np.log2(total) + exponent)
+    table (boxes from table_start on): the place of a box among the series, or -1.
+    """
+    columns, terms = series.shape[1], series.shape[2]
+    inverse, scale, sums = 1.0 / width, 2.0 / width, np.empty(columns)
+    for i in range(first * ROWS, min(last * ROWS, len(query))):
+        q = query[i]
+        careful[i] = False
+        if not abs(q) < np.inf:
+            lse[i] = -np.inf if q == q else np.nan
             for c in range(columns - 1):
-                out[i, c] = min(max(centre[0, c] + sums[1 + c] / total, centre[1, c]), centre[2, c])
-
-    return lookup
-
-
-lookup = compile_lookup(DIGEST)
+                out[i, c] = np.nan
+            continue
+        careful[i] = True
+        where = np.floor(q * inverse) if not one_box else 0.0
+        if not (0 <= where - table_start < len(table)):
+            continue
+        box = table[np.int64(where - table_start)]
+        if box < 0:
+            continue
+        s = (q - (origin if one_box else (where + 0.5) * width)) * scale
+        if columns == 2:
+            total, product = series[box, 0, terms - 1], series[box, 1, terms - 1]
+            for m in range(terms - 2, -1, -1):
+                total = total * s + series[box, 0, m]
+                product = product * s + series[box, 1, m]
+            sums[0], sums[1] = total, product
+        else:
+            for c in range(columns):
+                total = series[box, c, terms - 1]
+                for m in range(terms - 2, -1, -1):
+                    total = total * s + series[box, c, m]
+                sums[c] = total
+        total = sums[0]
+        if not (total > 0 and total >= least[box]):
+            continue
+        careful[i] = False
+        lse[i] = LN2 * (np.log2(total) + exponent)
+        for c in range(columns - 1):
+            out[i, c] = min(max(centre[0, c] + sums[1 + c] / total, centre[1, c]), centre[2, c])
 
 
 def compress(key: Tensor, value: Tensor, key_weight: Tensor | None, w: Tensor | float) -> list[Tensor]:

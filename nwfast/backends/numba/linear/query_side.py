@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..dense.call import run_units
-from . import units
-from .boxes import GROUP, PIECE, UNIT, Charges
+from .boxes import GROUP, PIECE, UNIT, Charges, box_series, choose_boxes, cut_points, piece_moments
 from .data import Data, as_double, ready
-from .far_rows import CHUNK, MOST_LEVELS
-from .near_rows import Rows
+from .far_rows import CHUNK, MOST_LEVELS, careful_rows, find_crowds
+from .near_rows import Rows, near_rows
 from .plan import Accuracy, Plan, node_charges, nodes, short_number
 
 MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
@@ -70,7 +69,7 @@ def cut(x: np.ndarray, plan: Plan) -> Boxes:
     most = min(len(x), 4096)
     while True:
         number, start = np.empty(most, np.int64), np.empty(most + 1, np.int64)
-        count = units.cut(x, plan.inverse, number, start)
+        count = cut_points(x, plan.inverse, number, start)
         if count >= 0:
             return Boxes(number[:count], start[: count + 1])
         most = min(len(x), 8 * most)
@@ -105,7 +104,7 @@ def reduce_pieces(
 
     def run(first: int, last: int) -> None:
         about = pieces.start, pieces.stop, pieces.centre, scale, pieces.group
-        units.moments(x, charges, *about, result, first, last)
+        piece_moments(x, charges, *about, result, first, last)
 
     run_units(run, -(-len(pieces.box) // pieces.group))
     if len(pieces.box) == boxes:
@@ -120,7 +119,7 @@ def translated(
     series = np.empty((len(boxes), (orders + 1) * moments.shape[1], plan.terms))
 
     def run(first: int, last: int) -> None:
-        units.box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
+        box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
 
     run_units(run, -(-len(boxes) // GROUP))
     return series
@@ -135,7 +134,7 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
     mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
     reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
-    units.choose(
+    choose_boxes(
         queries.number,
         queries.start,
         keys.number,
@@ -186,7 +185,7 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
         moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
         for at in range(0, len(near.chosen), SLAB):
             part = near.chosen[at : at + SLAB]
-            near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
+            sum_near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
     which = careful.nonzero()[0]
     if len(which):
         exponent = float(data.exponent)
@@ -201,7 +200,7 @@ def in_list(places: np.ndarray, count: int) -> np.ndarray:
     return among
 
 
-def near_rows(
+def sum_near_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -220,7 +219,7 @@ def near_rows(
     bound = near.bound[boxes]
 
     def run(first: int, last: int) -> None:
-        units.near_rows(
+        near_rows(
             rows,
             data.query,
             data.key,
@@ -265,7 +264,7 @@ def sum_with_care(
         which: np.ndarray, windows: np.ndarray, levels: np.ndarray, crowds: Crowds, charges: np.ndarray
     ) -> None:
         def run(first: int, last: int) -> None:
-            units.careful_rows(
+            careful_rows(
                 rows,
                 which,
                 query,
@@ -315,7 +314,7 @@ def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.nda
             continue
         widths[level] = width
         while True:
-            found = units.crowds(
+            found = find_crowds(
                 key, windows[begin:end], levels[begin:end], 1 / width, level, start, stop, number, count
             )
             if found >= 0:
