@@ -15,10 +15,10 @@ import nwfast
 from nwfast import backends
 
 numba = pytest.importorskip("numba")
-dense, fgt = backends.load("numba"), backends.load("numba_fgt")
+dense, linear = backends.load("numba"), backends.load("numba_fgt")
 base, boxes = backends.load("numba.base"), backends.load("numba.linear.boxes")
 
-METHODS = {"dense": dense, "fgt": fgt}
+METHODS = {"dense": dense, "fgt": linear}
 NAMES = ("query", "key", "value", "w", "key_weight")
 DTYPES = [torch.float32, torch.float64]
 ALL = 31
@@ -97,7 +97,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-11}
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_masked_keys_may_hold_anything(bad, dtype, method):
+def test_keys_left_out_may_hold_anything(bad, dtype, method):
     for features in (1,) if method == "fgt" else (1, 3):
         key, value = torch.rand(300, features, dtype=dtype), torch.rand(300, 2, dtype=dtype)
         query, w = torch.rand(40, features, dtype=dtype), torch.tensor([7.0], dtype=dtype)
@@ -119,7 +119,7 @@ def test_masked_keys_may_hold_anything(bad, dtype, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_keys_nearer_than_all_others(dtype, method):
+def test_keys_left_out_nearer_than_all_others(dtype, method):
     """Their weights' gradients overflow to the largest number; nothing else notices them."""
     for gap in (13.0, 30.0, 200.0):
         query, key = column([0.0, 0.5], dtype), column([0.0, gap, gap + 0.1], dtype)
@@ -137,7 +137,7 @@ def test_masked_keys_nearer_than_all_others(dtype, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_masked_keys_anywhere(method):
+def test_weights_of_keys_left_out_anywhere(method):
     """Outside the boxes of those kept, in gaps, many bandwidths away, and at their own row's place."""
     generator = torch.Generator().manual_seed(1)
     key = torch.rand(320, 1, generator=generator, dtype=torch.float64)

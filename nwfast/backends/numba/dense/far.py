@@ -1,4 +1,4 @@
-"""Row by row in float64, for any input: the path for the rows that the fast kernels decline, and for their gradients.
+"""Far rows, those that the tiled kernels decline, and their gradients: row by row in float64, for any input.
 
 The terms of a row are those of scores.py. Parallel over blocks of rows (forward, query side) and blocks of keys (key
 side).

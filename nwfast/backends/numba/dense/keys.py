@@ -28,14 +28,14 @@ from ..base import (
 from ..exp2 import gauss
 from . import far
 from .rows import FAR, NEAR, effective_state, load_queries, load_w, project
-from .tiles import TILE, box_score, pack, survey, tile_scores, tile_terms_unshifted
+from .tiles import TILE, least_score, pack, survey, tile_scores, tile_terms_unshifted
 
 ROWS_AT_ONCE = 64  # summed in the dtype of the data, then added to float64
 
 
 @njit(**EXACT)
-def add_scalar(p, k, v, q, g, level, grad_key, grad_value, grad_weight, n):
-    """One feature, one channel: all three gradients in one loop."""
+def add_single(p, k, v, q, g, level, grad_key, grad_value, grad_weight, n):
+    """A single feature and channel: all three gradients in one loop."""
     for j in range(n):
         pull = p[j] * (g * v[j] - level)
         grad_value[j] += p[j] * g
@@ -101,7 +101,7 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
                 continue
             q = queries[i - first]
             top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-            if box_score(q, w, low[tile], high[tile]) - top > skip:
+            if least_score(q, w, low[tile], high[tile]) - top > skip:
                 continue
             touched = True
             if n_features == 1:
@@ -120,7 +120,7 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
                 level += g * (double(out[row * n_channels + c]) - double(centre[c]))
             level = dtype.type(level)
             if n_features == 1 and n_channels == 1 and through_keys:
-                add_scalar(
+                add_single(
                     p,
                     keys[0],
                     values[0],

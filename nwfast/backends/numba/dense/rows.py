@@ -41,9 +41,9 @@ from . import far
 from .tiles import (
     ABSENT,
     TILE,
-    box_score,
     in_range,
     least_of,
+    least_score,
     pack,
     products4,
     scores_trusted,
@@ -62,7 +62,7 @@ NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows; those without any gradient are EMPT
 
 @njit(**EXACT)
 def load_queries(example, about, b, start, stop, queries, fit):
-    """Copy the rows start..stop and mark those whose numbers the fast kernels can take."""
+    """Copy the rows start..stop and mark those whose numbers the tiled kernels can take."""
     query = pointer(about[QUERY], example)
     at = offset(about, b, 0)
     limit = 1e15 if example.itemsize == 4 else 1e100
@@ -162,7 +162,7 @@ def sum_rows(
         size = min(TILE, n - first)
         packed = False
         for r in range(len(queries)):
-            if not fit[r] or box_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
+            if not fit[r] or least_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
                 continue
             if not packed:
                 pack(example, about, b, first, size, centre, exponent, keys, values, weights)
@@ -215,9 +215,9 @@ def sum_rows(
 
 
 @njit(**EXACT)
-def row_trusted(sums, top, n_features, single):
+def row_trusted(sums, top, n_features, is_float):
     """Whether no sum of the row overflowed and scores_trusted holds."""
-    if not scores_trusted(top, sums[0], n_features, single):
+    if not scores_trusted(top, sums[0], n_features, is_float):
         return False
     for part in range(1, len(sums)):  # noqa: SIM110 (numba compiles no generators here)
         if not abs(sums[part]) < np.inf:
@@ -308,7 +308,7 @@ def backward_rows(example, about, first, last):
     centre = np.empty(about[C], example.dtype)
     low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
     n_features, n_channels = about[D], about[C]
-    single = example.itemsize == 4
+    is_float = example.itemsize == 4
     count = min(QUERY_BLOCK, about[M])
     moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
     queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
@@ -339,7 +339,7 @@ def backward_rows(example, about, first, last):
         for r in range(count):
             row = b * about[M] + start + r
             top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-            near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
+            near = ordinary and fit[r] and scores_trusted(top, total, n_features, is_float)
             level, most, silent = 0.0, 0.0, True
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c])
@@ -348,7 +348,7 @@ def backward_rows(example, about, first, last):
                 most = max(most, abs(g))
                 silent &= g == 0.0
             levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
-            near &= in_range(most, 1.0, 1.0, single)
+            near &= in_range(most, 1.0, 1.0, is_float)
             size = most * spread
             if about[GRAD_LSE] != 0:
                 size += abs(double(grad_lse[row]))
@@ -356,7 +356,7 @@ def backward_rows(example, about, first, last):
             most_reach = reach
             for f in range(n_features):
                 most_reach = max(most_reach, abs(double(queries[r, f])))
-            near &= in_range(size, least, most_reach, single)
+            near &= in_range(size, least, most_reach, is_float)
             # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
             empty = silent or state[2 * row + 1] == 0.0
             kinds[row] = EMPTY if empty else (NEAR if near else FAR)
@@ -383,7 +383,7 @@ def backward_rows(example, about, first, last):
         for r in range(count):
             i = start + r
             row = b * about[M] + i
-            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
+            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
                 kinds[row] = FAR
             if kinds[row] == EMPTY:
                 if about[GRAD_QUERY] != 0:

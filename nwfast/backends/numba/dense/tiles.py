@@ -1,11 +1,11 @@
-"""The kernels for ordinary rows: blocks of rows against tiles of keys, in the dtype of the data.
+"""The tiled kernels, for near rows: blocks of rows against tiles of keys, in the dtype of the data.
 
 For a row and a tile of keys the terms p_j = a_j exp(-(s_j - top) / 2), s_j = |(q - k_j) w|^2, go to a small buffer,
 from which all sums of that row are taken. Sums over a tile are in the dtype of the data, over tiles in float64. With
 one feature top = 0: a row near its keys needs no shift. With more, top is the running minimum of s (online softmax).
 
 A row is *near* when its sums show that they can be trusted: finite, total at least 2^-16, scores small enough for their
-dtype. All other rows, and blocks with unusual data (not finite, extreme scale), are left to `far.py`.
+dtype. All other rows are *far*, also all of data that are not ordinary (not finite, extreme scale): see `far.py`.
 """
 
 import numpy as np
@@ -45,7 +45,7 @@ def survey(example, about, b, centre, low, high):
 
     Fills, per channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
     makes equal values exact); and, per tile and feature, the bounds of the keys. Returns (ordinary, exponent, spread,
-    reach, unit): whether the data are fit for the fast kernels, the power of 2 that brings the largest weight to at
+    reach, unit): whether the data are fit for the tiled kernels, the power of 2 that brings the largest weight to at
     most 1, and bounds: of centred values, of coordinates (at least 1), of the distances that matter (at most 1).
     """
     n, n_features, n_channels = about[N], about[D], about[C]
@@ -53,14 +53,14 @@ def survey(example, about, b, centre, low, high):
     weight, w = pointer(about[WEIGHT], example), pointer(about[W], example)
     at_k, at_v = offset(about, b, 1), offset(about, b, 2)
     at_a, at_w = offset(about, b, 3), offset(about, b, 4)
-    single = example.itemsize == 4
-    largest_allowed = 1e15 if single else 1e100
+    is_float = example.itemsize == 4
+    largest_allowed = 1e15 if is_float else 1e100
     largest, spread, narrowest = 0.0, 0.0, 0.0
     ordinary = True
     for f in range(n_features):
         bandwidth = abs(double(w[at_w + f * about[W_D]]))
         narrowest = max(narrowest, bandwidth)
-        ordinary &= bandwidth < (1e12 if single else 1e100)
+        ordinary &= bandwidth < (1e12 if is_float else 1e100)
         for tile in range((n + TILE - 1) // TILE):
             at = at_k + f * about[KEY_D] + tile * TILE * about[KEY_N]
             least = most = key[at]
@@ -83,13 +83,13 @@ def survey(example, about, b, centre, low, high):
             least, most = min(least, v), max(most, v)
             finite &= v == v
         # Terms flushed to 0 must not matter, whatever they are multiplied with.
-        ordinary &= finite and max(-double(least), double(most)) < (1e18 if single else 1e80)
+        ordinary &= finite and max(-double(least), double(most)) < (1e18 if is_float else 1e80)
         centre[c] = least if least > 0 else (most if most < 0 else 0)
         spread = max(spread, max(double(most) - double(centre[c]), double(centre[c]) - double(least)))
     unit = min(1.0, 1.0 / narrowest) if narrowest > 0.0 else 1.0
     if largest > 0.0:
         unit = min(unit, largest)
-    ordinary &= in_range(spread, unit, 1.0, single)
+    ordinary &= in_range(spread, unit, 1.0, is_float)
     exponent = 0.0
     if about[WEIGHT] != 0:
         most_weight, least_weight = 0.0, np.inf
@@ -100,7 +100,7 @@ def survey(example, about, b, centre, low, high):
             least_weight = min(least_weight, a if a > 0.0 else np.inf)
         ordinary &= 0.0 < most_weight < np.inf
         # Scaled weights are normal numbers: one that became 0 would leave its key out of the choice of the shift.
-        ordinary &= least_weight > (1e-36 if single else 1e-290) * most_weight
+        ordinary &= least_weight > (1e-36 if is_float else 1e-290) * most_weight
         if ordinary:
             exponent = np.ceil(np.log2(most_weight))
             ordinary &= abs(exponent) < 1000.0
@@ -108,9 +108,9 @@ def survey(example, about, b, centre, low, high):
 
 
 @njit(**EXACT)
-def in_range(size, unit, reach, single):
+def in_range(size, unit, reach, is_float):
     """Whether products of the size with two distances neither overflow nor lose digits below the normal numbers."""
-    least, most = (1e-30, 1e30) if single else (1e-250, 1e250)
+    least, most = (1e-30, 1e30) if is_float else (1e-250, 1e250)
     return size == 0.0 or (least < size * unit * unit and size * reach * reach < most)
 
 
@@ -145,7 +145,7 @@ def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
 
 
 @njit(**EXACT)
-def box_score(q, w, low, high):
+def least_score(q, w, low, high):
     """The least s that any key within the bounds of a tile can have."""
     score = 0.0
     for f in range(len(q)):
@@ -313,8 +313,8 @@ def tile_moments(p, v, k, q, reference, n):
 
 
 @njit(**EXACT)
-def scores_trusted(top, total, n_features, single):
+def scores_trusted(top, total, n_features, is_float):
     """Whether the sums of a row can be trusted: not too far from all keys, no overflow."""
-    # Below 2 * 87 and 2 * 709, so that exp(top / 2) is finite: a masked key may be that much nearer than all others.
-    limit = min(64.0 + 8.0 * n_features, 150.0) if single else 1400.0
+    # Below 2 * 87 and 2 * 709, so that exp(top / 2) is finite: a key left out may be that much nearer than all others.
+    limit = min(64.0 + 8.0 * n_features, 150.0) if is_float else 1400.0
     return LEAST_TOTAL <= total < np.inf and top < limit

@@ -1,4 +1,4 @@
-"""Boxes of the fast Gauss transform: where sorted points are cut, moments of boxes, translation, power series.
+"""Boxes of the linear method: where sorted points are cut, moments of boxes, translation, power series.
 
 All arithmetic is in float64, in vector loops over a block of points or over a group of boxes. `mark` in the names of
 coordinates means the local one, (x - centre) * 2 / width, which lies in [-1, 1].
@@ -109,7 +109,7 @@ def choose_boxes(
     reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
     least total that a row of the box can have, and part of the bound.
 
-    By a count of nanoseconds: a pair costs about one, a row that is summed with care some more beside, a
+    By a count of nanoseconds: a pair costs about one, a far row some more beside, a
     translation an eighth for each entry of its matrix.
     """
     reach = len(error) // 2

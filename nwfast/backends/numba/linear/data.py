@@ -1,8 +1,7 @@
-"""One batch element of the fast Gauss transform: sorted coordinates, charges, and the way back to its order.
+"""One batch element of the linear method: sorted coordinates, charges, and the way back to its order.
 
 Coordinates keep their dtype, since float64 copies of them would cost more time than the series: kernels take float64
-differences from float64 centres. Rows that are summed with care take differences of coordinates, in float64
-(`as_double`).
+differences from float64 centres. Far rows take differences of coordinates, in float64 (`as_double`).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Rows of the fast Gauss transform that are summed with care: key by key over their window, relative to a near key.
+"""Far rows of the linear method: summed key by key over their window, relative to their nearest key.
 
 With k* the nearest key (but the row's own, where that is left out), scores are
 
@@ -278,7 +278,7 @@ def empty_row(rows, r):
 
 
 @entry
-def careful_rows(
+def far_rows(
     rows,
     which,
     x,

@@ -1,8 +1,8 @@
-"""The key side of the fast Gauss transform: sums over rows of charges times exp(-(w d)^2 / 2), and their derivatives.
+"""The key side of the linear method: sums over rows of charges times exp(-(w d)^2 / 2), and their derivatives.
 
-The transpose of the query side. Rows that it finished by series are the sources of series here; rows that were summed
-with care (`which`) give their terms to the keys of their windows, or to the nodes of crowded boxes and from there to
-the keys. Tasks own keys, so nothing is added by two threads.
+The transpose of the query side. Near rows are the sources of series here; far rows (`which`) give their terms to the
+keys of their windows, or to the nodes of crowded boxes and from there to the keys. Tasks own keys, so nothing is added
+by two threads.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ from .far_rows import (
     window_stop,
 )
 
-LARGEST = 350.0 / LN2  # of exponents above the row's total: a masked key may be nearer than all others
+LARGEST = 350.0 / LN2  # of exponents above the row's total: a key left out may be nearer than all others
 
 
 @entry
@@ -106,7 +106,7 @@ def find_windows(
     first,
     last,
 ):
-    """Find the window of each careful row among all keys, k*, and the scale of its charges.
+    """Find the window of each far row among all keys, k*, and the scale of its charges.
 
     weighted, weight: keys that have a weight, in order; key: all, also those of weight 0.
     factor: brings totals relative to the saved shift to totals relative to k*. Of a shift so large that a
@@ -170,13 +170,13 @@ def give(key, start, stop, own, q, nearest, square, charge, index, values, slope
 
 
 @entry
-def careful_keys(
+def far_keys(
     key, x, own, which, nearest, windows, lowest, highest, levels, box_start, box_stop, by_level, charge, w,
     size, values, slopes, first, last
 ):  # fmt: skip
-    """Add the careful rows' terms to chunks of keys, but those of crowded boxes.
+    """Add the far rows' terms to chunks of keys, but those of crowded boxes.
 
-    charge (columns, careful rows). lowest, highest: windows made monotone, to find the rows of a chunk.
+    charge (columns, far rows). lowest, highest: windows made monotone, to find the rows of a chunk.
     """
     n, square = len(key), w * w
     with_boxes = len(by_level) > 0
@@ -224,7 +224,7 @@ def crowd_keys(
     key, owner, x, rows, nearest, windows, lowest, highest, charge, index_of, box_start, box_stop, box_centre,
     box_half, node, node_charge, w, values, slopes, first, last
 ):  # fmt: skip
-    """Add the terms of careful rows of one level to the keys of its crowded boxes.
+    """Add the terms of far rows of one level to the keys of its crowded boxes.
 
     rows, nearest, windows, lowest, highest, charge: of the rows of this level, in order.
     index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again. Two charges at

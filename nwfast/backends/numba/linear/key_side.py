@@ -12,7 +12,7 @@ import torch
 from ..dense.call import run_units
 from .data import Data, as_double, places_in_order, ready
 from .far_rows import CHUNK
-from .key_kernels import careful_keys, crowd_keys, find_windows, near_keys
+from .key_kernels import crowd_keys, far_keys, find_windows, near_keys
 from .plan import Accuracy, Plan, node_charges, nodes
 from .query_side import (
     KEY_CHUNK,
@@ -32,7 +32,7 @@ from .query_side import (
 
 
 class _Rows:
-    """What the key side takes from rows, in sorted order: charges b (columns, M), which are careful, shifts."""
+    """What the key side takes from rows, in sorted order: charges b (columns, M), totals, shifts."""
 
     def __init__(self, data: Data, saved: tuple, through_keys: bool):
         grad_out, grad_lse, out, state = saved
@@ -96,10 +96,10 @@ def key_side(
     """
     rows = _Rows(data, saved, through_keys)
     values, slopes = np.zeros((2, len(rows.charge), len(keys.key)))
-    careful = _near_field(data, plan, accuracy, keys, rows, values, slopes)
-    which = (careful & rows.with_keys).nonzero()[0]
+    far = _add_near_rows(data, plan, accuracy, keys, rows, values, slopes)
+    which = (far & rows.with_keys).nonzero()[0]
     if len(which) and len(keys.key):
-        _careful_field(data, plan, accuracy, keys, rows, which, values, slopes)
+        _add_far_rows(data, plan, accuracy, keys, rows, which, values, slopes)
     return _gradients(data, keys, value, key_weight, values, slopes, through_keys)
 
 
@@ -140,7 +140,7 @@ def _gradients(
     return tuple(part.numpy() for part in results)  # type: ignore[return-value]
 
 
-def _near_field(
+def _add_near_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -207,7 +207,7 @@ def _near_field(
     return ~served
 
 
-def _careful_field(
+def _add_far_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -253,7 +253,7 @@ def _careful_field(
     size = max(16, min(KEY_CHUNK, -(-len(keys.key) // 16)))
 
     def give(first: int, last: int) -> None:
-        careful_keys(
+        far_keys(
             key,
             query,
             keys.own,

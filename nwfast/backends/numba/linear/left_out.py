@@ -1,4 +1,4 @@
-"""Gradients of the weights of keys that a weight of 0 leaves out, by the fast Gauss transform: see left_out.py.
+"""Gradients of the weights of keys that a weight of 0 leaves out, by the linear method: see ../left_out.py.
 
 These keys are targets of a key side of their own, with a grid of boxes that holds them too. What it cannot hold, and
 what may overflow (a key that is much nearer to some query than all that count), is summed over all rows.
@@ -18,7 +18,7 @@ from .key_side import Targets, key_side
 from .plan import Accuracy, make_plan
 
 OUTSIDE = 60.0  # bandwidths from all other data: no series reaches so far
-STEEP = 300.0  # exponents in base 2 that the key side holds
+STEEP = 300.0  # from such exponents in base 2 on a key's pairs are steep: the key side may overflow
 
 
 def fill(

@@ -1,7 +1,7 @@
-"""The query side of the fast Gauss transform: rows whose box holds enough of them to take the translated series.
+"""Near rows of the linear method: those whose box holds enough of them to take the translated series.
 
 Tasks are groups of pieces of query boxes. A row is finished here if the error bound of its box is small against its
-total; otherwise it is flagged, to be summed with care (far_rows.py).
+total; otherwise it stays marked as a far row (far_rows.py).
 """
 
 from typing import NamedTuple
@@ -185,8 +185,8 @@ def from_marks(n, scale, marks, orders, values, sums, held):
 
 
 @njit(**EXACT)
-def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm, sums):
-    """Write the results of rows whose totals are as large as they must be, and note those that are not careful."""
+def finish_held(rows, place, least, n, far, w, exponent, distance, logarithm, sums):
+    """Write the results of rows whose totals are as large as they must be, and mark them as not far."""
     if n == 0:
         return
     first, total = place[0], sums[0, 0]
@@ -194,12 +194,12 @@ def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm
     for i in range(n):
         left += not total[i] >= least[i]
     if whole and left == 0:
-        careful[first : first + n] = False
+        far[first : first + n] = False
     else:
         whole = False
         for i in range(n):
             if total[i] >= least[i]:
-                careful[place[i]] = False
+                far[place[i]] = False
             else:
                 place[i] = -1
     distance[:n] = 0.0
@@ -224,7 +224,7 @@ def near_rows(
     w,
     exponent,
     orders,
-    careful,
+    far,
     first,
     last,
 ):
@@ -243,7 +243,7 @@ def near_rows(
             for at in range(start[piece], stop[piece], HELD):
                 n = min(HELD, stop[piece] - at)
                 if held + n > HELD:
-                    finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
+                    finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)
                     held = 0
                 most = min(padded(n), len(x) - at)
                 to_marks(x[at : at + most], centre[piece], scale, marks)
@@ -258,4 +258,4 @@ def near_rows(
                     place_here[i] = at + i
                     least_here[i] = own_least
                 held += n
-        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
+        finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)

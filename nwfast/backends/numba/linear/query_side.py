@@ -1,7 +1,7 @@
-"""The steps of the fast Gauss transform of one batch element: which kernels run, over which boxes and pieces.
+"""The query side of the linear method, for one batch element: which kernels run, over which boxes and pieces.
 
-Query side: keys -> moments of boxes -> power series of query boxes -> rows; rows that the series do not serve are
-summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
+Query side: keys -> moments of boxes -> power series of query boxes -> near rows; far rows, which the series do not
+serve, are summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 from ..dense.call import run_units
 from .boxes import GROUP, PIECE, UNIT, Charges, box_series, choose_boxes, cut_points, piece_moments
 from .data import Data, as_double, ready
-from .far_rows import CHUNK, MOST_LEVELS, careful_rows, find_crowds
+from .far_rows import CHUNK, MOST_LEVELS, far_rows, find_crowds
 from .near_rows import Rows, near_rows
 from .plan import Accuracy, Plan, node_charges, nodes, short_number
 
@@ -49,7 +49,7 @@ class Near(NamedTuple):
 
 
 class Crowds(NamedTuple):
-    """Boxes of many keys in the windows of careful rows, sorted by level; by_level (levels + 1) or empty."""
+    """Boxes of many keys in the windows of far rows, sorted by level; by_level (levels + 1) or empty."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -178,19 +178,19 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
     """Finish all rows; orders 1 and 2 for the sums with one and two more factors of distance."""
     if not len(data.query):
         return
-    careful = np.ones(len(data.query), np.bool_)
+    far = np.ones(len(data.query), np.bool_)
     near = near_field(data, plan, accuracy)
     if len(near.chosen):
         terms = plan.terms + (4 if orders else 0)
         moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
         for at in range(0, len(near.chosen), SLAB):
             part = near.chosen[at : at + SLAB]
-            sum_near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
-    which = careful.nonzero()[0]
+            sum_near_rows(data, plan, accuracy, rows, orders, near, moments, part, far)
+    which = far.nonzero()[0]
     if len(which):
         exponent = float(data.exponent)
         key, query = as_double(data.key), as_double(data.query)
-        sum_with_care(key, data.charge, query, data.w, exponent, plan.log_span, accuracy, rows, orders, which)
+        sum_far_rows(key, data.charge, query, data.w, exponent, plan.log_span, accuracy, rows, orders, which)
 
 
 def in_list(places: np.ndarray, count: int) -> np.ndarray:
@@ -209,7 +209,7 @@ def sum_near_rows(
     near: Near,
     moments: np.ndarray,
     boxes: np.ndarray,
-    careful: np.ndarray,
+    far: np.ndarray,
 ) -> None:
     """Finish the rows of these boxes as far as the series serve them."""
     numbers, start = near.queries
@@ -236,7 +236,7 @@ def sum_near_rows(
             data.w,
             float(data.exponent),
             orders,
-            careful,
+            far,
             first,
             last,
         )
@@ -244,7 +244,7 @@ def sum_near_rows(
     run_units(run, -(-len(pieces.box) // pieces.group))
 
 
-def sum_with_care(
+def sum_far_rows(
     key: np.ndarray,
     charge: np.ndarray,
     query: np.ndarray,
@@ -256,7 +256,7 @@ def sum_with_care(
     orders: int,
     which: np.ndarray,
 ) -> None:
-    """Finish the rows `which`."""
+    """Finish the far rows `which`."""
     windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
     node = nodes(accuracy.far_terms)
 
@@ -264,7 +264,7 @@ def sum_with_care(
         which: np.ndarray, windows: np.ndarray, levels: np.ndarray, crowds: Crowds, charges: np.ndarray
     ) -> None:
         def run(first: int, last: int) -> None:
-            careful_rows(
+            far_rows(
                 rows,
                 which,
                 query,

@@ -299,8 +299,8 @@ def test_tiny_w(dtype):
 
 
 @pytest.mark.parametrize("features", [1, 2])
-def test_masked_and_wildly_weighted_keys(features):
-    """Weights over 60 orders of magnitude; the nearest key masked out, so that no score may overflow."""
+def test_left_out_and_wildly_weighted_keys(features):
+    """Weights over 60 orders of magnitude; the nearest key left out, so that no score may overflow."""
     query = torch.zeros(3, features)
     key = torch.tensor([0.0, 20.0, 30.0, 40.0, 0.5])[:, None].repeat(1, features)
     value = torch.randn(5, 2)
