@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -121,3 +121,41 @@ def offset(about, b, operand):
         where += (b % size) * about[place + 1 + operand]
         b //= size
     return where
+
+
+class Inputs(NamedTuple):
+    """The inputs as pointers, and where those of one batch element start, in elements."""
+
+    query: Any
+    key: Any
+    value: Any
+    weight: Any
+    w: Any
+    at_query: int
+    at_key: int
+    at_value: int
+    at_weight: int
+    at_w: int
+
+
+@njit(**EXACT)
+def inputs_of(example, about, b):
+    """The inputs of batch element b."""
+    return Inputs(
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+        pointer(about[WEIGHT], example),
+        pointer(about[W], example),
+        offset(about, b, 0),
+        offset(about, b, 1),
+        offset(about, b, 2),
+        offset(about, b, 3),
+        offset(about, b, 4),
+    )
+
+
+@njit(**EXACT)
+def lse_gradient(example, about, row):
+    """The gradient of a row's lse in float64, 0 where there is none."""
+    return double(pointer(about[GRAD_LSE], example)[row]) if about[GRAD_LSE] != 0 else 0.0

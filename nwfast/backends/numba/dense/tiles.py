@@ -8,16 +8,16 @@ A row is *near* when its sums show that they can be trusted: finite, total at le
 dtype. All other rows are *far*, also all of data that are not ordinary (not finite, extreme scale): see `far.py`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from ..base import (
     EXACT,
-    KEY,
     KEY_D,
     KEY_N,
     SUMS,
-    VALUE,
     VALUE_C,
     VALUE_N,
     W_D,
@@ -26,10 +26,8 @@ from ..base import (
     C,
     D,
     N,
-    W,
     double,
-    offset,
-    pointer,
+    inputs_of,
 )  # fmt: skip
 from ..exp2 import gauss
 
@@ -39,20 +37,80 @@ ABSENT = 1e30  # the score of a key that is left out: its term is 0
 LEAST_TOTAL = 2.0**-16
 
 
-@njit(**EXACT)
-def survey(example, about, b, centre, low, high):
-    """Look over the data of batch element b before its rows are summed.
+class Bounds(NamedTuple):
+    """Of the data of a batch element.
 
-    Fills, per channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
-    makes equal values exact); and, per tile and feature, the bounds of the keys. Returns (ordinary, exponent, spread,
-    reach, unit): whether the data are fit for the tiled kernels, the power of 2 that brings the largest weight to at
-    most 1, and bounds: of centred values, of coordinates (at least 1), of the distances that matter (at most 1).
+    Of each channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
+    makes equal values exact). Of each tile and feature, low and high: the bounds of the keys.
     """
+
+    centre: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Survey(NamedTuple):
+    """What else there is to know of the data of a batch element."""
+
+    ordinary: bool  # fit for the tiled kernels
+    exponent: float  # of the power of 2 that brings the largest weight to at most 1
+    spread: float  # bound of the centred values
+    reach: float  # bound of the coordinates, at least 1
+    unit: float  # bound of the distances that matter, at most 1
+
+
+class Tile(NamedTuple):
+    """Keys (features first), centred values (channels first) and scaled weights of a tile."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+
+
+class Terms(NamedTuple):
+    """Of one row and a tile of keys: terms p, and scratch for their scores."""
+
+    p: np.ndarray
+    s: np.ndarray
+    part: np.ndarray
+
+
+@njit(**EXACT)
+def bounds_for(example, about):
+    """Room for the bounds of any batch element."""
+    tiles, dtype = (about[N] + TILE - 1) // TILE, example.dtype
+    shape = tiles, about[D]
+    return Bounds(np.empty(about[C], dtype), np.empty(shape, dtype), np.empty(shape, dtype))
+
+
+@njit(**EXACT)
+def no_survey():
+    """What is known before the first."""
+    return Survey(False, 0.0, 0.0, 1.0, 1.0)
+
+
+@njit(**EXACT)
+def tile_for(example, about, size):
+    """Room for a tile of so many keys."""
+    dtype = example.dtype
+    keys, values = np.empty((about[D], size), dtype), np.empty((about[C], size), dtype)
+    return Tile(keys, values, np.empty(size if about[WEIGHT] != 0 else 0, dtype))
+
+
+@njit(**EXACT)
+def terms_for(example, size):
+    """Room for the terms of a tile of so many keys."""
+    return Terms(np.empty(size, example.dtype), np.empty(size, example.dtype), np.empty(size, example.dtype))
+
+
+@njit(**EXACT)
+def survey(example, about, b, bounds):
+    """Look over the data of batch element b before its rows are summed; fills the bounds."""
+    given = inputs_of(example, about, b)
+    key, value, weight, w = given.key, given.value, given.weight, given.w
+    at_k, at_v, at_a, at_w = given.at_key, given.at_value, given.at_weight, given.at_w
+    centre, low, high = bounds.centre, bounds.low, bounds.high
     n, n_features, n_channels = about[N], about[D], about[C]
-    key, value = pointer(about[KEY], example), pointer(about[VALUE], example)
-    weight, w = pointer(about[WEIGHT], example), pointer(about[W], example)
-    at_k, at_v = offset(about, b, 1), offset(about, b, 2)
-    at_a, at_w = offset(about, b, 3), offset(about, b, 4)
     is_float = example.itemsize == 4
     largest_allowed = 1e15 if is_float else 1e100
     largest, spread, narrowest = 0.0, 0.0, 0.0
@@ -104,7 +162,7 @@ def survey(example, about, b, centre, low, high):
         if ordinary:
             exponent = np.ceil(np.log2(most_weight))
             ordinary &= abs(exponent) < 1000.0
-    return ordinary, exponent, spread, max(1.0, largest), unit
+    return Survey(ordinary, exponent, spread, max(1.0, largest), unit)
 
 
 @njit(**EXACT)
@@ -115,12 +173,12 @@ def in_range(size, unit, reach, is_float):
 
 
 @njit(**EXACT)
-def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
-    """Copy n keys (features first), centred values (channels first) and scaled weights into the tile's buffers."""
-    key, value = pointer(about[KEY], example), pointer(about[VALUE], example)
-    weight = pointer(about[WEIGHT], example)
-    at_k = offset(about, b, 1) + first * about[KEY_N]
-    at_v = offset(about, b, 2) + first * about[VALUE_N]
+def pack(about, given, first, n, centre, exponent, tile):
+    """Copy n keys from `first` on, their centred values and scaled weights into the tile."""
+    key, value, weight = given.key, given.value, given.weight
+    keys, values, weights = tile.keys, tile.values, tile.weights
+    at_k = given.at_key + first * about[KEY_N]
+    at_v = given.at_value + first * about[VALUE_N]
     for f in range(about[D]):
         at = at_k + f * about[KEY_D]
         if about[KEY_N] == 1:
@@ -138,7 +196,7 @@ def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
             for j in range(n):
                 values[c, j] = value[at + j * about[VALUE_N]] - centre[c]
     if about[WEIGHT] != 0:
-        at = offset(about, b, 3) + first * about[WEIGHT_N]
+        at = given.at_weight + first * about[WEIGHT_N]
         scale = 2.0**-exponent
         for j in range(n):
             weights[j] = double(weight[at + j * about[WEIGHT_N]]) * scale
@@ -210,6 +268,13 @@ def tile_scores(q, keys, w, n, s, part, rest):
         add_exactly(s, part, rest, n)
     for j in range(n):
         s[j] += rest[j]
+
+
+@njit(**EXACT)
+def shifted_terms(s, shift, n, p):
+    """p_j = exp(-(s_j - shift) / 2)."""
+    for j in range(n):
+        p[j] = gauss(s[j] - shift)
 
 
 @njit(**EXACT)
