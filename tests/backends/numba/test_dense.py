@@ -1,4 +1,8 @@
-"""The Numba backend against the contract in nwfast.backends: values, gradients, hard numbers, threads, processes."""
+"""The Numba backend against the contract in nwfast.backends: values, gradients, hard numbers, threads, processes.
+
+One file, since nearly all its tests are a few lines over one comparison, `check`: forward and backward against the
+reference in float64, whatever is special about the arguments.
+"""
 
 import math
 import subprocess

@@ -1,4 +1,8 @@
-"""The linear method of the Numba backend: against extended precision, the reference and the dense kernels."""
+"""The linear method of the Numba backend: against extended precision, the reference and the dense kernels.
+
+One file, since all its tests are a few lines over the same two comparisons, `assert_forward` and `assert_gradients`:
+at every bandwidth, kind of data and form of the arguments. The pieces of its kernels are in test_far_rows.py.
+"""
 
 import math
 

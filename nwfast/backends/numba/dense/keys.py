@@ -142,7 +142,7 @@ def add_near(example, about, b, start, stop, exponent, bounds, kinds, whole):
             if n_features == 1:
                 tile_terms_unshifted(q, keys, w, n, p)
             else:
-                tile_scores(q, keys, w, n, s, p, terms.part)
+                tile_scores(q, keys, w, n, s, p, terms.rest)
                 shifted_terms(s, dtype.type(top), n, p)
             if about[SELF] and start <= i < stop:
                 p[i - start] = 0

@@ -115,7 +115,7 @@ def row_terms(q, w, tile, n, mine, top, terms):
             p[mine] = 0
         top = 0.0
     else:
-        tile_scores(q, keys, w, n, s, p, terms.part)
+        tile_scores(q, keys, w, n, s, p, terms.rest)
         if absent:
             s[mine] = ABSENT
         if weighted:

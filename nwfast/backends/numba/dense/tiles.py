@@ -72,7 +72,7 @@ class Terms(NamedTuple):
 
     p: np.ndarray
     s: np.ndarray
-    part: np.ndarray
+    rest: np.ndarray
 
 
 @njit(**EXACT)

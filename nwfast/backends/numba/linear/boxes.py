@@ -30,6 +30,23 @@ class Charges(NamedTuple):
     ready: np.ndarray  # (columns, N), or of length 0
 
 
+class Boxes(NamedTuple):
+    """Occupied boxes: their numbers, and where their points start (one more)."""
+
+    number: np.ndarray
+    start: np.ndarray
+
+
+class Pieces(NamedTuple):
+    """Parts of boxes that one task takes."""
+
+    box: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    group: int  # pieces of a task
+
+
 @njit(**EXACT)
 def box_of(x, inverse):
     """The number of the box [b width, (b + 1) width) that holds x."""
@@ -87,23 +104,9 @@ def cut_points(x, inverse, number, start):
 
 @entry
 def choose_boxes(
-    rows,
-    row_start,
-    number,
-    start,
-    mass,
-    terms,
-    columns,
-    error,
-    least_kernel,
-    largest_kernel,
-    tail,
-    accept,
-    chosen,
-    needed,
-    reaches,
-    bound,
-):
+    queries, keys, mass, terms, columns, error, least_kernel, largest_kernel, tail, accept, chosen, needed, reaches,
+    bound
+):  # fmt: skip
     """Mark boxes of rows that are worth a series and boxes of keys that they need; bound the errors of their totals.
 
     reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
@@ -112,6 +115,7 @@ def choose_boxes(
     By a count of nanoseconds: a pair costs about one, a far row some more beside, a
     translation an eighth for each entry of its matrix.
     """
+    rows, row_start, number, start = queries.number, queries.start, keys.number, keys.start
     reach = len(error) // 2
     low = 0
     for box in range(len(rows)):
@@ -252,8 +256,9 @@ def first_polynomials(x, centre, scale, n, doubled, p, q):
 
 
 @entry
-def piece_moments(x, charges, start, stop, centre, scale, group, result, first, last):
-    """Chebyshev moments, sum_j charge_j T_n(mark_j), of the pieces of tasks of `group` each."""
+def piece_moments(x, charges, pieces, scale, result, first, last):
+    """Chebyshev moments, sum_j charge_j T_n(mark_j), of pieces, by tasks of a group of them."""
+    start, stop, centre, group = pieces.start, pieces.stop, pieces.centre, pieces.group
     columns, terms = result.shape[1], result.shape[2]
     doubled, p, q = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     charge = np.zeros((columns, HELD + PAD))

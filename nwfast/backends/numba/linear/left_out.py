@@ -13,7 +13,7 @@ from .. import left_out
 from ..base import HALF_LOG2E
 from ..dense.call import run_units
 from ..scores import mirrored
-from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double
+from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double, places_among
 from .key_side import Targets, key_side
 from .plan import Accuracy, make_plan
 
@@ -79,7 +79,7 @@ def _by_rows(
     data: Data, accuracy: Accuracy, parts: list, saved: tuple, exclude_self: bool, which: np.ndarray
 ) -> np.ndarray:
     grad_out, grad_lse, out, state = saved
-    rows = data.row_order if len(data.row_order) else np.arange(len(data.query))
+    rows = data.rows
     active = (grad_out[rows] != 0).any(1)
     if len(grad_lse):
         active |= grad_lse[rows] != 0
@@ -102,9 +102,7 @@ def _by_rows(
     )
     own = np.full(len(which), -1)
     if exclude_self:
-        place = np.full(data.count, -1)
-        place[rows] = np.arange(len(rows))
-        own = place[which]
+        own = places_among(rows, data.count)[which]
     found = np.zeros(len(which))
     keys = parts[1][which].double().numpy()[:, None], parts[2][which].double().numpy()
     run_units(lambda first, last: left_out.weights(*about, *keys, own, found, first, last), len(which))

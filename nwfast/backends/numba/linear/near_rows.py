@@ -208,30 +208,13 @@ def finish_held(rows, place, least, n, far, w, exponent, distance, logarithm, su
 
 @entry
 def near_rows(
-    rows,
-    x,
-    key,
-    charge,
-    box,
-    start,
-    stop,
-    centre,
-    scale,
-    group,
-    series,
-    bound,
-    accept,
-    w,
-    exponent,
-    orders,
-    far,
-    first,
-    last,
-):
-    """Finish the rows of tasks of `group` pieces each, as far as the series serve them.
+    rows, x, key, charge, pieces, scale, series, bound, accept, w, exponent, orders, far, first, last
+):  # fmt: skip
+    """Finish the rows of groups of pieces as far as the series serve them, and mark these as not far.
 
-    box: of each piece, its place among the series (box, column, term) and their bounds.
+    pieces.box: the place of each piece among the series (box, column, term) and their bounds.
     """
+    box, start, stop, centre, group = pieces
     count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
     sums, values = np.zeros((3, columns, size)), np.empty((count, size))
     marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)

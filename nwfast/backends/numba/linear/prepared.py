@@ -13,6 +13,7 @@ from ..dense import call as dense
 from ..dense.call import run_units
 from ..left_out import anchored, places
 from .data import Data, as_double, places_in_order
+from .far_rows import Sources
 from .near_rows import Rows
 from .plan import DOUBLE, FLOAT, Accuracy, Plan, make_plan, no_plan
 from .query_side import cut, decline_drowned, moments_of, sum_far_rows, translated
@@ -200,15 +201,5 @@ def _sum_far_rows(
         which, no_places, centre, out.reshape(-1), lse, state, lse[:0], lse[:0], no_rows, none, none, none
     )
     accuracy = FLOAT if about[IS_FLOAT] else DOUBLE
-    sum_far_rows(
-        key,
-        charge,
-        x[which],
-        about[W],
-        about[EXPONENT],
-        about[LOG_SPAN],
-        accuracy,
-        rows,
-        0,
-        np.arange(len(which)),
-    )
+    sources = Sources(key, charge, about[W], about[EXPONENT], about[LOG_SPAN])
+    sum_far_rows(sources, x[which], accuracy, rows, 0, np.arange(len(which)))
