@@ -32,8 +32,12 @@ DIGEST = hashlib.sha256(
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
-EXACT = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
-SUMS = {**EXACT, "fastmath": {"nsz", "contract", "reassoc"}}
+# Only entry points get the wrappers by which Python calls a function: they cost about a fifth of the compile time.
+# Constants in the arguments of an inner function make a version of it for each (Numba's literal types), as do variables
+# that begin as constants: where such a function is large, they begin as int64(0) instead.
+_INSIDE = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+EXACT = {**_INSIDE, "fastmath": {"nsz", "contract"}}
+SUMS = {**_INSIDE, "fastmath": {"nsz", "contract", "reassoc"}}
 
 # Places in the description: sizes, then addresses, then strides (in elements) of the last dimensions.
 BATCH, M, N, D, C, SELF = range(6)
@@ -49,6 +53,7 @@ BATCH_ITEMS = 6
 
 # To be written where kernels widen: in them Python's float(x) leaves a float32 as it is, and x - y is rounded to one.
 double: Any = np.float64
+int64: Any = np.int64
 
 
 def _say_once(what: str, seen: list[bool]) -> None:
@@ -92,7 +97,7 @@ def entry(function: Callable) -> Callable:
 
     Cached on disk where a place for that can be written.
     """
-    compiled = njit(**EXACT)(function)
+    compiled = njit(**(EXACT | {"no_cpython_wrapper": False}))(function)
     try:
         compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written

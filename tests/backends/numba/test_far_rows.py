@@ -5,9 +5,21 @@ import pytest
 
 from nwfast import backends
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 far_rows, windows = backends.load("numba.linear.far_rows"), backends.load("numba.linear.windows")
 plan, query_side = backends.load("numba.linear.plan"), backends.load("numba.linear.query_side")
+
+
+def called(function):
+    """A function that has no wrapper of its own (see base.py), for Python."""
+    return numba.njit(lambda *args: function(*args))
+
+
+first_at_least, nearest_key, row_at = map(
+    called, (windows.first_at_least, windows.nearest_key, windows.row_at)
+)
+window_start, window_stop = map(called, (windows.window_start, windows.window_stop))
+level_of, sum_window = called(windows.level_of), called(far_rows.sum_window)
 
 
 def keys_of(kind):
@@ -35,36 +47,36 @@ def test_windows_are_found_from_any_guess(kind):
     for x in (*key[:3], *generator.normal(size=10), -50.0, 50.0, 1e5, 2e6):
         for limit in (0.0, 1.0, 30.0, 1e7):
             guesses = generator.integers(0, n + 1, 3)
-            place = windows.first_at_least(key, guesses[0], x)
+            place = first_at_least(key, guesses[0], x)
             assert place == np.searchsorted(key, x)
-            star = windows.nearest_key(key, place, x, -1)
+            star = nearest_key(key, place, x, -1)
             assert abs(x - key[star]) == np.abs(x - key).min()
-            row = windows.row_at(x, -1, key[star])
+            row = row_at(x, -1, key[star])
             inside = (~(scores_of(key, x, key[star]) > limit)).nonzero()[0]
-            low = windows.window_start(key, place, guesses[1], row, limit)
-            high = windows.window_stop(key, place, guesses[2], row, limit)
+            low = window_start(key, place, guesses[1], row, limit)
+            high = window_stop(key, place, guesses[2], row, limit)
             assert low == min(inside[0], place) and high == max(inside[-1] + 1, place)
 
 
 def test_the_nearest_key_but_the_own():
     key = np.array([0.0, 1.0, 3.0])
-    assert [windows.nearest_key(key, np.searchsorted(key, 1.2), 1.2, own) for own in (-1, 0, 1, 2)] == [
+    assert [nearest_key(key, np.searchsorted(key, 1.2), 1.2, own) for own in (-1, 0, 1, 2)] == [
         1,
         1,
         0,
         1,
     ]
-    assert windows.nearest_key(key[:1], 0, -1.0, 0) == -1
+    assert nearest_key(key[:1], 0, -1.0, 0) == -1
 
 
 def sums_over(sources, crowds, x, own, level, orders):
     """The sums of one row over all keys."""
     key, factor = sources.key, -np.log2(np.e) / 2 * sources.w**2
-    star = windows.nearest_key(key, np.searchsorted(key, x), x, own)
-    row = windows.row_at(x, own, key[star])
+    star = nearest_key(key, np.searchsorted(key, x), x, own)
+    row = row_at(x, own, key[star])
     strip = far_rows.Strip(*(np.empty(far_rows.STRIP) for _ in range(3)))
     sums = np.zeros((3, len(sources.charge), 4))
-    far_rows.sum_window(sources, crowds, 0, len(key), level, row, factor, orders, strip, sums, 2)
+    sum_window(sources, crowds, 0, len(key), level, row, factor, orders, strip, sums, 2)
     assert not sums[:, :, [0, 1, 3]].any()
     return key[star], sums[:, :, 2]
 
@@ -86,7 +98,7 @@ def test_sums_over_a_window_with_and_without_crowds(x, own, orders, columns):
         np.testing.assert_allclose(
             alone[order], parts[order].sum(1), rtol=0, atol=1e-12 * np.abs(parts[order]).sum(1).max()
         )
-    level = windows.level_of(x - nearest, 1.0, 0.0)
+    level = level_of(x - nearest, 1.0, 0.0)
     whole = windows.Windows(np.array([[0, 1000]]), np.array([level]))
     crowds = query_side.crowded_boxes(key, 1.0, whole, plan.DOUBLE)
     crowds = crowds._replace(charge=query_side.crowd_charges(sources, crowds))
@@ -105,7 +117,7 @@ def test_an_own_key_that_is_nearly_all_of_a_crowd_is_not_subtracted():
     charge[:, 450] = 1e8
     sources = far_rows.Sources(key, charge, 30.0, 0.0, 60.0)
     _, alone = sums_over(sources, query_side.NO_CROWDS, 3.0, 450, -1, 0)
-    level = windows.level_of(2.5, 30.0, 0.0)
+    level = level_of(2.5, 30.0, 0.0)
     crowds = query_side.crowded_boxes(
         key, 30.0, windows.Windows(np.array([[0, 500]]), np.array([level])), plan.DOUBLE
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, SUMS, entry
+from ..base import EXACT, HALF_LOG2E, SUMS, entry, int64
 from ..exp2 import exp2_double
 from .boxes import BLOCK, box_of, end_of_box
 from .near_rows import finish_rows
@@ -248,9 +248,9 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
     factor, with_crowds, excluding = -HALF_LOG2E * w * w, len(crowds.by_level) > 0, len(rows.own) > 0
     strip = Strip(np.empty(STRIP), np.empty(STRIP), np.empty(STRIP))
     sums, logarithm = np.zeros((3, len(charge), BLOCK)), np.empty(BLOCK)
-    place_of, distance = np.empty(BLOCK, np.int64), np.zeros(BLOCK)
+    place_of, distance, whole = np.empty(BLOCK, np.int64), np.zeros(BLOCK), np.bool_(False)
     for chunk in range(first, last):
-        place, low, high = 0, 0, 0
+        place, low, high = int64(0), int64(0), int64(0)
         for begin in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(which)), BLOCK):
             n = min(BLOCK, len(which) - begin)
             for i in range(n):
@@ -280,7 +280,7 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                 sum_window(
                     sources, crowds, low, high, windows.level[index], row, factor, orders, strip, sums, i
                 )
-            finish_rows(rows, place_of, n, False, w, sources.exponent, distance, logarithm, sums)
+            finish_rows(rows, place_of, n, whole, w, sources.exponent, distance, logarithm, sums)
 
 
 @entry

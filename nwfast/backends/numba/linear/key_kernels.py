@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, LN2, entry
+from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
 from ..exp2 import exp2_double
 from .boxes import BLOCK, evaluate, lower_bound, to_marks
 from .far_rows import CHUNK, DIRECT, box_after
@@ -112,7 +112,7 @@ def find_windows(which, x, own, sources, key, shift, total, windows, nearest, fa
     """
     weighted, w = sources.key, sources.w
     for chunk in range(first, last):
-        place, place_all, low, high = 0, 0, 0, 0
+        place, place_all, low, high = int64(0), int64(0), int64(0), int64(0)
         for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(which))):
             r = which[index]
             skip = own[r] if len(own) > 0 else -1

@@ -117,6 +117,6 @@ def _nearest(key: np.ndarray, x: np.ndarray, own: np.ndarray) -> np.ndarray:
     left = right - 1
     left, right = left - (left == own), right + (right == own)
     lower, upper = key[np.maximum(left, 0)], key[np.minimum(right, len(key) - 1)]
-    number, rest = mirrored(x, lower)
+    number, rest = mirrored.py_func(x, lower)
     take_left = (left >= 0) & ((right >= len(key)) | ((number - upper) + rest <= 0))
     return np.where(take_left, left, right)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, LN2, entry
+from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
 from ..exp2 import ROUND, exp2_double
 from .boxes import PAD, evaluate, padded, to_marks
 
@@ -220,14 +220,14 @@ def near_rows(
     marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
     place, distance = np.empty(size, np.int64), np.empty(size)
     for unit in range(first, last):
-        held = 0
+        held = int64(0)
         for piece in range(unit * group, min((unit + 1) * group, len(box))):
             own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
             for at in range(start[piece], stop[piece], HELD):
                 n = min(HELD, stop[piece] - at)
                 if held + n > HELD:
                     finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)
-                    held = 0
+                    held = int64(0)
                 most = min(padded(n), len(x) - at)
                 to_marks(x[at : at + most], centre[piece], scale, marks)
                 for c in range(count):
