@@ -1,4 +1,4 @@
-"""What all Numba kernels share: compile options, typed pointers, exp2 and the addressing of strided batches.
+"""What all Numba kernels share: compile options, the cache on disk, typed pointers, strided batches.
 
 Kernels get one int64 array, the *description* of a call, with sizes, addresses and strides at the places named below.
 One small array costs less per call than a dozen array arguments, and one compiled kernel serves every number of
@@ -10,19 +10,19 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from ... import constants
-from ...constants import EXP2_FLOOR_DOUBLE, EXP2_FLOOR_FLOAT, HALF_LOG2E, LN2, ROOT
+from ...constants import HALF_LOG2E, LN2, ROOT
 
 __all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
 
-# Numba's cache looks at the file of an entry point alone; with this digest of all sources in the entry point's closure
-# a changed kernel in another file is a new entry.
+# Of all sources: see _Cache.
 DIGEST = hashlib.sha256(
     b"".join(
         source.read_bytes()
@@ -32,8 +32,12 @@ DIGEST = hashlib.sha256(
 
 # Neither nnan nor ninf: NaN and inf are data here. The flags stay with a function's own operations when it is inlined,
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
-EXACT = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
-SUMS = {**EXACT, "fastmath": {"nsz", "contract", "reassoc"}}
+# Only entry points get the wrappers by which Python calls a function: they cost about a fifth of the compile time.
+# Constants in the arguments of an inner function make a version of it for each (Numba's literal types), as do variables
+# that begin as constants: where such a function is large, they begin as int64(0) instead.
+_INSIDE = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+EXACT = {**_INSIDE, "fastmath": {"nsz", "contract"}}
+SUMS = {**_INSIDE, "fastmath": {"nsz", "contract", "reassoc"}}
 
 # Places in the description: sizes, then addresses, then strides (in elements) of the last dimensions.
 BATCH, M, N, D, C, SELF = range(6)
@@ -49,13 +53,7 @@ BATCH_ITEMS = 6
 
 # To be written where kernels widen: in them Python's float(x) leaves a float32 as it is, and x - y is rounded to one.
 double: Any = np.float64
-
-# With w scaled by ROOT the score in base 2 is a plain square: exp(-(w d)^2 / 2) = 2^-((ROOT w) d)^2.
-ROUND = 6755399441055744.0  # 1.5 * 2^52
-
-# 2^f on [0, 1), from the constant term on.
-EXP2_FLOAT = tuple(np.float32(coefficient) for coefficient in EXP2_FLOOR_FLOAT)
-_D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_FLOOR_DOUBLE
+int64: Any = np.int64
 
 
 def _say_once(what: str, seen: list[bool]) -> None:
@@ -71,37 +69,39 @@ def _say_once(what: str, seen: list[bool]) -> None:
 _SAID: list[bool] = []
 
 
-class _Cache:
-    """Numba's cache of one function, without the failures of the disk: what cannot be read is compiled."""
+class _Cache(FunctionCache):
+    """Numba's cache of one function, for these sources, and without the failures of the disk.
 
-    def __init__(self, cache: Any):
-        self._cache = cache
+    Numba looks at the file of an entry point alone: here a change in any file is a new entry. What cannot be read is
+    compiled.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+    def _index_key(self, *about: Any) -> tuple:
+        return *super()._index_key(*about), DIGEST
 
     def load_overload(self, *about: Any) -> Any:
         try:
-            return self._cache.load_overload(*about)
+            return super().load_overload(*about)
         except (OSError, EOFError, UnpicklingError):
             return None
 
     def save_overload(self, *about: Any) -> None:
         try:
-            self._cache.save_overload(*about)
+            super().save_overload(*about)
         except OSError as error:
             _say_once(str(error), _SAID)
 
 
 def entry(function: Callable) -> Callable:
-    """Compile an entry point; cached on disk where a place for that can be written."""
-    compiled = njit(**EXACT)(function)
+    """Compile an entry point, which takes the units first .. last of a call; all else is compiled into these.
+
+    Cached on disk where a place for that can be written.
+    """
+    compiled = njit(**(EXACT | {"no_cpython_wrapper": False}))(function)
     try:
-        compiled.enable_caching()
+        compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written
         _say_once(str(error), _SAID)
-    else:
-        compiled._cache = _Cache(compiled._cache)
     return compiled
 
 
@@ -117,27 +117,6 @@ def pointer(typingctx, address, example):
 
 
 @njit(**EXACT)
-def exp2_double(x):
-    """2^x for x < 1024, relative error 3e-16; 0 below -1022. Branch-free: loops over it become vector code."""
-    x = max(x, -1023.0)
-    whole = np.floor(x)
-    f = x - whole
-    p = _D11 * f + _D10
-    p = p * f + _D9
-    p = p * f + _D8
-    p = p * f + _D7
-    p = p * f + _D6
-    p = p * f + _D5
-    p = p * f + _D4
-    p = p * f + _D3
-    p = p * f + _D2
-    p = p * f + _D1
-    p = p * f + _D0
-    # Adding ROUND leaves a whole number in the low bits.
-    return p * np.int64((np.float64(whole + ROUND).view(np.int64) + 1023) << 52).view(np.float64)
-
-
-@njit(**EXACT)
 def offset(about, b, operand):
     """Where batch element b of an operand (0 query, 1 key, 2 value, 3 weight, 4 w) starts, in elements."""
     where = 0
@@ -147,3 +126,41 @@ def offset(about, b, operand):
         where += (b % size) * about[place + 1 + operand]
         b //= size
     return where
+
+
+class Inputs(NamedTuple):
+    """The inputs as pointers, and where those of one batch element start, in elements."""
+
+    query: Any
+    key: Any
+    value: Any
+    weight: Any
+    w: Any
+    at_query: int
+    at_key: int
+    at_value: int
+    at_weight: int
+    at_w: int
+
+
+@njit(**EXACT)
+def inputs_of(example, about, b):
+    """The inputs of batch element b."""
+    return Inputs(
+        pointer(about[QUERY], example),
+        pointer(about[KEY], example),
+        pointer(about[VALUE], example),
+        pointer(about[WEIGHT], example),
+        pointer(about[W], example),
+        offset(about, b, 0),
+        offset(about, b, 1),
+        offset(about, b, 2),
+        offset(about, b, 3),
+        offset(about, b, 4),
+    )
+
+
+@njit(**EXACT)
+def lse_gradient(example, about, row):
+    """The gradient of a row's lse in float64, 0 where there is none."""
+    return double(pointer(about[GRAD_LSE], example)[row]) if about[GRAD_LSE] != 0 else 0.0

@@ -21,7 +21,7 @@ _KEY_SAMPLE, _QUERY_SAMPLE = 256, 64
 # passes in float32 of 300 to 300,000 points, w from 0.1 to 1e5, in float64 of 400 to 10,000 points, w up to 1e4; with
 # gradients the latter in both. `benchmarks/studies/method_cost.py --backend numba` shows how good they are.
 # Dense: each query, each pair in the window, each key outside (its tile is skipped), and each pair of a query that no
-# key is near, whose sum is taken again with care. The backward pass has much the same proportions but for this last.
+# key is near, a far row, whose sum is taken anew. The backward pass has much the same proportions but for this last.
 _DENSE_ROW, _DENSE_PAIR = 150.0, {torch.float32: 0.4, torch.float64: 0.95}
 _DENSE_SKIPPED, _FAR_PAIR_FORWARD, _FAR_PAIR_BACKWARD = 0.03, 2.7, 20.0
 # Linear: each call (less where all data are one box), each point, each query that takes its keys by themselves and

@@ -8,14 +8,13 @@ than all others, and nothing of what it held reaches a result. Its gradients are
 which is summed here, in float64 and relative to the largest exponent, since the key may be nearer than all that count.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from .base import DIGEST, EXACT, ROOT, entry, exp2_double
+from .base import EXACT, ROOT, entry
+from .exp2 import exp2_double
 from .scores import limited, parts_of_score, sum_of_score
 
 ROWS = 1024  # whose exponents are held at once
@@ -71,44 +70,37 @@ def scaled(x, exponent):
     return limited(x) if exponent > 0.0 else limited(x * exp2_double(exponent))
 
 
-def _compile_weights(digest: str) -> Callable:
-    @entry
-    def weights(query, reference, base, grad_out, pull, out, w, key, value, own, result, first, last):
-        """Fill result (keys first .. last). Of each row: its exponents are those relative to `reference`, plus base.
+@entry
+def weights(query, reference, base, grad_out, pull, out, w, key, value, own, result, first, last):
+    """Fill result (keys first .. last). Of each row: its exponents are those relative to `reference`, plus base.
 
-        pull (rows): what comes through lse. own (keys): the row that leaves the key out, or -1.
-        """
-        digest  # noqa: B018
-        exponents = np.empty(ROWS)
-        rows, channels = len(query), grad_out.shape[1]
-        for j in range(first, last):
-            total, top = 0.0, -np.inf
-            for begin in range(0, rows, ROWS):
-                end, here = min(begin + ROWS, rows), -np.inf
-                for i in range(begin, end):
-                    exponent = _exponent(query[i], key[j], reference[i], w, base[i])
-                    exponents[i - begin] = exponent
-                    if i != own[j]:
-                        here = max(here, exponent)
-                if here == -np.inf:
-                    continue
-                part = 0.0
-                for i in range(begin, end):
-                    if i != own[j]:
-                        by = pull[i]
-                        for c in range(channels):
-                            by += grad_out[i, c] * (value[j, c] - out[i, c])
-                        part = limited(part + exp2_double(exponents[i - begin] - here) * limited(by))
-                if here > top:
-                    total *= exp2_double(top - here)
-                    top = here
-                total = limited(total + part * exp2_double(here - top))
-            result[j] = scaled(total, top) if top > -np.inf else 0.0
-
-    return weights
-
-
-weights = _compile_weights(DIGEST)
+    pull (rows): what comes through lse. own (keys): the row that leaves the key out, or -1.
+    """
+    exponents = np.empty(ROWS)
+    rows, channels = len(query), grad_out.shape[1]
+    for j in range(first, last):
+        total, top = 0.0, -np.inf
+        for begin in range(0, rows, ROWS):
+            end, here = min(begin + ROWS, rows), -np.inf
+            for i in range(begin, end):
+                exponent = _exponent(query[i], key[j], reference[i], w, base[i])
+                exponents[i - begin] = exponent
+                if i != own[j]:
+                    here = max(here, exponent)
+            if here == -np.inf:
+                continue
+            part = 0.0
+            for i in range(begin, end):
+                if i != own[j]:
+                    by = pull[i]
+                    for c in range(channels):
+                        by += grad_out[i, c] * (value[j, c] - out[i, c])
+                    part = limited(part + exp2_double(exponents[i - begin] - here) * limited(by))
+            if here > top:
+                total *= exp2_double(top - here)
+                top = here
+            total = limited(total + part * exp2_double(here - top))
+        result[j] = scaled(total, top) if top > -np.inf else 0.0
 
 
 def rows_of(

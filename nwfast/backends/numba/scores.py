@@ -15,7 +15,8 @@ import math
 import numpy as np
 from numba import njit
 
-from .base import EXACT, LN2, SUMS, double, exp2_double
+from .base import EXACT, LN2, SUMS, double
+from .exp2 import exp2_double
 
 MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
 HUGE = 1e300  # scores beyond are as good as infinite
@@ -92,6 +93,13 @@ def fold(x, n, largest):
 
 
 @njit(**EXACT)
+def copy(x, to):
+    """to[:] = x, without the code that compares shapes, which takes a second to compile."""
+    for j in range(len(x)):
+        to[j] = x[j]
+
+
+@njit(**EXACT)
 def distances(q, k, x):
     """|q - k_j|."""
     for j in range(len(k)):
@@ -114,7 +122,7 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
     distances(q, k, terms)
     if skip >= 0:
         terms[skip] = np.inf
-    scratch[:] = terms
+    copy(terms, scratch)
     best = fold(scratch, n, False)
     origin = 0
     while terms[origin] != best:
@@ -124,7 +132,7 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
         scores_of_one(q, k, origin, w, terms)
         if skip >= 0:
             terms[skip] = -np.inf
-        scratch[:] = terms
+        copy(terms, scratch)
         top = fold(scratch, n, True)
         if top > 0.0:
             before, origin = origin, 0

@@ -43,7 +43,7 @@ def native_plan(key, w):
 
 def numba_plan(key, w):
     """As native_plan, with Chebyshev polynomials of t turned into powers."""
-    accuracy = numba_fgt_plan.DOUBLE if key.dtype == torch.float64 else numba_fgt_plan.SINGLE
+    accuracy = numba_fgt_plan.DOUBLE if key.dtype == torch.float64 else numba_fgt_plan.FLOAT
     x = key.double().numpy()
     plan = numba_fgt_plan.make_plan(accuracy, w, x, x)
     matrices = np.einsum("kn,okm->onm", numba_fgt_plan.powers(plan.terms), plan.matrices)

@@ -14,10 +14,11 @@ import torch
 import nwfast
 from nwfast import backends
 
-pytest.importorskip("numba")
-dense, fgt = backends.load("numba"), backends.load("numba_fgt")
+numba = pytest.importorskip("numba")
+dense, linear = backends.load("numba"), backends.load("numba_fgt")
+base, boxes = backends.load("numba.base"), backends.load("numba.linear.boxes")
 
-METHODS = {"dense": dense, "fgt": fgt}
+METHODS = {"dense": dense, "fgt": linear}
 NAMES = ("query", "key", "value", "w", "key_weight")
 DTYPES = [torch.float32, torch.float64]
 ALL = 31
@@ -96,7 +97,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-11}
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_masked_keys_may_hold_anything(bad, dtype, method):
+def test_keys_left_out_may_hold_anything(bad, dtype, method):
     for features in (1,) if method == "fgt" else (1, 3):
         key, value = torch.rand(300, features, dtype=dtype), torch.rand(300, 2, dtype=dtype)
         query, w = torch.rand(40, features, dtype=dtype), torch.tensor([7.0], dtype=dtype)
@@ -118,7 +119,7 @@ def test_masked_keys_may_hold_anything(bad, dtype, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_keys_nearer_than_all_others(dtype, method):
+def test_keys_left_out_nearer_than_all_others(dtype, method):
     """Their weights' gradients overflow to the largest number; nothing else notices them."""
     for gap in (13.0, 30.0, 200.0):
         query, key = column([0.0, 0.5], dtype), column([0.0, gap, gap + 0.1], dtype)
@@ -136,7 +137,7 @@ def test_masked_keys_nearer_than_all_others(dtype, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_masked_keys_anywhere(method):
+def test_weights_of_keys_left_out_anywhere(method):
     """Outside the boxes of those kept, in gaps, many bandwidths away, and at their own row's place."""
     generator = torch.Generator().manual_seed(1)
     key = torch.rand(320, 1, generator=generator, dtype=torch.float64)
@@ -367,7 +368,20 @@ def test_many_features_in_float32(features):
             assert (error <= budget).all(), f"{name}: {float((error / budget).max()):.3g}"
 
 
-# A disk that cannot be written.
+# The cache on disk.
+
+
+def test_kernels_are_loaded_until_any_source_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def loaded() -> bool:
+        kernel = base.entry(boxes.cut_points.py_func)
+        assert kernel(np.arange(3.0), 1.0, np.empty(3, np.int64), np.empty(4, np.int64)) == 3
+        return bool(kernel.stats.cache_hits)
+
+    assert [loaded(), loaded()] == [False, True]
+    monkeypatch.setattr(base, "DIGEST", "of a change in another file")
+    assert [loaded(), loaded()] == [False, True]
 
 
 def test_kernels_run_where_nothing_can_be_cached(tmp_path):

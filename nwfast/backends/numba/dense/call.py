@@ -1,4 +1,4 @@
-"""The Numba backend: the kernels of units.py, run over a pool of threads.
+"""The Numba backend: the kernels of rows.py and keys.py, run over a pool of threads.
 
 Work is cut into units of a fixed size: a batch element and a block of its rows (queries forwards, keys backwards). A
 unit is computed by one thread and sums are taken in the order of units, so no bit depends on the number of threads.
@@ -19,8 +19,9 @@ from torch import Tensor
 from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
 from .. import base as place
 from .. import left_out as left_out_keys
-from . import units
-from .rows import EMPTY, FAR
+from .keys import backward_keys
+from .rows import EMPTY, FAR, QUERY_BLOCK, backward_rows, backward_tangents, forward_rows
+from .tiles import TILE
 
 _EXAMPLE = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 _SERIAL = 60_000  # pairs below which a hand-over to other threads costs more than it saves
@@ -51,7 +52,7 @@ def forward(
     about[place.OUT], about[place.LSE], about[place.STATE] = out.data_ptr(), lse.data_ptr(), state.data_ptr()
     about[place.TANGENT_W] = by_w.data_ptr() if tangent_w else 0
     about[place.TANGENT_Q] = by_q.data_ptr() if tangent_q else 0
-    call.run(units.forward, call.m, units.QUERY_BLOCK)
+    call.run(forward_rows, call.m, QUERY_BLOCK)
     return out, lse, state, by_w, by_q
 
 
@@ -105,7 +106,7 @@ def backward(
         and not (needs & NEEDS_QUERY and not tangent_q.numel())
         and not (needs & NEEDS_W and not tangent_w.numel())
     )
-    blocks = 1 if products else -(-call.m // units.QUERY_BLOCK)
+    blocks = 1 if products else -(-call.m // QUERY_BLOCK)
     sums = np.zeros((call.size, blocks, call.d))
     if needs & NEEDS_QUERY:
         about[place.GRAD_QUERY] = grad_query.data_ptr()
@@ -114,13 +115,13 @@ def backward(
     if products:
         tangents = tangent_w.contiguous(), tangent_q.contiguous()
         about[place.TANGENT_W], about[place.TANGENT_Q] = tangents[0].data_ptr(), tangents[1].data_ptr()
-        units.backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
+        backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
         # A tangent may be beyond all numbers where its product with the cotangent is not.
         products = bool(np.isfinite(sums).all() and np.isfinite(grad_query.numpy()).all())
         if products:
             about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
         else:
-            blocks = -(-call.m // units.QUERY_BLOCK)
+            blocks = -(-call.m // QUERY_BLOCK)
             sums = np.zeros((call.size, blocks, call.d))
             about[place.GRAD_W] = sums.ctypes.data if needs & NEEDS_W else 0
     if keys_wanted or not products:
@@ -128,7 +129,7 @@ def backward(
         kinds = np.empty(call.size * call.m, np.int8)
         about[place.ROWS], about[place.MEANS] = rows.ctypes.data, means.ctypes.data
         about[place.KINDS] = kinds.ctypes.data
-        call.run(units.backward_rows, call.m, units.QUERY_BLOCK)
+        call.run(backward_rows, call.m, QUERY_BLOCK)
     if needs & NEEDS_W:
         grad_w = _sum_for_w(sums.sum(1), call.batch, w)
     if keys_wanted:
@@ -138,7 +139,7 @@ def backward(
             about[place.GRAD_VALUE] = grad_value.data_ptr()
         if needs & NEEDS_KEY_WEIGHT:
             about[place.GRAD_WEIGHT] = grad_weight.data_ptr()
-        call.run(units.backward_keys, call.n, units.TILE)
+        call.run(backward_keys, call.n, TILE)
     if keys_wanted and left_out is not None:
         for gradient in (grad_key, grad_value):
             if gradient.numel():

@@ -1,4 +1,4 @@
-"""Row by row in float64, for any input: the path for the rows that the fast kernels decline, and for their gradients.
+"""Far rows, those that the tiled kernels decline, and their gradients: row by row in float64, for any input.
 
 The terms of a row are those of scores.py. Parallel over blocks of rows (forward, query side) and blocks of keys (key
 side).
@@ -12,17 +12,14 @@ from numba import njit
 from ..base import (
     EXACT,
     GRAD_KEY,
-    GRAD_LSE,
     GRAD_OUT,
     GRAD_QUERY,
     GRAD_W,
     GRAD_WEIGHT,
-    KEY,
     KEY_D,
     KEY_N,
     LSE,
     OUT,
-    QUERY,
     QUERY_D,
     QUERY_M,
     ROOT,
@@ -31,7 +28,6 @@ from ..base import (
     SUMS,
     TANGENT_Q,
     TANGENT_W,
-    VALUE,
     VALUE_C,
     VALUE_N,
     W_D,
@@ -41,12 +37,12 @@ from ..base import (
     D,
     M,
     N,
-    W,
     double,
-    exp2_double,
-    offset,
+    inputs_of,
+    lse_gradient,
     pointer,
 )  # fmt: skip
+from ..exp2 import exp2_double
 from ..scores import both_distances, limited, lse_of, relative_score, row_terms
 
 CLAMP = 1000.0  # of exponents in base 2
@@ -93,46 +89,54 @@ def load_row(pointer_to, at, step, out):
 
 
 @njit(**EXACT)
+def bandwidths(about, given):
+    """The inverse bandwidths w of all features, and times ROOT, as float64."""
+    plain, w = np.empty(about[D]), np.empty(about[D])
+    load_row(given.w, given.at_w, about[W_D], plain)
+    for f in range(about[D]):
+        w[f] = plain[f] * ROOT
+    return plain, w
+
+
+@njit(**EXACT)
+def terms_of_row(about, given, q, w, skip, terms):
+    """`row_terms` of all keys but `skip`."""
+    return row_terms(
+        q,
+        w,
+        given.key,
+        given.at_key,
+        about[KEY_N],
+        about[KEY_D],
+        about[N],
+        given.weight,
+        given.at_weight,
+        about[WEIGHT_N],
+        about[WEIGHT] != 0,
+        skip,
+        terms,
+    )
+
+
+@njit(**EXACT)
 def forward_rows(example, about, unit, first, last):
     """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
     n, n_features, n_channels = about[N], about[D], about[C]
-    query, key, value = (
-        pointer(about[QUERY], example),
-        pointer(about[KEY], example),
-        pointer(about[VALUE], example),
-    )
-    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
-    weighted = about[WEIGHT] != 0
-    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
-    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
+    given = inputs_of(example, about, unit)
+    value, at_value = given.value, given.at_value
+    key, at_key = given.key, given.at_key
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
     state = pointer(about[STATE], np.empty(0))
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-    q, w = np.empty(n_features), np.empty(n_features)
-    load_row(bandwidth, at_w, about[W_D], w)
-    plain_w = w[0]
-    for f in range(n_features):
-        w[f] *= ROOT
+    q = np.empty(n_features)
+    plain, w = bandwidths(about, given)
+    plain_w = plain[0]
     terms = np.empty(n)
     for i in range(first, last):
         row = unit * about[M] + i
-        load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+        load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, _, shift, total = row_terms(
-            q,
-            w,
-            key,
-            at_k,
-            about[KEY_N],
-            about[KEY_D],
-            n,
-            weight,
-            at_a,
-            about[WEIGHT_N],
-            weighted,
-            skip,
-            terms,
-        )
+        origin, _, shift, total = terms_of_row(about, given, q, w, skip, terms)
         state[2 * row], state[2 * row + 1] = shift, total
         lse[row] = lse_of(total, shift)
         if origin < 0:
@@ -145,15 +149,15 @@ def forward_rows(example, about, unit, first, last):
                 tangent_q[row] = spread
             continue
         for c in range(n_channels):
-            mean = row_mean(terms, total, value, at_v + c * about[VALUE_C], about[VALUE_N], n, skip)
+            mean = row_mean(terms, total, value, at_value + c * about[VALUE_C], about[VALUE_N], n, skip)
             out[row * n_channels + c] = mean
             if about[TANGENT_W] != 0 or about[TANGENT_Q] != 0:
-                k0 = double(key[at_k + origin * about[KEY_N]])
+                k0 = double(key[at_key + origin * about[KEY_N]])
                 by_q, by_w = 0.0, 0.0
                 for j in range(n):
                     if terms[j] != 0.0 and j != skip:
-                        k = double(key[at_k + j * about[KEY_N]])
-                        part = (terms[j] / total) * (double(value[at_v + j * about[VALUE_N]]) - mean)
+                        k = double(key[at_key + j * about[KEY_N]])
+                        part = (terms[j] / total) * (double(value[at_value + j * about[VALUE_N]]) - mean)
                         part *= limited((k0 - k) * plain_w)
                         by_q += part
                         by_w += part * limited((q[0] - k) + (q[0] - k0))
@@ -170,66 +174,44 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
     For each row of the batch: rows holds (index of k*, top, total), means its out in float64.
     """
     n, n_features, n_channels = about[N], about[D], about[C]
-    query, key, value = (
-        pointer(about[QUERY], example),
-        pointer(about[KEY], example),
-        pointer(about[VALUE], example),
-    )
-    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
-    weighted = about[WEIGHT] != 0
-    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
-    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
-    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    given = inputs_of(example, about, unit)
+    value, at_value = given.value, given.at_value
+    key, at_key = given.key, given.at_key
+    grad_out = pointer(about[GRAD_OUT], example)
     grad_query = pointer(about[GRAD_QUERY], example)
-    q, w, plain_w = np.empty(n_features), np.empty(n_features), np.empty(n_features)
-    load_row(bandwidth, at_w, about[W_D], plain_w)
-    for f in range(n_features):
-        w[f] = plain_w[f] * ROOT
+    q = np.empty(n_features)
+    plain_w, w = bandwidths(about, given)
     terms, pull = np.empty(n), np.empty(n)
     for i in range(first, last):
         row = unit * about[M] + i
-        load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+        load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, top, _, total = row_terms(
-            q,
-            w,
-            key,
-            at_k,
-            about[KEY_N],
-            about[KEY_D],
-            n,
-            weight,
-            at_a,
-            about[WEIGHT_N],
-            weighted,
-            skip,
-            terms,
-        )
+        origin, top, _, total = terms_of_row(about, given, q, w, skip, terms)
         rows[3 * row], rows[3 * row + 1], rows[3 * row + 2] = origin, top, total
         pull[:] = 0.0
         for c in range(n_channels):
             means[row * n_channels + c] = np.nan
             if origin >= 0:
-                at = at_v + c * about[VALUE_C]
+                at = at_value + c * about[VALUE_C]
                 means[row * n_channels + c] = row_mean(terms, total, value, at, about[VALUE_N], n, skip)
                 g = double(grad_out[row * n_channels + c])
                 for j in range(n):
                     pull[j] += g * (double(value[at + j * about[VALUE_N]]) - means[row * n_channels + c])
         if about[GRAD_QUERY] == 0 and about[GRAD_W] == 0:
             continue
-        through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+        through_lse = lse_gradient(example, about, row)
         for f in range(n_features):
             if origin < 0:
                 by_q = by_w = 0.0 if total == 0.0 else np.nan
             else:
                 # Relative to k*: sum_j p_j (<g, v_j - out> + g_lse) = g_lse.
-                k0 = double(key[at_k + origin * about[KEY_N] + f * about[KEY_D]])
+                k0 = double(key[at_key + origin * about[KEY_N] + f * about[KEY_D]])
                 d0 = limited(q[f] - k0)
                 by_q = through_lse * limited(d0 * plain_w[f])
                 by_w = by_q * d0
                 for j in range(n):
                     if terms[j] != 0.0 and j != skip:
-                        k = double(key[at_k + j * about[KEY_N] + f * about[KEY_D]])
+                        k = double(key[at_key + j * about[KEY_N] + f * about[KEY_D]])
                         part = terms[j] / total * (pull[j] + through_lse) * limited((k0 - k) * plain_w[f])
                         by_q += part
                         by_w += part * limited(both_distances(q[f], k, k0))
@@ -245,46 +227,38 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
     Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
     """
     n_features, n_channels = about[D], about[C]
-    query, key, value = (
-        pointer(about[QUERY], example),
-        pointer(about[KEY], example),
-        pointer(about[VALUE], example),
-    )
-    weight, bandwidth = pointer(about[WEIGHT], example), pointer(about[W], example)
-    at_q, at_k, at_v = offset(about, unit, 0), offset(about, unit, 1), offset(about, unit, 2)
-    at_a, at_w = offset(about, unit, 3), offset(about, unit, 4)
-    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    given = inputs_of(example, about, unit)
+    value, at_value = given.value, given.at_value
+    key, at_key = given.key, given.at_key
+    grad_out = pointer(about[GRAD_OUT], example)
     wanted = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
-    q, w, plain_w = np.empty(n_features), np.empty(n_features), np.empty(n_features)
-    by_key = np.empty(n_features)
-    load_row(bandwidth, at_w, about[W_D], plain_w)
-    for f in range(n_features):
-        w[f] = plain_w[f] * ROOT
+    q, by_key = np.empty(n_features), np.empty(n_features)
+    plain_w, w = bandwidths(about, given)
     for j in range(first, last):
         by_key[:] = 0.0
-        place = at_k + j * about[KEY_N]
+        place = at_key + j * about[KEY_N]
         a, mantissa, exponent = 1.0, 1.0, 0.0
         if about[WEIGHT] != 0:
-            a = double(weight[at_a + j * about[WEIGHT_N]])
+            a = double(given.weight[given.at_weight + j * about[WEIGHT_N]])
             mantissa, exponent = math.frexp(a)
         for i in far:
             row = unit * about[M] + i
             total = rows[3 * row + 2]
             if total == 0.0 or (about[SELF] and i == j):
                 continue
-            load_row(query, at_q + i * about[QUERY_M], about[QUERY_D], q)
+            load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
             p = score = np.nan
             if rows[3 * row] >= 0:
-                origin_at = at_k + int(rows[3 * row]) * about[KEY_N]
+                origin_at = at_key + int(rows[3 * row]) * about[KEY_N]
                 score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
                 p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
-            pull = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+            pull = lse_gradient(example, about, row)
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c])
                 grad_value[c, j - first] += p * g
                 if wanted:
                     pull += g * (
-                        double(value[at_v + j * about[VALUE_N] + c * about[VALUE_C]])
+                        double(value[at_value + j * about[VALUE_N] + c * about[VALUE_C]])
                         - means[row * n_channels + c]
                     )
             if wanted:

@@ -1,6 +1,6 @@
 """The key side: gradients of a block of keys in one pass over all rows, the terms recomputed from the saved state."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -25,18 +25,40 @@ from ..base import (
     N,
     double,
     entry,
+    inputs_of,
+    lse_gradient,
     pointer,
 )  # fmt: skip
-from . import far as robust
-from .rows import FAR, NEAR, effective_state, load_queries, load_w, project
-from .tiles import TILE, box_score, gauss, pack, survey, tile_scores, tile_terms_unshifted
+from . import far
+from .rows import FAR, NEAR, block_for, block_of, effective_state, load_block, project
+from .tiles import (
+    TILE,
+    bounds_for,
+    least_score,
+    no_survey,
+    pack,
+    shifted_terms,
+    survey,
+    terms_for,
+    tile_for,
+    tile_scores,
+    tile_terms_unshifted,
+)
 
 ROWS_AT_ONCE = 64  # summed in the dtype of the data, then added to float64
 
 
+class Gradients(NamedTuple):
+    """Sums for some keys: key (D, n), value (C, n), weight (n)."""
+
+    key: np.ndarray
+    value: np.ndarray
+    weight: np.ndarray
+
+
 @njit(**EXACT)
-def add_scalar(p, k, v, q, g, level, grad_key, grad_value, grad_weight, n):
-    """One feature, one channel: all three gradients in one loop."""
+def add_single(p, k, v, q, g, level, grad_key, grad_value, grad_weight, n):
+    """A single feature and channel: all three gradients in one loop."""
     for j in range(n):
         pull = p[j] * (g * v[j] - level)
         grad_value[j] += p[j] * g
@@ -66,32 +88,44 @@ def add_key(p, projected, q, keys, grad_key, grad_weight, n):
 
 
 @njit(**EXACT)
-def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds, by_key, by_value, by_weight):
-    """Add what near rows give to the gradients of the keys start..stop: by_key (D, n), by_value (C, n), by_weight."""
-    n, n_features, n_channels = stop - start, about[D], about[C]
+def gradients_for(about, size, dtype):
+    """Zeros for the gradients of so many keys."""
+    return Gradients(
+        np.zeros((about[D], size), dtype), np.zeros((about[C], size), dtype), np.zeros(size, dtype)
+    )
+
+
+@njit(**EXACT)
+def add_block(part, whole):
+    """Add what a few rows gave, in the dtype of the data, to the sums in float64."""
+    for f in range(len(part.key)):
+        for j in range(len(part.weight)):
+            whole.key[f, j] += double(part.key[f, j])
+    for c in range(len(part.value)):
+        for j in range(len(part.weight)):
+            whole.value[c, j] += double(part.value[c, j])
+    for j in range(len(part.weight)):
+        whole.weight[j] += double(part.weight[j])
+
+
+@njit(**EXACT)
+def add_near(example, about, b, start, stop, exponent, bounds, kinds, whole):
+    """Add what near rows give to the gradients of the keys start .. stop."""
+    n, n_features, n_channels, dtype = stop - start, about[D], about[C], example.dtype
     through_keys = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
     skip = 180.0 if example.itemsize == 4 else 500.0
-    tile = start // TILE
-    weighted = about[WEIGHT] != 0
-    grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
+    low, high = bounds.low[start // TILE], bounds.high[start // TILE]
+    grad_out = pointer(about[GRAD_OUT], example)
     out, state = pointer(about[OUT], example), pointer(about[STATE], np.empty(0))
-    dtype = example.dtype
-    keys, values, weights = (
-        np.empty((n_features, n), dtype),
-        np.empty((n_channels, n), dtype),
-        np.empty(n, dtype),
-    )
-    grad_key, grad_value = np.empty((n_features, n), dtype), np.empty((n_channels, n), dtype)
-    grad_weight = np.empty(n, dtype)
-    s, p, projected = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    rest = np.empty(n, dtype)
-    w, gradients = np.empty(n_features, dtype), np.empty(n_channels, dtype)
-    queries, fit = np.empty((ROWS_AT_ONCE, n_features), dtype), np.empty(ROWS_AT_ONCE, np.bool_)
-    load_w(example, about, b, w)
-    pack(example, about, b, start, n, centre, exponent, keys, values, weights)
+    given, tile, terms = inputs_of(example, about, b), tile_for(example, about, n), terms_for(example, n)
+    keys, values, s, p = tile.keys, tile.values, terms.s, terms.p
+    part, block = gradients_for(about, n, dtype), block_for(example, about, ROWS_AT_ONCE)
+    grad_key, grad_value, grad_weight = part.key, part.value, part.weight
+    w, gradients, projected = block.w, np.empty(n_channels, dtype), np.empty(n, dtype)
+    pack(about, given, start, n, bounds.centre, exponent, tile)
     for first in range(0, about[M], ROWS_AT_ONCE):
         last = min(first + ROWS_AT_ONCE, about[M])
-        load_queries(example, about, b, first, last, queries, fit)
+        load_block(example, about, given, first, last, block)
         grad_key[:] = 0
         grad_value[:] = 0
         grad_weight[:] = 0
@@ -100,28 +134,26 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
             row = b * about[M] + i
             if kinds[row] != NEAR:
                 continue
-            q = queries[i - first]
+            q = block.queries[i - first]
             top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-            if box_score(q, w, low[tile], high[tile]) - top > skip:
+            if least_score(q, w, low, high) - top > skip:
                 continue
             touched = True
             if n_features == 1:
                 tile_terms_unshifted(q, keys, w, n, p)
             else:
-                tile_scores(q, keys, w, n, s, p, rest)
-                shift = dtype.type(top)
-                for j in range(n):
-                    p[j] = gauss(s[j] - shift)
+                tile_scores(q, keys, w, n, s, p, terms.rest)
+                shifted_terms(s, dtype.type(top), n, p)
             if about[SELF] and start <= i < stop:
                 p[i - start] = 0
-            level = -double(grad_lse[row]) / total if about[GRAD_LSE] != 0 else 0.0
+            level = -lse_gradient(example, about, row) / total if about[GRAD_LSE] != 0 else 0.0
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c]) / total
                 gradients[c] = g
-                level += g * (double(out[row * n_channels + c]) - double(centre[c]))
+                level += g * (double(out[row * n_channels + c]) - double(bounds.centre[c]))
             level = dtype.type(level)
             if n_features == 1 and n_channels == 1 and through_keys:
-                add_scalar(
+                add_single(
                     p,
                     keys[0],
                     values[0],
@@ -140,89 +172,59 @@ def add_near(example, about, b, start, stop, exponent, centre, low, high, kinds,
                     project(gradients, values, level, n, projected)
                     add_key(p, projected, q, keys, grad_key, grad_weight, n)
         if touched:
-            for f in range(n_features):
-                for j in range(n):
-                    by_key[f, j] += double(grad_key[f, j])
-            for c in range(n_channels):
-                for j in range(n):
-                    by_value[c, j] += double(grad_value[c, j])
-            for j in range(n):
-                by_weight[j] += double(grad_weight[j])
+            add_block(part, whole)
     scale = 2.0**-exponent
     for j in range(n):
-        a = double(weights[j]) if weighted else 1.0
+        a = double(tile.weights[j]) if about[WEIGHT] != 0 else 1.0
         for f in range(n_features):
-            by_key[f, j] *= a * double(w[f]) * double(w[f])
+            whole.key[f, j] *= a * double(w[f]) * double(w[f])
         for c in range(n_channels):
-            by_value[c, j] *= a
-        by_weight[j] *= scale
+            whole.value[c, j] *= a
+        whole.weight[j] *= scale
 
 
-def compile_backward(digest: str) -> Callable:
-    """The entry point for grad_key, grad_value and grad_key_weight; see units.py for the digest."""
+@njit(**EXACT)
+def rows_of_kind(about, b, kinds, kind):
+    """The rows of batch element b that are of this kind."""
+    count = 0
+    for i in range(about[M]):
+        count += kinds[b * about[M] + i] == kind
+    found = np.empty(count, np.int64)
+    count = 0
+    for i in range(about[M]):
+        if kinds[b * about[M] + i] == kind:
+            found[count] = i
+            count += 1
+    return found
 
-    @entry
-    def backward_keys(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-        kinds = pointer(about[KINDS], np.empty(0, np.int8))
-        n, n_features, n_channels = about[N], about[D], about[C]
-        grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
-        grad_weight = pointer(about[GRAD_WEIGHT], example)
-        surveyed, ordinary, exponent = -1, False, 0.0
-        for unit in range(first, last):
-            b = unit // tiles
-            start = (unit % tiles) * TILE
-            stop = min(start + TILE, n)
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
-                surveyed = b
-            by_key, by_value, by_weight = (
-                np.zeros((n_features, count)),
-                np.zeros((n_channels, count)),
-                np.zeros(count),
+
+@entry
+def backward_keys(example, about, first, last):
+    """Gradients of keys, values and weights."""
+    bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
+    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+    kinds = pointer(about[KINDS], np.empty(0, np.int8))
+    n, n_features, n_channels = about[N], about[D], about[C]
+    grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
+    grad_weight = pointer(about[GRAD_WEIGHT], example)
+    for unit in range(first, last):
+        b, start, stop = block_of(unit, n, TILE)
+        if b != surveyed:
+            found, surveyed = survey(example, about, b, bounds), b
+        whole = gradients_for(about, stop - start, np.float64)
+        if found.ordinary:
+            add_near(example, about, b, start, stop, found.exponent, bounds, kinds, whole)
+        far_rows = rows_of_kind(about, b, kinds, FAR)
+        if len(far_rows) > 0:
+            far.key_side(
+                example, about, b, start, stop, rows, means, far_rows, whole.key, whole.value, whole.weight
             )
-            if ordinary:
-                add_near(
-                    example,
-                    about,
-                    b,
-                    start,
-                    stop,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    kinds,
-                    by_key,
-                    by_value,
-                    by_weight,
-                )
-            far = 0
-            for i in range(about[M]):
-                far += kinds[b * about[M] + i] == FAR
-            if far > 0:
-                indices = np.empty(far, np.int64)
-                far = 0
-                for i in range(about[M]):
-                    if kinds[b * about[M] + i] == FAR:
-                        indices[far] = i
-                        far += 1
-                robust.key_side(
-                    example, about, b, start, stop, rows, means, indices, by_key, by_value, by_weight
-                )
-            for j in range(start, stop):
-                if about[GRAD_KEY] != 0:
-                    for f in range(n_features):
-                        grad_key[(b * n + j) * n_features + f] = by_key[f, j - start]
-                if about[GRAD_VALUE] != 0:
-                    for c in range(n_channels):
-                        grad_value[(b * n + j) * n_channels + c] = by_value[c, j - start]
-                if about[GRAD_WEIGHT] != 0:
-                    grad_weight[b * n + j] = by_weight[j - start]
-
-    return backward_keys
+        for j in range(start, stop):
+            if about[GRAD_KEY] != 0:
+                for f in range(n_features):
+                    grad_key[(b * n + j) * n_features + f] = whole.key[f, j - start]
+            if about[GRAD_VALUE] != 0:
+                for c in range(n_channels):
+                    grad_value[(b * n + j) * n_channels + c] = whole.value[c, j - start]
+            if about[GRAD_WEIGHT] != 0:
+                grad_weight[b * n + j] = whole.weight[j - start]

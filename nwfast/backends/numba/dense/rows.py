@@ -1,22 +1,23 @@
 """The query side: sums over all keys for a block of rows, by tiles of keys (see tiles.py for the terms)."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from ..base import (
+    BATCH,
     EXACT,
     GRAD_LSE,
     GRAD_OUT,
     GRAD_QUERY,
     GRAD_W,
+    HALF_LOG2E,
     KINDS,
     LN2,
     LSE,
     MEANS,
     OUT,
-    QUERY,
     QUERY_D,
     QUERY_M,
     ROWS,
@@ -30,26 +31,29 @@ from ..base import (
     D,
     M,
     N,
-    W,
     double,
     entry,
-    exp2_double,
-    offset,
+    inputs_of,
+    lse_gradient,
     pointer,
 )  # fmt: skip
-from . import far as robust
+from ..exp2 import exp2_double
+from . import far
 from .tiles import (
     ABSENT,
-    HALF_LOG2E,
     TILE,
-    box_score,
-    gauss,
+    bounds_for,
     in_range,
     least_of,
+    least_score,
+    no_survey,
     pack,
     products4,
     scores_trusted,
+    shifted_terms,
     survey,
+    terms_for,
+    tile_for,
     tile_moments,
     tile_scores,
     tile_terms_unshifted,
@@ -59,42 +63,59 @@ from .tiles import (
 )  # fmt: skip
 
 QUERY_BLOCK = 256
-NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows: for the fast kernels, for the robust ones, without any gradient
+NEAR, FAR, EMPTY = 0, 1, 2  # kinds of rows; those without any gradient are EMPTY
+
+
+class Block(NamedTuple):
+    """Rows of a batch element: queries (rows, D), whether the tiled kernels can take them, and w (D)."""
+
+    queries: np.ndarray
+    fit: np.ndarray
+    w: np.ndarray
 
 
 @njit(**EXACT)
-def load_queries(example, about, b, start, stop, queries, fit):
-    """Copy the rows start..stop and mark those whose numbers the fast kernels can take."""
-    query = pointer(about[QUERY], example)
-    at = offset(about, b, 0)
+def block_of(unit, length, size):
+    """Batch element, first and last row of a unit, by blocks of `size` of the rows of each element."""
+    blocks = (length + size - 1) // size
+    start = (unit % blocks) * size
+    return unit // blocks, start, min(start + size, length)
+
+
+@njit(**EXACT)
+def block_for(example, about, size):
+    """Room for so many rows."""
+    queries = np.empty((size, about[D]), example.dtype)
+    return Block(queries, np.empty(size, np.bool_), np.empty(about[D], example.dtype))
+
+
+@njit(**EXACT)
+def load_block(example, about, given, start, stop, block):
+    """Copy the rows start .. stop, and mark those whose numbers the tiled kernels can take."""
+    queries, fit = block.queries, block.fit
     limit = 1e15 if example.itemsize == 4 else 1e100
     for i in range(start, stop):
         fit[i - start] = True
         for f in range(about[D]):
-            q = query[at + i * about[QUERY_M] + f * about[QUERY_D]]
+            q = given.query[given.at_query + i * about[QUERY_M] + f * about[QUERY_D]]
             queries[i - start, f] = q
             fit[i - start] &= abs(double(q)) < limit
-
-
-@njit(**EXACT)
-def load_w(example, about, b, w):
-    """Copy the bandwidths of batch element b, one a feature."""
-    bandwidth, at = pointer(about[W], example), offset(about, b, 4)
     for f in range(about[D]):
-        w[f] = bandwidth[at + f * about[W_D]]
+        block.w[f] = given.w[given.at_w + f * about[W_D]]
 
 
 @njit(**EXACT)
-def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p, rest):
+def row_terms(q, w, tile, n, mine, top, terms):
     """Terms p of one tile relative to the lower of `top` and the tile's least score, which is returned."""
-    absent = 0 <= mine < n
+    keys, weights, s, p = tile.keys, tile.weights, terms.s, terms.p
+    absent, weighted = 0 <= mine < n, len(weights) > 0
     if len(q) == 1:
         tile_terms_unshifted(q, keys, w, n, p)
         if absent:
             p[mine] = 0
         top = 0.0
     else:
-        tile_scores(q, keys, w, n, s, p, rest)
+        tile_scores(q, keys, w, n, s, p, terms.rest)
         if absent:
             s[mine] = ABSENT
         if weighted:
@@ -102,9 +123,7 @@ def row_terms(q, w, keys, weights, weighted, n, mine, top, s, p, rest):
                 s[j] = s[j] if weights[j] > 0 else s.dtype.type(ABSENT)
         least = least_of(s, n, p)
         top = min(top, double(least))
-        shift = s.dtype.type(top)
-        for j in range(n):
-            p[j] = gauss(s[j] - shift)
+        shifted_terms(s, s.dtype.type(top), n, p)
     if weighted:
         for j in range(n):
             p[j] *= weights[j]
@@ -125,27 +144,13 @@ def project(gradient, values, level, n, projected):
 
 @njit(**EXACT)
 def sum_rows(
-    example,
-    about,
-    b,
-    start,
-    queries,
-    fit,
-    w,
-    exponent,
-    centre,
-    low,
-    high,
-    gradients,
-    levels,
-    moments,
-    sums,
-    tops,
-):
+    example, about, given, start, count, block, exponent, bounds, gradients, levels, moments, sums, tops
+):  # fmt: skip
     """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
 
     v is centred. With gradients (rows, C) there is one channel, <g, v> - level. Moments only if asked for.
     """
+    queries, fit, w, low, high = block.queries, block.fit, block.w, bounds.low, bounds.high
     n, n_features, n_channels = about[N], about[D], about[C]
     weighted = about[WEIGHT] != 0
     through_gradients = len(gradients) > 0
@@ -153,9 +158,8 @@ def sum_rows(
     buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or moments)
     skip = 180.0 if example.itemsize == 4 else 500.0
     size = min(n, TILE)
-    keys, values = np.empty((n_features, size), example.dtype), np.empty((n_channels, size), example.dtype)
-    weights = np.empty(size if weighted else 0, example.dtype)
-    s, p, rest = np.empty(size, example.dtype), np.empty(size, example.dtype), np.empty(size, example.dtype)
+    packed_tile, terms = tile_for(example, about, size), terms_for(example, size)
+    keys, values, p = packed_tile.keys, packed_tile.values, terms.p
     projected = np.empty(size if through_gradients else 0, example.dtype)
     sums[:] = 0.0
     tops[:] = 0.0 if n_features == 1 else np.inf
@@ -163,11 +167,11 @@ def sum_rows(
         first = tile * TILE
         size = min(TILE, n - first)
         packed = False
-        for r in range(len(queries)):
-            if not fit[r] or box_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
+        for r in range(count):
+            if not fit[r] or least_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
                 continue
             if not packed:
-                pack(example, about, b, first, size, centre, exponent, keys, values, weights)
+                pack(about, given, first, size, bounds.centre, exponent, packed_tile)
                 packed = True
             q, row = queries[r], sums[r]
             mine = start + r - first if about[SELF] else -1
@@ -176,7 +180,7 @@ def sum_rows(
                 row[0] += double(total)
                 row[1] += double(product)
                 continue
-            top = row_terms(q, w, keys, weights, weighted, size, mine, tops[r], s, p, rest)
+            top = row_terms(q, w, packed_tile, size, mine, tops[r], terms)
             if top >= ABSENT:
                 continue
             if top < tops[r]:
@@ -217,9 +221,9 @@ def sum_rows(
 
 
 @njit(**EXACT)
-def row_trusted(sums, top, n_features, single):
+def row_trusted(sums, top, n_features, is_float):
     """Whether no sum of the row overflowed and scores_trusted holds."""
-    if not scores_trusted(top, sums[0], n_features, single):
+    if not scores_trusted(top, sums[0], n_features, is_float):
         return False
     for part in range(1, len(sums)):  # noqa: SIM110 (numba compiles no generators here)
         if not abs(sums[part]) < np.inf:
@@ -235,188 +239,174 @@ def effective_state(shift, total, exponent, n_features):
     return (shift + exponent) / HALF_LOG2E, total
 
 
-def compile_forward(digest: str) -> Callable:
-    """The entry point for out, lse, state and tangents; see units.py for the digest."""
-
-    @entry
-    def forward(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        n_features, n_channels = about[D], about[C]
-        moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
-        count = min(QUERY_BLOCK, about[M])
-        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-        w = np.empty(n_features, example.dtype)
-        sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
-        out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
-        state = pointer(about[STATE], np.empty(0))
-        tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-        no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
-        surveyed, ordinary, exponent = -1, False, 0.0
-        for unit in range(first, last):
-            b = unit // blocks
-            start = (unit % blocks) * QUERY_BLOCK
-            stop = min(start + QUERY_BLOCK, about[M])
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, _, _, _ = survey(example, about, b, centre, low, high)
-                surveyed = b
-            if ordinary:
-                load_queries(example, about, b, start, stop, queries, fit)
-                load_w(example, about, b, w)
-                sum_rows(
-                    example,
-                    about,
-                    b,
-                    start,
-                    queries[:count],
-                    fit,
-                    w,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    no_gradients,
-                    no_levels,
-                    moments,
-                    sums,
-                    tops,
-                )
-            for r in range(count):
-                i = start + r
-                row = b * about[M] + i
-                if not (
-                    ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)
-                ):
-                    robust.forward_rows(example, about, b, i, i + 1)
-                    continue
-                total = sums[r, 0]
-                shift = tops[r] * HALF_LOG2E - exponent
-                state[2 * row], state[2 * row + 1] = shift, total
-                lse[row] = LN2 * (np.log2(total) - shift)
-                for c in range(n_channels):
-                    out[row * n_channels + c] = double(centre[c]) + sums[r, 1 + c] / total
-                if moments:
-                    bandwidth, mean = double(w[0]), sums[r, 1] / total
-                    if about[TANGENT_W] != 0:
-                        tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
-                    if about[TANGENT_Q] != 0:
-                        tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
-
-    return forward
+@entry
+def forward_rows(example, about, first, last):
+    """Out, lse, state and tangents."""
+    bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
+    n_features, n_channels = about[D], about[C]
+    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+    count = min(QUERY_BLOCK, about[M])
+    block = block_for(example, about, count)
+    fit, w = block.fit, block.w
+    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+    out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
+    state = pointer(about[STATE], np.empty(0))
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
+    for unit in range(first, last):
+        b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
+        count, given = stop - start, inputs_of(example, about, b)
+        if b != surveyed:
+            found, surveyed = survey(example, about, b, bounds), b
+        if found.ordinary:
+            load_block(example, about, given, start, stop, block)
+            sum_rows(
+                example,
+                about,
+                given,
+                start,
+                count,
+                block,
+                found.exponent,
+                bounds,
+                no_gradients,
+                no_levels,
+                moments,
+                sums,
+                tops,
+            )
+        for r in range(count):
+            i = start + r
+            row = b * about[M] + i
+            if not (
+                found.ordinary and fit[r] and row_trusted(sums[r], tops[r], n_features, example.itemsize == 4)
+            ):
+                far.forward_rows(example, about, b, i, i + 1)
+                continue
+            total = sums[r, 0]
+            shift = tops[r] * HALF_LOG2E - found.exponent
+            state[2 * row], state[2 * row + 1] = shift, total
+            lse[row] = LN2 * (np.log2(total) - shift)
+            for c in range(n_channels):
+                out[row * n_channels + c] = double(bounds.centre[c]) + sums[r, 1 + c] / total
+            if moments:
+                bandwidth, mean = double(w[0]), sums[r, 1] / total
+                if about[TANGENT_W] != 0:
+                    tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
+                if about[TANGENT_Q] != 0:
+                    tangent_q[row] = -bandwidth * (bandwidth * ((sums[r, 3] - mean * sums[r, 2]) / total))
 
 
-def compile_backward(digest: str) -> Callable:
-    """The entry point for grad_query, each unit's sum for w, and what keys.py needs of each row."""
-
-    @entry
-    def backward_rows(example, about, first, last):
-        digest  # noqa: B018
-        tiles = (about[N] + TILE - 1) // TILE
-        blocks = (about[M] + QUERY_BLOCK - 1) // QUERY_BLOCK
-        centre = np.empty(about[C], example.dtype)
-        low, high = np.empty((tiles, about[D]), example.dtype), np.empty((tiles, about[D]), example.dtype)
-        n_features, n_channels = about[D], about[C]
-        single = example.itemsize == 4
-        count = min(QUERY_BLOCK, about[M])
-        moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
-        queries, fit = np.empty((count, n_features), example.dtype), np.empty(count, np.bool_)
-        w = np.empty(n_features, example.dtype)
-        gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
-        grad_out, grad_lse = pointer(about[GRAD_OUT], example), pointer(about[GRAD_LSE], example)
-        state = pointer(about[STATE], np.empty(0))
-        grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
-        sums, tops = (
-            np.empty((count if moments else 0, 2 + 4 * n_features)),
-            np.empty(count if moments else 0),
-        )
-        rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-        kinds = pointer(about[KINDS], np.empty(0, np.int8))
-        unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
-        surveyed, ordinary, exponent, spread, reach, least = -1, False, 0.0, 0.0, 1.0, 1.0
-        for unit in range(first, last):
-            b = unit // blocks
-            start = (unit % blocks) * QUERY_BLOCK
-            stop = min(start + QUERY_BLOCK, about[M])
-            count = stop - start
-            if b != surveyed:
-                ordinary, exponent, spread, reach, least = survey(example, about, b, centre, low, high)
-                surveyed = b
-            grad_w[:] = 0.0
-            load_queries(example, about, b, start, stop, queries, fit)
-            load_w(example, about, b, w)
-            for r in range(count):
-                row = b * about[M] + start + r
-                top, total = effective_state(state[2 * row], state[2 * row + 1], exponent, n_features)
-                near = ordinary and fit[r] and scores_trusted(top, total, n_features, single)
-                level, most, silent = 0.0, 0.0, True
-                for c in range(n_channels):
-                    g = double(grad_out[row * n_channels + c])
-                    gradients[r, c] = g
-                    level += g * (double(out[row * n_channels + c]) - double(centre[c]))
-                    most = max(most, abs(g))
-                    silent &= g == 0.0
-                levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
-                near &= in_range(most, 1.0, 1.0, single)
-                size = most * spread
-                if about[GRAD_LSE] != 0:
-                    size += abs(double(grad_lse[row]))
-                    silent &= double(grad_lse[row]) == 0.0
-                far = reach
-                for f in range(n_features):
-                    far = max(far, abs(double(queries[r, f])))
-                near &= in_range(size, least, far, single)
-                # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
-                empty = silent or state[2 * row + 1] == 0.0
-                kinds[row] = EMPTY if empty else (NEAR if near else FAR)
-                fit[r] = near and not empty
-            if moments and ordinary:
-                sum_rows(
-                    example,
-                    about,
-                    b,
-                    start,
-                    queries[:count],
-                    fit,
-                    w,
-                    exponent,
-                    centre,
-                    low,
-                    high,
-                    gradients,
-                    levels,
-                    moments,
-                    sums,
-                    tops,
-                )
-            for r in range(count):
-                i = start + r
-                row = b * about[M] + i
-                if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, single):
-                    kinds[row] = FAR
-                if kinds[row] == EMPTY:
-                    if about[GRAD_QUERY] != 0:
-                        for f in range(n_features):
-                            grad_query[row * n_features + f] = 0
-                elif kinds[row] == FAR:
-                    robust.query_side(example, about, b, i, i + 1, rows, means, grad_w)
-                elif moments:
-                    total = sums[r, 0]
-                    mean = sums[r, 1] / total
-                    through_lse = double(grad_lse[row]) if about[GRAD_LSE] != 0 else 0.0
+@entry
+def backward_rows(example, about, first, last):
+    """Gradients of queries, each unit's sum for w, and what keys.py needs of each row."""
+    bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
+    n_features, n_channels = about[D], about[C]
+    is_float = example.itemsize == 4
+    count = min(QUERY_BLOCK, about[M])
+    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+    block = block_for(example, about, count)
+    queries, fit, w = block.queries, block.fit, block.w
+    gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
+    grad_out = pointer(about[GRAD_OUT], example)
+    state = pointer(about[STATE], np.empty(0))
+    grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
+    sums, tops = (
+        np.empty((count if moments else 0, 2 + 4 * n_features)),
+        np.empty(count if moments else 0),
+    )
+    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
+    kinds = pointer(about[KINDS], np.empty(0, np.int8))
+    unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
+    for unit in range(first, last):
+        b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
+        count, given = stop - start, inputs_of(example, about, b)
+        if b != surveyed:
+            found, surveyed = survey(example, about, b, bounds), b
+        grad_w[:] = 0.0
+        load_block(example, about, given, start, stop, block)
+        for r in range(count):
+            row = b * about[M] + start + r
+            top, total = effective_state(state[2 * row], state[2 * row + 1], found.exponent, n_features)
+            near = found.ordinary and fit[r] and scores_trusted(top, total, n_features, is_float)
+            level, most, silent = 0.0, 0.0, True
+            for c in range(n_channels):
+                g = double(grad_out[row * n_channels + c])
+                gradients[r, c] = g
+                level += g * (double(out[row * n_channels + c]) - double(bounds.centre[c]))
+                most = max(most, abs(g))
+                silent &= g == 0.0
+            levels[r] = level  # any constant would do; this one leaves sums of few digits to lose
+            near &= in_range(most, 1.0, 1.0, is_float)
+            size = most * found.spread
+            if about[GRAD_LSE] != 0:
+                size += abs(lse_gradient(example, about, row))
+                silent &= lse_gradient(example, about, row) == 0.0
+            most_reach = found.reach
+            for f in range(n_features):
+                most_reach = max(most_reach, abs(double(queries[r, f])))
+            near &= in_range(size, found.unit, most_reach, is_float)
+            # Without a key, or if nothing depends on it, a row adds nothing, even if it is NaN.
+            empty = silent or state[2 * row + 1] == 0.0
+            kinds[row] = EMPTY if empty else (NEAR if near else FAR)
+            fit[r] = near and not empty
+        if moments and found.ordinary:
+            sum_rows(
+                example,
+                about,
+                given,
+                start,
+                count,
+                block,
+                found.exponent,
+                bounds,
+                gradients,
+                levels,
+                moments,
+                sums,
+                tops,
+            )
+        for r in range(count):
+            i = start + r
+            row = b * about[M] + i
+            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
+                kinds[row] = FAR
+            if kinds[row] == EMPTY:
+                if about[GRAD_QUERY] != 0:
                     for f in range(n_features):
-                        at = 2 + 4 * f
-                        bandwidth = double(w[f])
-                        by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
-                        by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
-                        if about[GRAD_QUERY] != 0:
-                            grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
-                        grad_w[f] -= bandwidth * by_w
-            if about[GRAD_W] != 0:
+                        grad_query[row * n_features + f] = 0
+            elif kinds[row] == FAR:
+                far.query_side(example, about, b, i, i + 1, rows, means, grad_w)
+            elif moments:
+                total = sums[r, 0]
+                mean = sums[r, 1] / total
+                through_lse = lse_gradient(example, about, row)
                 for f in range(n_features):
-                    unit_sums[unit * n_features + f] = grad_w[f]
+                    at = 2 + 4 * f
+                    bandwidth = double(w[f])
+                    by_q = (sums[r, at + 1] - (mean - through_lse) * sums[r, at]) / total
+                    by_w = (sums[r, at + 3] - (mean - through_lse) * sums[r, at + 2]) / total
+                    if about[GRAD_QUERY] != 0:
+                        grad_query[row * n_features + f] = -bandwidth * (bandwidth * by_q)
+                    grad_w[f] -= bandwidth * by_w
+        if about[GRAD_W] != 0:
+            for f in range(n_features):
+                unit_sums[unit * n_features + f] = grad_w[f]
 
-    return backward_rows
+
+@entry
+def backward_tangents(example, about):
+    """grad_query and the sum for w of each batch element, as products with the tangents (D = C = 1)."""
+    grad_out, grad_query = pointer(about[GRAD_OUT], example), pointer(about[GRAD_QUERY], example)
+    tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
+    state, sums = pointer(about[STATE], np.empty(0)), pointer(about[GRAD_W], np.empty(0))
+    for b in range(about[BATCH]):
+        by_w = 0.0
+        for row in range(b * about[M], (b + 1) * about[M]):
+            empty = grad_out[row] == 0 or state[2 * row + 1] == 0.0  # 0 times NaN adds nothing
+            if about[GRAD_QUERY] != 0:
+                grad_query[row] = example.dtype.type(0) if empty else grad_out[row] * tangent_q[row]
+            if about[GRAD_W] != 0 and not empty:
+                by_w += double(grad_out[row]) * double(tangent_w[row])
+        if about[GRAD_W] != 0:
+            sums[b] = by_w

@@ -1,26 +1,23 @@
-"""The kernels for ordinary rows: blocks of rows against tiles of keys, in the dtype of the data.
+"""The tiled kernels, for near rows: blocks of rows against tiles of keys, in the dtype of the data.
 
 For a row and a tile of keys the terms p_j = a_j exp(-(s_j - top) / 2), s_j = |(q - k_j) w|^2, go to a small buffer,
 from which all sums of that row are taken. Sums over a tile are in the dtype of the data, over tiles in float64. With
 one feature top = 0: a row near its keys needs no shift. With more, top is the running minimum of s (online softmax).
 
 A row is *near* when its sums show that they can be trusted: finite, total at least 2^-16, scores small enough for their
-dtype. All other rows, and blocks with unusual data (not finite, extreme scale), are left to `far.py`.
+dtype. All other rows are *far*, also all of data that are not ordinary (not finite, extreme scale): see `far.py`.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numba.extending import overload
 
 from ..base import (
     EXACT,
-    EXP2_FLOAT,
-    HALF_LOG2E,
-    KEY,
     KEY_D,
     KEY_N,
     SUMS,
-    VALUE,
     VALUE_C,
     VALUE_N,
     W_D,
@@ -29,81 +26,99 @@ from ..base import (
     C,
     D,
     N,
-    W,
     double,
-    exp2_double,
-    offset,
-    pointer,
+    inputs_of,
 )  # fmt: skip
+from ..exp2 import gauss
 
 TILE = 512
 FEATURES = 15  # summed at once, a multiple of 3
 ABSENT = 1e30  # the score of a key that is left out: its term is 0
 LEAST_TOTAL = 2.0**-16
 
-_float = np.float32
-_HIGH = _float(HALF_LOG2E)
-_LOW = _float(HALF_LOG2E - float(_HIGH))
-_MOST = _float(176.0)  # the power of 2 is that of 0 here
-_C0, _C1, _C2, _C3, _C4, _C5 = EXP2_FLOAT
-_BIAS, _SHIFT = np.int32(127), np.int32(23)
 
+class Bounds(NamedTuple):
+    """Of the data of a batch element.
 
-def gauss(s):
-    """exp(-s / 2), relative error 1e-7 or 3e-16; 0 where s is above 176 (float32) or 1416 (float64)."""
-    raise NotImplementedError
-
-
-@njit(**EXACT)
-def gauss_float(s):
-    """exp(-s / 2) in float32: degree 5, and log2(e) / 2 in two parts, since its rounding would bias all terms."""
-    s = min(s, _MOST)
-    x = s * _HIGH
-    whole = np.ceil(x)
-    f = (whole - x) - s * _LOW
-    p = _C5 * f + _C4
-    p = p * f + _C3
-    p = p * f + _C2
-    p = p * f + _C1
-    p = p * f + _C0
-    return p * np.int32((_BIAS - np.int32(whole)) << _SHIFT).view(np.float32)
-
-
-@njit(**EXACT)
-def gauss_double(s):
-    """exp(-s / 2) in float64."""
-    return exp2_double(min(s, 1418.0) * -HALF_LOG2E)
-
-
-@overload(gauss, inline="always")
-def _gauss(s):
-    if s.bitwidth == 32:
-        return lambda s: gauss_float(s)
-    return lambda s: gauss_double(s)
-
-
-@njit(**EXACT)
-def survey(example, about, b, centre, low, high):
-    """Look over the data of batch element b before its rows are summed.
-
-    Fills, per channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
-    makes equal values exact); and, per tile and feature, the bounds of the keys. Returns (ordinary, exponent, spread,
-    reach, unit): whether the data are fit for the fast kernels, the power of 2 that brings the largest weight to at
-    most 1, and bounds: of centred values, of coordinates (at least 1), of the distances that matter (at most 1).
+    Of each channel, centre: the value nearest to 0 if all have one sign, else 0 (subtracting it costs no digit, and
+    makes equal values exact). Of each tile and feature, low and high: the bounds of the keys.
     """
+
+    centre: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Survey(NamedTuple):
+    """What else there is to know of the data of a batch element."""
+
+    ordinary: bool  # fit for the tiled kernels
+    exponent: float  # of the power of 2 that brings the largest weight to at most 1
+    spread: float  # bound of the centred values
+    reach: float  # bound of the coordinates, at least 1
+    unit: float  # bound of the distances that matter, at most 1
+
+
+class Tile(NamedTuple):
+    """Keys (features first), centred values (channels first) and scaled weights of a tile."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+
+
+class Terms(NamedTuple):
+    """Of one row and a tile of keys: terms p, and scratch for their scores."""
+
+    p: np.ndarray
+    s: np.ndarray
+    rest: np.ndarray
+
+
+@njit(**EXACT)
+def bounds_for(example, about):
+    """Room for the bounds of any batch element."""
+    tiles, dtype = (about[N] + TILE - 1) // TILE, example.dtype
+    shape = tiles, about[D]
+    return Bounds(np.empty(about[C], dtype), np.empty(shape, dtype), np.empty(shape, dtype))
+
+
+@njit(**EXACT)
+def no_survey():
+    """What is known before the first."""
+    return Survey(False, 0.0, 0.0, 1.0, 1.0)
+
+
+@njit(**EXACT)
+def tile_for(example, about, size):
+    """Room for a tile of so many keys."""
+    dtype = example.dtype
+    keys, values = np.empty((about[D], size), dtype), np.empty((about[C], size), dtype)
+    return Tile(keys, values, np.empty(size if about[WEIGHT] != 0 else 0, dtype))
+
+
+@njit(**EXACT)
+def terms_for(example, size):
+    """Room for the terms of a tile of so many keys."""
+    return Terms(np.empty(size, example.dtype), np.empty(size, example.dtype), np.empty(size, example.dtype))
+
+
+@njit(**EXACT)
+def survey(example, about, b, bounds):
+    """Look over the data of batch element b before its rows are summed; fills the bounds."""
+    given = inputs_of(example, about, b)
+    key, value, weight, w = given.key, given.value, given.weight, given.w
+    at_k, at_v, at_a, at_w = given.at_key, given.at_value, given.at_weight, given.at_w
+    centre, low, high = bounds.centre, bounds.low, bounds.high
     n, n_features, n_channels = about[N], about[D], about[C]
-    key, value = pointer(about[KEY], example), pointer(about[VALUE], example)
-    weight, w = pointer(about[WEIGHT], example), pointer(about[W], example)
-    at_k, at_v = offset(about, b, 1), offset(about, b, 2)
-    at_a, at_w = offset(about, b, 3), offset(about, b, 4)
-    single = example.itemsize == 4
-    largest_allowed = 1e15 if single else 1e100
+    is_float = example.itemsize == 4
+    largest_allowed = 1e15 if is_float else 1e100
     largest, spread, narrowest = 0.0, 0.0, 0.0
     ordinary = True
     for f in range(n_features):
         bandwidth = abs(double(w[at_w + f * about[W_D]]))
         narrowest = max(narrowest, bandwidth)
-        ordinary &= bandwidth < (1e12 if single else 1e100)
+        ordinary &= bandwidth < (1e12 if is_float else 1e100)
         for tile in range((n + TILE - 1) // TILE):
             at = at_k + f * about[KEY_D] + tile * TILE * about[KEY_N]
             least = most = key[at]
@@ -126,13 +141,13 @@ def survey(example, about, b, centre, low, high):
             least, most = min(least, v), max(most, v)
             finite &= v == v
         # Terms flushed to 0 must not matter, whatever they are multiplied with.
-        ordinary &= finite and max(-double(least), double(most)) < (1e18 if single else 1e80)
+        ordinary &= finite and max(-double(least), double(most)) < (1e18 if is_float else 1e80)
         centre[c] = least if least > 0 else (most if most < 0 else 0)
         spread = max(spread, max(double(most) - double(centre[c]), double(centre[c]) - double(least)))
     unit = min(1.0, 1.0 / narrowest) if narrowest > 0.0 else 1.0
     if largest > 0.0:
         unit = min(unit, largest)
-    ordinary &= in_range(spread, unit, 1.0, single)
+    ordinary &= in_range(spread, unit, 1.0, is_float)
     exponent = 0.0
     if about[WEIGHT] != 0:
         most_weight, least_weight = 0.0, np.inf
@@ -143,27 +158,27 @@ def survey(example, about, b, centre, low, high):
             least_weight = min(least_weight, a if a > 0.0 else np.inf)
         ordinary &= 0.0 < most_weight < np.inf
         # Scaled weights are normal numbers: one that became 0 would leave its key out of the choice of the shift.
-        ordinary &= least_weight > (1e-36 if single else 1e-290) * most_weight
+        ordinary &= least_weight > (1e-36 if is_float else 1e-290) * most_weight
         if ordinary:
             exponent = np.ceil(np.log2(most_weight))
             ordinary &= abs(exponent) < 1000.0
-    return ordinary, exponent, spread, max(1.0, largest), unit
+    return Survey(ordinary, exponent, spread, max(1.0, largest), unit)
 
 
 @njit(**EXACT)
-def in_range(size, unit, reach, single):
+def in_range(size, unit, reach, is_float):
     """Whether products of the size with two distances neither overflow nor lose digits below the normal numbers."""
-    least, most = (1e-30, 1e30) if single else (1e-250, 1e250)
+    least, most = (1e-30, 1e30) if is_float else (1e-250, 1e250)
     return size == 0.0 or (least < size * unit * unit and size * reach * reach < most)
 
 
 @njit(**EXACT)
-def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
-    """Copy n keys (features first), centred values (channels first) and scaled weights into the tile's buffers."""
-    key, value = pointer(about[KEY], example), pointer(about[VALUE], example)
-    weight = pointer(about[WEIGHT], example)
-    at_k = offset(about, b, 1) + first * about[KEY_N]
-    at_v = offset(about, b, 2) + first * about[VALUE_N]
+def pack(about, given, first, n, centre, exponent, tile):
+    """Copy n keys from `first` on, their centred values and scaled weights into the tile."""
+    key, value, weight = given.key, given.value, given.weight
+    keys, values, weights = tile.keys, tile.values, tile.weights
+    at_k = given.at_key + first * about[KEY_N]
+    at_v = given.at_value + first * about[VALUE_N]
     for f in range(about[D]):
         at = at_k + f * about[KEY_D]
         if about[KEY_N] == 1:
@@ -181,14 +196,14 @@ def pack(example, about, b, first, n, centre, exponent, keys, values, weights):
             for j in range(n):
                 values[c, j] = value[at + j * about[VALUE_N]] - centre[c]
     if about[WEIGHT] != 0:
-        at = offset(about, b, 3) + first * about[WEIGHT_N]
+        at = given.at_weight + first * about[WEIGHT_N]
         scale = 2.0**-exponent
         for j in range(n):
             weights[j] = double(weight[at + j * about[WEIGHT_N]]) * scale
 
 
 @njit(**EXACT)
-def box_score(q, w, low, high):
+def least_score(q, w, low, high):
     """The least s that any key within the bounds of a tile can have."""
     score = 0.0
     for f in range(len(q)):
@@ -253,6 +268,13 @@ def tile_scores(q, keys, w, n, s, part, rest):
         add_exactly(s, part, rest, n)
     for j in range(n):
         s[j] += rest[j]
+
+
+@njit(**EXACT)
+def shifted_terms(s, shift, n, p):
+    """p_j = exp(-(s_j - shift) / 2)."""
+    for j in range(n):
+        p[j] = gauss(s[j] - shift)
 
 
 @njit(**EXACT)
@@ -356,8 +378,8 @@ def tile_moments(p, v, k, q, reference, n):
 
 
 @njit(**EXACT)
-def scores_trusted(top, total, n_features, single):
+def scores_trusted(top, total, n_features, is_float):
     """Whether the sums of a row can be trusted: not too far from all keys, no overflow."""
-    # Below 2 * 87 and 2 * 709, so that exp(top / 2) is finite: a masked key may be that much nearer than all others.
-    limit = min(64.0 + 8.0 * n_features, 150.0) if single else 1400.0
+    # Below 2 * 87 and 2 * 709, so that exp(top / 2) is finite: a key left out may be that much nearer than all others.
+    limit = min(64.0 + 8.0 * n_features, 150.0) if is_float else 1400.0
     return LEAST_TOTAL <= total < np.inf and top < limit

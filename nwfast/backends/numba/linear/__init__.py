@@ -1,1 +1,1 @@
-"""The fast Gauss transform: the linear-time method of the Numba backend."""
+"""The linear method of the Numba backend, a fast Gauss transform; its public name is "fgt"."""

@@ -1,10 +1,9 @@
-"""Boxes of the fast Gauss transform: where sorted points are cut, moments of boxes, translation, power series.
+"""Boxes of the linear method: where sorted points are cut, moments of boxes, translation, power series.
 
 All arithmetic is in float64, in vector loops over a block of points or over a group of boxes. `mark` in the names of
 coordinates means the local one, (x - centre) * 2 / width, which lies in [-1, 1].
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +28,23 @@ class Charges(NamedTuple):
     middle: np.ndarray  # (C): what is subtracted from the values
     scale: float  # of the weights
     ready: np.ndarray  # (columns, N), or of length 0
+
+
+class Boxes(NamedTuple):
+    """Occupied boxes: their numbers, and where their points start (one more)."""
+
+    number: np.ndarray
+    start: np.ndarray
+
+
+class Pieces(NamedTuple):
+    """Parts of boxes that one task takes."""
+
+    box: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    centre: np.ndarray
+    group: int  # pieces of a task
 
 
 @njit(**EXACT)
@@ -67,99 +83,74 @@ def lower_bound(numbers, bound):
     return low
 
 
-def compile_cut(digest: str) -> Callable:
-    """The entry point that cuts sorted points into boxes."""
+@entry
+def cut_points(x, inverse, number, start):
+    """Cut sorted points: the numbers of the occupied boxes and where their points start; return how many they are.
 
-    @entry
-    def cut(x, inverse, number, start):
-        """Fill the numbers of the occupied boxes and where their points start; return how many they are.
-
-        Stops, with -1, when there are more than the arrays hold.
-        """
-        digest  # noqa: B018
-        count, place, n = 0, 0, len(x)
-        while place < n:
-            if count == len(number):
-                return -1
-            b = box_of(x[place], inverse)
-            number[count] = b
-            start[count] = place
-            count += 1
-            place = end_of_box(x, place, n, b, inverse)
-        start[count] = n
-        return count
-
-    return cut
+    Stops, with -1, when there are more than the arrays hold.
+    """
+    count, place, n = 0, 0, len(x)
+    while place < n:
+        if count == len(number):
+            return -1
+        b = box_of(x[place], inverse)
+        number[count] = b
+        start[count] = place
+        count += 1
+        place = end_of_box(x, place, n, b, inverse)
+    start[count] = n
+    return count
 
 
-def compile_choose(digest: str) -> Callable:
-    """The entry point that chooses the boxes of queries that are worth a series."""
+@entry
+def choose_boxes(
+    queries, keys, mass, terms, columns, error, least_kernel, largest_kernel, tail, accept, chosen, needed, reaches,
+    bound
+):  # fmt: skip
+    """Mark boxes of rows that are worth a series and boxes of keys that they need; bound the errors of their totals.
 
-    @entry
-    def choose(
-        rows,
-        row_start,
-        number,
-        start,
-        mass,
-        terms,
-        columns,
-        error,
-        least_kernel,
-        largest_kernel,
-        tail,
-        accept,
-        chosen,
-        needed,
-        reaches,
-        bound,
-    ):
-        """Mark the chosen boxes of rows and the boxes of keys that they need; bound the errors of their totals.
+    reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
+    least total that a row of the box can have, and part of the bound.
 
-        reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
-        least total that a row of the box can have, and part of the bound.
-
-        By a count of nanoseconds: a pair costs about one, a row that is summed with care some more beside, a
-        translation an eighth for each entry of its matrix.
-        """
-        digest  # noqa: B018
-        reach = len(error) // 2
-        low = 0
-        for box in range(len(rows)):
-            here = rows[box]
-            while low < len(number) and number[low] < here - reach:
-                low += 1
-            high, bound[box], least = low, tail, 0.0
-            while high < len(number) and number[high] <= here + reach:
-                apart = here - number[high] + reach
-                bound[box] += error[apart] * mass[high]
-                least += least_kernel[apart] * mass[high]
-                high += 1
-            count, pairs = row_start[box + 1] - row_start[box], start[high] - start[low]
-            direct = count * (80.0 + pairs * (0.8 + 0.2 * columns))
-            series = 300.0 + 10.0 * reach + (high - low) * columns * terms * (0.12 * terms + 1.0)
-            series += count * (10.0 + 0.25 * terms * columns)
-            chosen[box] = direct > series
-            if not chosen[box]:
-                continue
-            first, last, left_out, apart = low, high - 1, 0.0, reach
-            while apart > 0:
-                below = first <= last and number[first] == here - apart
-                above = first <= last and number[last] == here + apart
-                more = (mass[first] if below else 0.0) + (mass[last] if above else 0.0)
-                more *= largest_kernel[reach + apart]
-                if left_out + more > NEGLIGIBLE * accept * least:
-                    break
-                left_out += more
-                first += below
-                last -= above
-                apart -= 1
-            reaches[box] = apart
-            bound[box] += left_out
-            for place in range(first, last + 1):
-                needed[place] = True
-
-    return choose
+    By a count of nanoseconds: a pair costs about one, a far row some more beside, a
+    translation an eighth for each entry of its matrix.
+    """
+    rows, row_start, number, start = queries.number, queries.start, keys.number, keys.start
+    reach = len(error) // 2
+    low = 0
+    for box in range(len(rows)):
+        here = rows[box]
+        while low < len(number) and number[low] < here - reach:
+            low += 1
+        high, bound[box], least = low, tail, 0.0
+        while high < len(number) and number[high] <= here + reach:
+            apart = here - number[high] + reach
+            bound[box] += error[apart] * mass[high]
+            least += least_kernel[apart] * mass[high]
+            high += 1
+        count, pairs = row_start[box + 1] - row_start[box], start[high] - start[low]
+        direct = count * (80.0 + pairs * (0.8 + 0.2 * columns))
+        series = 300.0 + 10.0 * reach + (high - low) * columns * terms * (0.12 * terms + 1.0)
+        series += count * (10.0 + 0.25 * terms * columns)
+        chosen[box] = direct > series
+        if not chosen[box]:
+            continue
+        first, last, left_out, apart = low, high - 1, 0.0, reach
+        while apart > 0:
+            below = first <= last and number[first] == here - apart
+            above = first <= last and number[last] == here + apart
+            more = (mass[first] if below else 0.0) + (mass[last] if above else 0.0)
+            more *= largest_kernel[reach + apart]
+            if left_out + more > NEGLIGIBLE * accept * least:
+                break
+            left_out += more
+            first += below
+            last -= above
+            apart -= 1
+        reaches[box] = apart
+        bound[box] += left_out
+        for place in range(first, last + 1):
+            needed[place] = True
 
 
 @njit(**SUMS)
@@ -264,38 +255,34 @@ def first_polynomials(x, centre, scale, n, doubled, p, q):
         doubled[i] = p[i] = q[i] = 0.0
 
 
-def compile_moments(digest: str) -> Callable:
-    """The entry point for Chebyshev moments, sum_j charge_j T_n(mark_j), of the pieces of tasks of `group` each."""
-
-    @entry
-    def moments(x, charges, start, stop, centre, scale, group, result, first, last):
-        digest  # noqa: B018
-        columns, terms = result.shape[1], result.shape[2]
-        doubled, p, q = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-        charge = np.zeros((columns, HELD + PAD))
-        for unit in range(first, last):
-            begin, end = unit * group, min((unit + 1) * group, len(start))
-            held, held_stop = 0, 0  # points whose charges are loaded
-            for piece in range(begin, end):
-                result[piece] = 0.0
-                for at in range(start[piece], stop[piece], BLOCK):
-                    n = min(BLOCK, stop[piece] - at)
-                    if held_stop < at + n:
-                        held, held_stop = at, min(at + HELD, stop[end - 1])
-                        load_charges(charges, held, held_stop - held, charge)
-                    size = padded(n)
-                    for column in range(0, columns, 2):
-                        first_polynomials(x[at:], centre[piece], scale, n, doubled, p, q)
-                        u = charge[column, at - held :]
-                        to_u = result[piece, column]
-                        for k in range(0, terms, 4):
-                            if column + 1 < columns:
-                                v = charge[column + 1, at - held :]
-                                moments_of_two(doubled, p, q, u, v, size, to_u, result[piece, column + 1], k)
-                            else:
-                                moments_of_one(doubled, p, q, u, size, to_u, k)
-
-    return moments
+@entry
+def piece_moments(x, charges, pieces, scale, result, first, last):
+    """Chebyshev moments, sum_j charge_j T_n(mark_j), of pieces, by tasks of a group of them."""
+    start, stop, centre, group = pieces.start, pieces.stop, pieces.centre, pieces.group
+    columns, terms = result.shape[1], result.shape[2]
+    doubled, p, q = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    charge = np.zeros((columns, HELD + PAD))
+    for unit in range(first, last):
+        begin, end = unit * group, min((unit + 1) * group, len(start))
+        held, held_stop = 0, 0  # points whose charges are loaded
+        for piece in range(begin, end):
+            result[piece] = 0.0
+            for at in range(start[piece], stop[piece], BLOCK):
+                n = min(BLOCK, stop[piece] - at)
+                if held_stop < at + n:
+                    held, held_stop = at, min(at + HELD, stop[end - 1])
+                    load_charges(charges, held, held_stop - held, charge)
+                size = padded(n)
+                for column in range(0, columns, 2):
+                    first_polynomials(x[at:], centre[piece], scale, n, doubled, p, q)
+                    u = charge[column, at - held :]
+                    to_u = result[piece, column]
+                    for k in range(0, terms, 4):
+                        if column + 1 < columns:
+                            v = charge[column + 1, at - held :]
+                            moments_of_two(doubled, p, q, u, v, size, to_u, result[piece, column + 1], k)
+                        else:
+                            moments_of_one(doubled, p, q, u, size, to_u, k)
 
 
 @njit(**EXACT)
@@ -402,18 +389,13 @@ def translate(boxes, reaches, number, moments, matrices, orders, series):
         begin = end
 
 
-def compile_series(digest: str) -> Callable:
-    """The entry point for the power series of target boxes; tasks take GROUP boxes each."""
-
-    @entry
-    def box_series(boxes, reaches, number, moments, matrices, orders, series, first, last):
-        digest  # noqa: B018
-        begin, end = first * GROUP, min(last * GROUP, len(boxes))
-        for at in range(begin, end, GROUP):
-            stop = min(at + GROUP, end)
-            translate(boxes[at:stop], reaches[at:stop], number, moments, matrices, orders, series[at:stop])
-
-    return box_series
+@entry
+def box_series(boxes, reaches, number, moments, matrices, orders, series, first, last):
+    """Power series of target boxes, see `translate`; tasks take GROUP boxes each."""
+    begin, end = first * GROUP, min(last * GROUP, len(boxes))
+    for at in range(begin, end, GROUP):
+        stop = min(at + GROUP, end)
+        translate(boxes[at:stop], reaches[at:stop], number, moments, matrices, orders, series[at:stop])
 
 
 @njit(**EXACT)

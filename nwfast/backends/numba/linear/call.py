@@ -1,9 +1,9 @@
-"""The fast Gauss transform in Numba: nadaraya_watson in one feature in O(M + N) time, to rounding at any bandwidth.
+"""The linear method in Numba: nadaraya_watson in one feature in O(M + N) time, to rounding at any bandwidth.
 
 The same contract as `nwfast.backends.numba.dense.call`, for D = 1. Boxes of keys have Chebyshev moments, matrices
-translate them to power series in boxes of queries, and each query gets the series of its box. An error bound tells the
-queries for which that is not good enough, since keys nearby are few: they are summed relative to their nearest key, so
-that each keeps its full relative accuracy, however far from the data it is. What the dense kernels alone can do
+translate them to power series in boxes of queries, and each near row gets the series of its box. An error bound tells
+the far rows, for which that is not good enough, since keys nearby are few: they are summed relative to their nearest
+key, so that each keeps its full relative accuracy, however far from the data it is. What the dense kernels alone can do
 (numbers that are not finite, weights of more than 260 orders of magnitude) is handed to them.
 
 All arithmetic is in float64, whatever the dtype of the data. Tasks have fixed sizes, so no bit depends on the number
@@ -17,11 +17,11 @@ from torch import Tensor
 from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
 from ..dense import call as dense
 from ..left_out import anchored, places
-from . import left_out as masked
+from . import left_out as weights_left_out
 from .data import Data
 from .key_side import Targets, key_side
 from .near_rows import Rows
-from .plan import DOUBLE, SINGLE, make_plan
+from .plan import DOUBLE, FLOAT, make_plan
 from .prepared import compress, predict
 from .query_side import query_side
 
@@ -38,7 +38,7 @@ class _Batch:
             raise ValueError(f"the fast Gauss transform takes D = 1 feature, got D = {query.shape[-1]}")
         self.shape = batch_shape(query, key, value)
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.accuracy = DOUBLE if query.dtype == torch.float64 else SINGLE
+        self.accuracy = DOUBLE if query.dtype == torch.float64 else FLOAT
         self.m, self.n, self.c = query.shape[-2], key.shape[-2], value.shape[-1]
         self.inputs = query[..., 0], key[..., 0], value, w.expand(*w.shape[:-1], 1)[..., 0], key_weight
 
@@ -269,7 +269,7 @@ def _backward(
                 bool(needs & ~NEEDS_VALUE),
             )
             if needs & NEEDS_KEY_WEIGHT and len(data.key) < batch.n:
-                masked.fill(by_weight, data, batch.accuracy, parts_held, saved_rows, exclude_self)
+                weights_left_out.fill(by_weight, data, batch.accuracy, parts_held, saved_rows, exclude_self)
     spoilt = data.nan_rows[_has_gradient(grad_out, grad_lse, data.nan_rows)]
     if len(spoilt) and len(data.key):
         by_query[spoilt if len(by_query) else _NO_ORDER] = np.nan

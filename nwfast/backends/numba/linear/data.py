@@ -1,8 +1,7 @@
-"""One batch element of the fast Gauss transform: sorted coordinates, charges, and the way back to its order.
+"""One batch element of the linear method: sorted coordinates, charges, and the way back to its order.
 
 Coordinates keep their dtype, since float64 copies of them would cost more time than the series: kernels take float64
-differences from float64 centres. Rows that are summed with care take differences of coordinates, in float64
-(`as_double`).
+differences from float64 centres. Far rows take differences of coordinates, in float64 (`as_double`).
 """
 
 import functools
@@ -133,6 +132,11 @@ class Data:
             charge[1:] *= charge[0]
         return charge
 
+    @property
+    def rows(self) -> np.ndarray:
+        """The caller's place of each sorted row."""
+        return self.row_order if len(self.row_order) else np.arange(len(self.query))
+
     def mass(self, start: np.ndarray) -> np.ndarray:
         """The weight of the keys from each of these places (the last: N) up to the next."""
         if not len(self.charges.weight):
@@ -161,13 +165,10 @@ class Data:
             self.row_order = self.row_order[order] if len(self.row_order) else order
         self.query = x
         if exclude_self:
-            rows = self.row_order if len(self.row_order) or not len(query) else np.arange(len(query))
             if len(self.key_order) or len(self.key) != self.count:
-                place = np.full(self.count, -1)
-                place[self.key_order] = np.arange(len(self.key))
-                self.own = place[rows]
+                self.own = places_among(self.key_order, self.count)[self.rows]
             else:
-                self.own = rows.copy()
+                self.own = self.rows.copy()
         # To take an own key off again costs the digits of its value.
         return not (exclude_self and self.uneven)
 
@@ -186,6 +187,13 @@ def as_double(x: np.ndarray) -> np.ndarray:
 def places_in_order(x: np.ndarray) -> np.ndarray:
     """The places of numbers in ascending order."""
     return np.argsort(x)
+
+
+def places_among(order: np.ndarray, count: int) -> np.ndarray:
+    """Where each of 0 .. count stands in `order`, -1 for those that do not."""
+    place = np.full(count, -1)
+    place[order] = np.arange(len(order))
+    return place
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -10,29 +10,34 @@ import numpy as np
 import torch
 
 from ..dense.call import run_units
-from . import units
-from .data import Data, as_double, places_in_order, ready
+from .boxes import Boxes
+from .data import Data, as_double, places_among, places_in_order, ready
 from .far_rows import CHUNK
-from .plan import Accuracy, Plan, node_charges, nodes
+from .key_kernels import Senders, crowd_keys, far_keys, find_windows, near_keys
+from .plan import Accuracy, Plan, node_charges
 from .query_side import (
     KEY_CHUNK,
     NO_CROWDS,
     NO_FLOATS,
     NO_PLACES,
     SLAB,
-    Boxes,
+    by_level,
     crowded_boxes,
     cut,
     in_list,
+    level_range,
     moments_of,
     near_field,
     pieces_of,
+    run_pieces,
+    sources_of,
     translated,
 )
+from .windows import Windows, windows_for
 
 
 class _Rows:
-    """What the key side takes from rows, in sorted order: charges b (columns, M), which are careful, shifts."""
+    """What the key side takes from rows, in sorted order: charges b (columns, M), totals, shifts."""
 
     def __init__(self, data: Data, saved: tuple, through_keys: bool):
         grad_out, grad_lse, out, state = saved
@@ -69,12 +74,8 @@ class Targets:
             sort = places_in_order(key)
             self.order, self.key = which[sort], key[sort]
         if exclude_self:
-            rows = data.row_order if len(data.row_order) else np.arange(len(data.query))
-            place = np.full(data.count, -1)
-            place[self.order if which is not None or len(self.order) else slice(None)] = np.arange(
-                len(self.key)
-            )
-            self.own = place[rows]
+            order = self.order if which is not None or len(self.order) else np.arange(len(self.key))
+            self.own = places_among(order, data.count)[data.rows]
             self.owner = np.full(len(self.key), -1)
             owned = (self.own >= 0).nonzero()[0]
             self.owner[self.own[owned]] = owned
@@ -96,10 +97,10 @@ def key_side(
     """
     rows = _Rows(data, saved, through_keys)
     values, slopes = np.zeros((2, len(rows.charge), len(keys.key)))
-    careful = _near_field(data, plan, accuracy, keys, rows, values, slopes)
-    which = (careful & rows.with_keys).nonzero()[0]
+    far = _add_near_rows(data, plan, accuracy, keys, rows, values, slopes)
+    which = (far & rows.with_keys).nonzero()[0]
     if len(which) and len(keys.key):
-        _careful_field(data, plan, accuracy, keys, rows, which, values, slopes)
+        _add_far_rows(data, plan, accuracy, keys, rows, which, values, slopes)
     return _gradients(data, keys, value, key_weight, values, slopes, through_keys)
 
 
@@ -140,7 +141,7 @@ def _gradients(
     return tuple(part.numpy() for part in results)  # type: ignore[return-value]
 
 
-def _near_field(
+def _add_near_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -182,32 +183,17 @@ def _near_field(
         series = translated(number, reaches, sources, moments, plan, 1)
 
         def run(first: int, last: int, pieces=pieces, series=series, values=values, slopes=slopes) -> None:
-            units.near_keys(
-                key,
-                owner,
-                data.query,
-                charge,
-                pieces.box,
-                pieces.start,
-                pieces.stop,
-                pieces.centre,
-                2 / plan.width,
-                pieces.group,
-                series,
-                data.w,
-                values,
-                slopes,
-                first,
-                last,
-            )
+            near_keys(
+                key, owner, data.query, charge, pieces, 2 / plan.width, series, data.w, values, slopes, first, last
+            )  # fmt: skip
 
-        run_units(run, -(-len(pieces.box) // pieces.group))
+        run_pieces(run, pieces)
     if values is not whole_values:
         whole_values[:, part], whole_slopes[:, part] = values, slopes
     return ~served
 
 
-def _careful_field(
+def _add_far_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -217,108 +203,61 @@ def _careful_field(
     values: np.ndarray,
     slopes: np.ndarray,
 ) -> None:
-    """Add what the rows `which` give to the keys of their windows."""
-    windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
-    nearest, factor = np.empty(len(which)), np.empty(len(which))
+    """Add what the far rows `which` give to the keys of their windows."""
+    query, key, sources = as_double(data.query), as_double(keys.key), sources_of(data, plan)
+    windows, nearest, factor = windows_for(len(which)), np.empty(len(which)), np.empty(len(which))
     shift, total = rows.shift[which], rows.total[which]
-    query, key, weighted = as_double(data.query), as_double(keys.key), as_double(data.key)
 
     def find(first: int, last: int) -> None:
-        units.key_windows(
-            which,
-            query,
-            data.own,
-            weighted,
-            data.charge[0],
-            key,
-            data.w,
-            float(data.exponent),
-            plan.log_span,
-            shift,
-            total,
-            windows,
-            nearest,
-            factor,
-            levels,
-            first,
-            last,
+        find_windows(
+            which, query, data.own, sources, key, shift, total, windows, nearest, factor, first, last
         )
 
     run_units(find, -(-len(which) // CHUNK))
     charge = np.ascontiguousarray(rows.charge[:, which] / np.where(factor > 0, factor, np.inf))
-    lowest, highest = _monotone(windows)
-    crowded = (levels >= 0).nonzero()[0]
-    crowded = crowded[np.argsort(levels[crowded], kind="stable")]
-    crowds = crowded_boxes(key, data.w, windows[crowded], levels[crowded]) if len(crowded) else NO_CROWDS
+    senders = Senders(which, nearest, *windows, *_monotone(windows.place), charge)
+    crowded = by_level(windows)
+    crowds = NO_CROWDS
+    if len(crowded):
+        crowds = crowded_boxes(key, data.w, Windows(windows.place[crowded], windows.level[crowded]), accuracy)
     size = max(16, min(KEY_CHUNK, -(-len(keys.key) // 16)))
 
-    def give(first: int, last: int) -> None:
-        units.careful_keys(
-            key,
-            query,
-            keys.own,
-            which,
-            nearest,
-            windows,
-            lowest,
-            highest,
-            levels,
-            crowds.start,
-            crowds.stop,
-            crowds.by_level,
-            charge,
-            data.w,
-            size,
-            values,
-            slopes,
-            first,
-            last,
-        )
+    def add_one_by_one(first: int, last: int) -> None:
+        far_keys(key, query, keys.own, senders, crowds, data.w, size, values, slopes, first, last)
 
-    run_units(give, -(-len(keys.key) // size))
-    for level in np.unique(levels[crowded]):
-        begin, end = crowds.by_level[level], crowds.by_level[level + 1]
-        if begin == end:
+    run_units(add_one_by_one, -(-len(keys.key) // size))
+    table = node_charges(accuracy.far_terms)
+    for level in np.unique(windows.level[crowded]):
+        some = level_range(crowds, level)
+        if some.start == some.stop:
             continue
-        places = crowded[levels[crowded] == level]
-        low, high = _monotone(windows[places])
+        boxes = crowds._replace(
+            start=crowds.start[some],
+            stop=crowds.stop[some],
+            centre=crowds.centre[some],
+            half=crowds.half[some],
+        )
+        places = crowded[windows.level[crowded] == level]
+        low, high = _monotone(windows.place[places])
         index_of = NO_PLACES
         if len(keys.owner):
-            index_of = np.full(len(data.query), -1)
-            index_of[which[places]] = np.arange(len(places))
-        node, table = nodes(accuracy.far_terms), node_charges(accuracy.far_terms)
-        level_rows = (
+            index_of = places_among(which[places], len(data.query))
+        ours = Senders(
             which[places],
             nearest[places],
-            windows[places],
+            windows.place[places],
+            windows.level[places],
             low,
             high,
             np.ascontiguousarray(charge[:, places]),
-            index_of,
         )
 
-        def gather(
-            first: int, last: int, begin=begin, end=end, level_rows=level_rows, node=node, table=table
-        ) -> None:
-            units.box_keys(
-                key,
-                keys.owner,
-                query,
-                *level_rows,
-                crowds.start[begin:end],
-                crowds.stop[begin:end],
-                crowds.centre[begin:end],
-                crowds.half[begin:end],
-                node,
-                table,
-                data.w,
-                values,
-                slopes,
-                first,
-                last,
+        def add_boxes(first: int, last: int, boxes=boxes, ours=ours, index_of=index_of) -> None:
+            crowd_keys(
+                key, keys.owner, query, ours, index_of, boxes, table, data.w, values, slopes, first, last
             )
 
-        run_units(gather, end - begin)
+        run_units(add_boxes, some.stop - some.start)
 
 
 def _monotone(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Gradients of the weights of keys that a weight of 0 leaves out, by the fast Gauss transform: see left_out.py.
+"""Gradients of the weights of keys that a weight of 0 leaves out, by the linear method: see ../left_out.py.
 
 These keys are targets of a key side of their own, with a grid of boxes that holds them too. What it cannot hold, and
 what may overflow (a key that is much nearer to some query than all that count), is summed over all rows.
@@ -13,12 +13,12 @@ from .. import left_out
 from ..base import HALF_LOG2E
 from ..dense.call import run_units
 from ..scores import mirrored
-from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double
+from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double, places_among
 from .key_side import Targets, key_side
 from .plan import Accuracy, make_plan
 
 OUTSIDE = 60.0  # bandwidths from all other data: no series reaches so far
-STEEP = 300.0  # exponents in base 2 that the key side holds
+STEEP = 300.0  # from such exponents in base 2 on a key's pairs are steep: the key side may overflow
 
 
 def fill(
@@ -79,7 +79,7 @@ def _by_rows(
     data: Data, accuracy: Accuracy, parts: list, saved: tuple, exclude_self: bool, which: np.ndarray
 ) -> np.ndarray:
     grad_out, grad_lse, out, state = saved
-    rows = data.row_order if len(data.row_order) else np.arange(len(data.query))
+    rows = data.rows
     active = (grad_out[rows] != 0).any(1)
     if len(grad_lse):
         active |= grad_lse[rows] != 0
@@ -102,9 +102,7 @@ def _by_rows(
     )
     own = np.full(len(which), -1)
     if exclude_self:
-        place = np.full(data.count, -1)
-        place[rows] = np.arange(len(rows))
-        own = place[which]
+        own = places_among(rows, data.count)[which]
     found = np.zeros(len(which))
     keys = parts[1][which].double().numpy()[:, None], parts[2][which].double().numpy()
     run_units(lambda first, last: left_out.weights(*about, *keys, own, found, first, last), len(which))
@@ -119,6 +117,6 @@ def _nearest(key: np.ndarray, x: np.ndarray, own: np.ndarray) -> np.ndarray:
     left = right - 1
     left, right = left - (left == own), right + (right == own)
     lower, upper = key[np.maximum(left, 0)], key[np.minimum(right, len(key) - 1)]
-    number, rest = mirrored(x, lower)
+    number, rest = mirrored.py_func(x, lower)
     take_left = (left >= 0) & ((right >= len(key)) | ((number - upper) + rest <= 0))
     return np.where(take_left, left, right)

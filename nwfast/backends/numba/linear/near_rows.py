@@ -1,16 +1,16 @@
-"""The query side of the fast Gauss transform: rows whose box holds enough of them to take the translated series.
+"""Near rows of the linear method: those whose box holds enough of them to take the translated series.
 
 Tasks are groups of pieces of query boxes. A row is finished here if the error bound of its box is small against its
-total; otherwise it is flagged, to be summed with care (far_rows.py).
+total; otherwise it stays marked as a far row (far_rows.py).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from ..base import EXACT, HALF_LOG2E, LN2, ROUND, entry, exp2_double
+from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
+from ..exp2 import ROUND, exp2_double
 from .boxes import PAD, evaluate, padded, to_marks
 
 HELD = 512  # rows of some boxes that get their results together
@@ -185,8 +185,8 @@ def from_marks(n, scale, marks, orders, values, sums, held):
 
 
 @njit(**EXACT)
-def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm, sums):
-    """Write the results of rows whose totals are as large as they must be, and note those that are not careful."""
+def finish_held(rows, place, least, n, far, w, exponent, distance, logarithm, sums):
+    """Write the results of rows whose totals are as large as they must be, and mark them as not far."""
     if n == 0:
         return
     first, total = place[0], sums[0, 0]
@@ -194,71 +194,51 @@ def finish_held(rows, place, least, n, careful, w, exponent, distance, logarithm
     for i in range(n):
         left += not total[i] >= least[i]
     if whole and left == 0:
-        careful[first : first + n] = False
+        far[first : first + n] = False
     else:
         whole = False
         for i in range(n):
             if total[i] >= least[i]:
-                careful[place[i]] = False
+                far[place[i]] = False
             else:
                 place[i] = -1
     distance[:n] = 0.0
     finish_rows(rows, place, n, whole, w, exponent, distance, logarithm, sums)
 
 
-def compile_rows(digest: str) -> Callable:
-    """The entry point for the tasks first .. last of `group` pieces each."""
+@entry
+def near_rows(
+    rows, x, key, charge, pieces, scale, series, bound, accept, w, exponent, orders, far, first, last
+):  # fmt: skip
+    """Finish the rows of groups of pieces as far as the series serve them, and mark these as not far.
 
-    @entry
-    def near_rows(
-        rows,
-        x,
-        key,
-        charge,
-        box,
-        start,
-        stop,
-        centre,
-        scale,
-        group,
-        series,
-        bound,
-        accept,
-        w,
-        exponent,
-        orders,
-        careful,
-        first,
-        last,
-    ):
-        """Box: of each piece, its place among the series (box, column, term) and their bounds."""
-        digest  # noqa: B018
-        count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
-        sums, values = np.zeros((3, columns, size)), np.empty((count, size))
-        marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
-        place, distance = np.empty(size, np.int64), np.empty(size)
-        for unit in range(first, last):
-            held = 0
-            for piece in range(unit * group, min((unit + 1) * group, len(box))):
-                own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
-                for at in range(start[piece], stop[piece], HELD):
-                    n = min(HELD, stop[piece] - at)
-                    if held + n > HELD:
-                        finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
-                        held = 0
-                    most = min(padded(n), len(x) - at)
-                    to_marks(x[at : at + most], centre[piece], scale, marks)
-                    for c in range(count):
-                        evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
-                    if orders > 0:
-                        from_marks(most, scale, marks, orders, values, sums, held)
-                    if len(rows.own) > 0:
-                        subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
-                    place_here, least_here = place[held:], least[held:]
-                    for i in range(most):
-                        place_here[i] = at + i
-                        least_here[i] = own_least
-                    held += n
-            finish_held(rows, place, least, held, careful, w, exponent, distance, logarithm, sums)
-
-    return near_rows
+    pieces.box: the place of each piece among the series (box, column, term) and their bounds.
+    """
+    box, start, stop, centre, group = pieces
+    count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
+    sums, values = np.zeros((3, columns, size)), np.empty((count, size))
+    marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
+    place, distance = np.empty(size, np.int64), np.empty(size)
+    for unit in range(first, last):
+        held = int64(0)
+        for piece in range(unit * group, min((unit + 1) * group, len(box))):
+            own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
+            for at in range(start[piece], stop[piece], HELD):
+                n = min(HELD, stop[piece] - at)
+                if held + n > HELD:
+                    finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)
+                    held = int64(0)
+                most = min(padded(n), len(x) - at)
+                to_marks(x[at : at + most], centre[piece], scale, marks)
+                for c in range(count):
+                    evaluate(own_series[c], marks, most, values[c] if orders > 0 else sums[0, c, held:])
+                if orders > 0:
+                    from_marks(most, scale, marks, orders, values, sums, held)
+                if len(rows.own) > 0:
+                    subtract_own(x, at, n, rows.own, key, charge, w, orders, sums, held)
+                place_here, least_here = place[held:], least[held:]
+                for i in range(most):
+                    place_here[i] = at + i
+                    least_here[i] = own_least
+                held += n
+        finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)

@@ -1,4 +1,4 @@
-"""Choice of the boxes of the fast Gauss transform, and the matrices between them.
+"""Choice of the boxes of the linear method, and the matrices between them.
 
 Interpolating exp(-(x - u)^2 / 2) in x and in u, each at T Chebyshev nodes of boxes of half width h bandwidths, has an
 error of at most 8.72 (h/2)^T / sqrt(T!) exp(-d^2 / 4) for boxes at distance d (from |d^T/dx^T exp(-x^2/2)| <=
@@ -25,14 +25,14 @@ class Accuracy:
     """What depends on the precision of the data."""
 
     truncation: float  # of expansions, relative to the mass of a box
-    accept: float  # of a row's total: a row with a larger error bound is summed with care
-    negligible: float  # of a row's total: what keys may add together that no sum with care takes
+    accept: float  # of a row's total: a row with a larger error bound is far
+    negligible: float  # of a row's total: what keys may add together that no far row takes
     largest_half: float  # half width of a box in bandwidths
-    far_terms: int  # nodes of a box of half width 2^-level, seen from rows that are summed with care
+    far_terms: int  # nodes of a box of half width 2^-level, seen from far rows
     one_box_terms: int
 
 
-SINGLE = Accuracy(
+FLOAT = Accuracy(
     constants.TRUNCATION_FLOAT, constants.ACCEPT_FLOAT, 0.01 * constants.ACCEPT_FLOAT, 1.5, 16, 12
 )
 DOUBLE = Accuracy(
@@ -42,7 +42,7 @@ DOUBLE = Accuracy(
 
 @dataclass
 class Plan:
-    """A grid of boxes; width 0 where no grid serves and all rows are to be summed with care."""
+    """A grid of boxes; width 0 where no grid serves and all rows are far."""
 
     width: float  # of a box in the unit of the data: few bits, so that centres are exact
     origin: float  # centre of the only box (one_box)
@@ -107,7 +107,7 @@ def make_plan(
         # no smaller than the data needs, but not 0
         half = max(spread, LEAST_HALF) if spread > 0 else (1.0 if scale <= ONE_BOX else ONE_BOX / scale)
         terms = accuracy.one_box_terms
-        matrix = near_matrix(terms, half * scale)
+        matrix = matrix_within(terms, half * scale)
         error = np.array([8e-16 if accuracy is DOUBLE else 1e-10])
         kernels = np.exp([-2 * (half * scale) ** 2]), np.ones(1)
         return Plan(
@@ -134,11 +134,13 @@ def make_plan(
     error = expansion_error(terms, half) * np.exp(-(nearest**2) / 4)
     kernels = np.exp(-(farthest**2) / 2), np.exp(-(nearest**2) / 2)
     tail = math.exp(-((2 * half * reach) ** 2) / 2) if reach < apart else 0.0
-    return Plan(width, 0.0, False, terms, far_matrices(terms, half, reach), error, *kernels, tail, log_span)
+    return Plan(
+        width, 0.0, False, terms, matrices_between(terms, half, reach), error, *kernels, tail, log_span
+    )
 
 
 def no_plan(terms: int, log_span: float) -> Plan:
-    """One that leaves all rows to be summed with care."""
+    """One by which all rows are far."""
     none = np.zeros(1)
     return Plan(0.0, 0.0, False, terms, np.zeros((1, terms, terms)), none, none, none, 0.0, log_span)
 
@@ -166,7 +168,7 @@ def powers(terms: int) -> np.ndarray:
     return table
 
 
-def far_matrices(terms: int, half: float, reach: int) -> np.ndarray:
+def matrices_between(terms: int, half: float, reach: int) -> np.ndarray:
     """[offset, moment, power] for exp(-(half (s - t + 2 offset))^2 / 2), by interpolation in s and t.
 
     Chebyshev coefficients in t, to go with Chebyshev moments; powers in s lose nothing, since coefficients fall fast.
@@ -182,7 +184,7 @@ def far_matrices(terms: int, half: float, reach: int) -> np.ndarray:
     return np.concatenate((mirrored[:0:-1], upward))
 
 
-def near_matrix(terms: int, half: float) -> np.ndarray:
+def matrix_within(terms: int, half: float) -> np.ndarray:
     """[moment, power] for exp(-(half (s - t))^2 / 2) from its power series: each entry to its own rounding.
 
     exp(-h^2 s^2 / 2) exp(-h^2 t^2 / 2) exp(h^2 s t), multiplied out.

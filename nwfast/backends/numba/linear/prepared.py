@@ -1,109 +1,101 @@
 """Prepared keys: for a fixed bandwidth the power series of all boxes where queries may fall, so that one costs O(1).
 
-A query looks up its box and sums the series there. Queries that no series serves (keys nearby are few, or far) are
-summed with care, as far_rows.py describes, over keys that stay sorted.
+A query looks up its box and sums the series there. Queries that no series serves (keys nearby are few, or far) are far
+rows, summed as far_rows.py describes over keys that stay sorted.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import DIGEST, LN2, entry
+from ..base import LN2, entry
 from ..dense import call as dense
 from ..dense.call import run_units
 from ..left_out import anchored, places
 from .data import Data, as_double, places_in_order
+from .far_rows import Sources
 from .near_rows import Rows
-from .plan import DOUBLE, SINGLE, Accuracy, Plan, make_plan, no_plan
-from .query_side import cut, decline_drowned, moments_of, sum_with_care, translated
+from .plan import DOUBLE, FLOAT, Accuracy, Plan, make_plan, no_plan
+from .query_side import cut, decline_drowned, moments_of, sum_far_rows, translated
 
 FEW = 96  # keys within reach up to which a box gets no series
 ROWS = 4096  # queries of a task
 # Places in the first tensor: what is not an array.
-USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, SINGLE_PRECISION, TABLE_START = range(9)
-NEAR, CAREFUL = 0, 1
+USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, IS_FLOAT, TABLE_START = range(9)
 
 
-def compile_lookup(digest: str) -> Callable:
-    """The entry point for blocks of queries in any order."""
+@entry
+def lookup(
+    query,
+    width,
+    origin,
+    one_box,
+    exponent,
+    table_start,
+    table,
+    series,
+    least,
+    centre,
+    out,
+    lse,
+    far,
+    first,
+    last,
+):
+    """Out and lse of blocks of queries in any order, those that a series serves.
 
-    @entry
-    def lookup(
-        query,
-        width,
-        origin,
-        one_box,
-        exponent,
-        table_start,
-        table,
-        series,
-        least,
-        centre,
-        out,
-        lse,
-        careful,
-        first,
-        last,
-    ):
-        """Table (boxes from table_start on): the place of a box among the series, or -1."""
-        digest  # noqa: B018
-        columns, terms = series.shape[1], series.shape[2]
-        inverse, scale, sums = 1.0 / width, 2.0 / width, np.empty(columns)
-        for i in range(first * ROWS, min(last * ROWS, len(query))):
-            q = query[i]
-            careful[i] = False
-            if not abs(q) < np.inf:
-                lse[i] = -np.inf if q == q else np.nan
-                for c in range(columns - 1):
-                    out[i, c] = np.nan
-                continue
-            careful[i] = True
-            where = np.floor(q * inverse) if not one_box else 0.0
-            if not (0 <= where - table_start < len(table)):
-                continue
-            box = table[np.int64(where - table_start)]
-            if box < 0:
-                continue
-            s = (q - (origin if one_box else (where + 0.5) * width)) * scale
-            if columns == 2:
-                total, product = series[box, 0, terms - 1], series[box, 1, terms - 1]
-                for m in range(terms - 2, -1, -1):
-                    total = total * s + series[box, 0, m]
-                    product = product * s + series[box, 1, m]
-                sums[0], sums[1] = total, product
-            else:
-                for c in range(columns):
-                    total = series[box, c, terms - 1]
-                    for m in range(terms - 2, -1, -1):
-                        total = total * s + series[box, c, m]
-                    sums[c] = total
-            total = sums[0]
-            if not (total > 0 and total >= least[box]):
-                continue
-            careful[i] = False
-            lse[i] = LN2 * (np.log2(total) + exponent)
+    table (boxes from table_start on): the place of a box among the series, or -1.
+    """
+    columns, terms = series.shape[1], series.shape[2]
+    inverse, scale, sums = 1.0 / width, 2.0 / width, np.empty(columns)
+    for i in range(first * ROWS, min(last * ROWS, len(query))):
+        q = query[i]
+        far[i] = False
+        if not abs(q) < np.inf:
+            lse[i] = -np.inf if q == q else np.nan
             for c in range(columns - 1):
-                out[i, c] = min(max(centre[0, c] + sums[1 + c] / total, centre[1, c]), centre[2, c])
-
-    return lookup
-
-
-lookup = compile_lookup(DIGEST)
+                out[i, c] = np.nan
+            continue
+        far[i] = True
+        where = np.floor(q * inverse) if not one_box else 0.0
+        if not (0 <= where - table_start < len(table)):
+            continue
+        box = table[np.int64(where - table_start)]
+        if box < 0:
+            continue
+        s = (q - (origin if one_box else (where + 0.5) * width)) * scale
+        if columns == 2:
+            total, product = series[box, 0, terms - 1], series[box, 1, terms - 1]
+            for m in range(terms - 2, -1, -1):
+                total = total * s + series[box, 0, m]
+                product = product * s + series[box, 1, m]
+            sums[0], sums[1] = total, product
+        else:
+            for c in range(columns):
+                total = series[box, c, terms - 1]
+                for m in range(terms - 2, -1, -1):
+                    total = total * s + series[box, c, m]
+                sums[c] = total
+        total = sums[0]
+        if not (total > 0 and total >= least[box]):
+            continue
+        far[i] = False
+        lse[i] = LN2 * (np.log2(total) + exponent)
+        for c in range(columns - 1):
+            out[i, c] = min(max(centre[0, c] + sums[1 + c] / total, centre[1, c]), centre[2, c])
 
 
 def compress(key: Tensor, value: Tensor, key_weight: Tensor | None, w: Tensor | float) -> list[Tensor]:
     """What `predict` needs of keys (N, 1), values (N, C) and weights (N,) at this inverse bandwidth."""
     w = float(w)
-    accuracy, single = (DOUBLE, 0.0) if key.dtype == torch.float64 else (SINGLE, 1.0)
+    accuracy, is_float = (DOUBLE, 0.0) if key.dtype == torch.float64 else (FLOAT, 1.0)
     if key.dtype in (torch.float16, torch.bfloat16):
         key, value = key.float(), value.float()
         key_weight = None if key_weight is None else key_weight.float()
     key, value = anchored(key.reshape(-1, 1), value.reshape(len(value), -1), places(key_weight))
     data = Data(key.reshape(-1), value, key_weight, w)
     about = torch.zeros(9, dtype=torch.float64)
-    about[W], about[SINGLE_PRECISION] = w, single
+    about[W], about[IS_FLOAT] = w, is_float
     if not data.usable:
         return [about, key, value] + ([] if key_weight is None else [key_weight])
     plan, number, series, least = _series(data, accuracy)
@@ -175,7 +167,7 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
         return dense.forward(*inputs, weight[0] if weight else None, False, False, False)[:2]
     keys, charge, centre, table, series, least = (tensor.numpy() for tensor in compressed[1:])
     x = query.double().contiguous().numpy()
-    out, lse, careful = (
+    out, lse, far = (
         torch.empty((len(x), len(charge) - 1), dtype=dtype).numpy(),
         torch.empty(len(x), dtype=dtype).numpy(),
         np.empty(len(x), np.bool_),
@@ -185,19 +177,19 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
     def run(first: int, last: int) -> None:
         lookup(
             x, width, origin, one_box, about[EXPONENT], about[TABLE_START], table, series, least, centre, out, lse,
-            careful, first, last
+            far, first, last
         )  # fmt: skip
 
     run_units(run, -(-len(x) // ROWS))
-    which = careful.nonzero()[0]
+    which = far.nonzero()[0]
     if len(which) and not len(keys):
         out[which], lse[which] = np.nan, -np.inf
     elif len(which):
-        _sum_with_care(about, keys, charge, centre, x, which, out, lse)
+        _sum_far_rows(about, keys, charge, centre, x, which, out, lse)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
 
-def _sum_with_care(
+def _sum_far_rows(
     about: list[float], key: np.ndarray, charge: np.ndarray, centre: np.ndarray, x: np.ndarray, which: np.ndarray,
     out: np.ndarray, lse: np.ndarray
 ) -> None:  # fmt: skip
@@ -208,16 +200,6 @@ def _sum_with_care(
     rows = Rows(
         which, no_places, centre, out.reshape(-1), lse, state, lse[:0], lse[:0], no_rows, none, none, none
     )
-    accuracy = SINGLE if about[SINGLE_PRECISION] else DOUBLE
-    sum_with_care(
-        key,
-        charge,
-        x[which],
-        about[W],
-        about[EXPONENT],
-        about[LOG_SPAN],
-        accuracy,
-        rows,
-        0,
-        np.arange(len(which)),
-    )
+    accuracy = FLOAT if about[IS_FLOAT] else DOUBLE
+    sources = Sources(key, charge, about[W], about[EXPONENT], about[LOG_SPAN])
+    sum_far_rows(sources, x[which], accuracy, rows, 0, np.arange(len(which)))

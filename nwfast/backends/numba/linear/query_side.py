@@ -1,41 +1,36 @@
-"""The steps of the fast Gauss transform of one batch element: which kernels run, over which boxes and pieces.
+"""The query side of the linear method, for one batch element: which kernels run, over which boxes and pieces.
 
-Query side: keys -> moments of boxes -> power series of query boxes -> rows; rows that the series do not serve are
-summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
+Query side: keys -> moments of boxes -> power series of query boxes -> near rows; far rows, which the series do not
+serve, are summed over their windows, crowded windows through the nodes of their boxes. The key side is the transpose.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from ..dense.call import run_units
-from . import units
-from .boxes import GROUP, PIECE, UNIT, Charges
+from .boxes import (
+    GROUP,
+    PIECE,
+    UNIT,
+    Boxes,
+    Charges,
+    Pieces,
+    box_series,
+    choose_boxes,
+    cut_points,
+    piece_moments,
+)
 from .data import Data, as_double, ready
-from .far_rows import CHUNK, MOST_LEVELS
-from .near_rows import Rows
+from .far_rows import CHUNK, Crowds, Sources, far_rows, find_crowds
+from .near_rows import Rows, near_rows
 from .plan import Accuracy, Plan, node_charges, nodes, short_number
+from .windows import MOST_LEVELS, Windows, windows_for
 
 MOST_NUMBER = 2.0**50  # of boxes from 0: deeper levels are not cut
 KEY_CHUNK = 2048
 SLAB = 16384  # boxes whose series are held at once
-
-
-class Boxes(NamedTuple):
-    """Occupied boxes: their numbers, and where their points start (one more)."""
-
-    number: np.ndarray
-    start: np.ndarray
-
-
-class Pieces(NamedTuple):
-    """Parts of boxes that one task takes; first: where each box's pieces start."""
-
-    box: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    centre: np.ndarray
-    group: int
 
 
 class Near(NamedTuple):
@@ -49,18 +44,8 @@ class Near(NamedTuple):
     bound: np.ndarray
 
 
-class Crowds(NamedTuple):
-    """Boxes of many keys in the windows of careful rows, sorted by level; by_level (levels + 1) or empty."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    centre: np.ndarray
-    half: np.ndarray
-    by_level: np.ndarray
-
-
 NO_FLOATS, NO_ROWS, NO_PLACES = np.empty(0), np.empty((0, 0)), np.empty(0, np.int64)
-NO_CROWDS = Crowds(NO_PLACES, NO_PLACES, NO_FLOATS, NO_FLOATS, NO_PLACES)
+NO_CROWDS = Crowds(NO_PLACES, NO_PLACES, NO_FLOATS, NO_FLOATS, NO_PLACES, NO_FLOATS, np.empty((0, 0, 0)))
 
 
 def cut(x: np.ndarray, plan: Plan) -> Boxes:
@@ -70,23 +55,32 @@ def cut(x: np.ndarray, plan: Plan) -> Boxes:
     most = min(len(x), 4096)
     while True:
         number, start = np.empty(most, np.int64), np.empty(most + 1, np.int64)
-        count = units.cut(x, plan.inverse, number, start)
+        count = cut_points(x, plan.inverse, number, start)
         if count >= 0:
             return Boxes(number[:count], start[: count + 1])
         most = min(len(x), 8 * most)
 
 
 def pieces_of(number: np.ndarray, start: np.ndarray, stop: np.ndarray, plan: Plan) -> Pieces:
-    """Cut boxes into pieces of a size that does not depend on the number of threads."""
+    """Cut boxes into pieces; groups of about UNIT points."""
+    centre = np.full(len(number), plan.origin) if plan.one_box else (number + 0.5) * plan.width
+    pieces = cut_boxes(start, stop, centre)
+    points = int((stop - start).sum())
+    return pieces._replace(group=max(1, min(GROUP, UNIT * len(pieces.box) // max(points, 1))))
+
+
+def cut_boxes(start: np.ndarray, stop: np.ndarray, centre: np.ndarray) -> Pieces:
+    """Cut boxes into pieces of a size that does not depend on the number of threads, one a task."""
     counts = -(-(stop - start) // PIECE)
-    box = np.repeat(np.arange(len(number)), counts)
+    box = np.repeat(np.arange(len(start)), counts)
     within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = start[box] + within * PIECE
-    end = np.minimum(begin + PIECE, stop[box])
-    centre = np.full(len(box), plan.origin) if plan.one_box else (number[box] + 0.5) * plan.width
-    points = int((stop - start).sum())
-    group = max(1, min(GROUP, UNIT * len(box) // max(points, 1)))
-    return Pieces(box, begin, end, centre, group)
+    return Pieces(box, begin, np.minimum(begin + PIECE, stop[box]), centre[box], 1)
+
+
+def run_pieces(kernel: Callable[[int, int], None], pieces: Pieces) -> None:
+    """Run kernel(first, last) over the groups of pieces."""
+    run_units(kernel, -(-len(pieces.box) // pieces.group))
 
 
 def moments_of(
@@ -104,10 +98,9 @@ def reduce_pieces(
     """Moments of pieces, and their sums in order for each box."""
 
     def run(first: int, last: int) -> None:
-        about = pieces.start, pieces.stop, pieces.centre, scale, pieces.group
-        units.moments(x, charges, *about, result, first, last)
+        piece_moments(x, charges, pieces, scale, result, first, last)
 
-    run_units(run, -(-len(pieces.box) // pieces.group))
+    run_pieces(run, pieces)
     if len(pieces.box) == boxes:
         return result
     return np.add.reduceat(result, np.searchsorted(pieces.box, np.arange(boxes)), axis=0)
@@ -120,7 +113,7 @@ def translated(
     series = np.empty((len(boxes), (orders + 1) * moments.shape[1], plan.terms))
 
     def run(first: int, last: int) -> None:
-        units.box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
+        box_series(boxes, reaches, number, moments, plan.matrices, orders, series, first, last)
 
     run_units(run, -(-len(boxes) // GROUP))
     return series
@@ -135,24 +128,10 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
     mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
     reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
-    units.choose(
-        queries.number,
-        queries.start,
-        keys.number,
-        keys.start,
-        mass,
-        plan.terms,
-        1 + data.channels,
-        plan.error,
-        plan.least_kernel,
-        plan.largest_kernel,
-        plan.tail * mass.sum(),
-        accuracy.accept,
-        chosen,
-        needed,
-        reaches,
-        bound,
-    )
+    choose_boxes(
+        queries, keys, mass, plan.terms, 1 + data.channels, plan.error, plan.least_kernel, plan.largest_kernel,
+        plan.tail * mass.sum(), accuracy.accept, chosen, needed, reaches, bound
+    )  # fmt: skip
     if data.uneven:
         decline_drowned(data, plan, accuracy, keys, queries.number, bound)
         reaches[:], needed[:] = len(plan.error) // 2, True
@@ -179,19 +158,22 @@ def query_side(data: Data, plan: Plan, accuracy: Accuracy, rows: Rows, orders: i
     """Finish all rows; orders 1 and 2 for the sums with one and two more factors of distance."""
     if not len(data.query):
         return
-    careful = np.ones(len(data.query), np.bool_)
+    far = np.ones(len(data.query), np.bool_)
     near = near_field(data, plan, accuracy)
     if len(near.chosen):
         terms = plan.terms + (4 if orders else 0)
         moments = moments_of(data.key, data.charges, 1 + data.channels, near.keys, near.needed, plan, terms)
         for at in range(0, len(near.chosen), SLAB):
             part = near.chosen[at : at + SLAB]
-            near_rows(data, plan, accuracy, rows, orders, near, moments, part, careful)
-    which = careful.nonzero()[0]
+            sum_near_rows(data, plan, accuracy, rows, orders, near, moments, part, far)
+    which = far.nonzero()[0]
     if len(which):
-        exponent = float(data.exponent)
-        key, query = as_double(data.key), as_double(data.query)
-        sum_with_care(key, data.charge, query, data.w, exponent, plan.log_span, accuracy, rows, orders, which)
+        sum_far_rows(sources_of(data, plan), as_double(data.query), accuracy, rows, orders, which)
+
+
+def sources_of(data: Data, plan: Plan) -> Sources:
+    """The keys that have a weight, for far rows."""
+    return Sources(as_double(data.key), data.charge, data.w, float(data.exponent), plan.log_span)
 
 
 def in_list(places: np.ndarray, count: int) -> np.ndarray:
@@ -201,7 +183,7 @@ def in_list(places: np.ndarray, count: int) -> np.ndarray:
     return among
 
 
-def near_rows(
+def sum_near_rows(
     data: Data,
     plan: Plan,
     accuracy: Accuracy,
@@ -210,7 +192,7 @@ def near_rows(
     near: Near,
     moments: np.ndarray,
     boxes: np.ndarray,
-    careful: np.ndarray,
+    far: np.ndarray,
 ) -> None:
     """Finish the rows of these boxes as far as the series serve them."""
     numbers, start = near.queries
@@ -220,84 +202,44 @@ def near_rows(
     bound = near.bound[boxes]
 
     def run(first: int, last: int) -> None:
-        units.near_rows(
-            rows,
-            data.query,
-            data.key,
-            data.charge if len(data.own) else NO_ROWS,
-            pieces.box,
-            pieces.start,
-            pieces.stop,
-            pieces.centre,
-            2 / plan.width,
-            pieces.group,
-            series,
-            bound,
-            accuracy.accept,
-            data.w,
-            float(data.exponent),
-            orders,
-            careful,
-            first,
-            last,
-        )
+        near_rows(
+            rows, data.query, data.key, data.charge if len(data.own) else NO_ROWS, pieces, 2 / plan.width, series,
+            bound, accuracy.accept, data.w, float(data.exponent), orders, far, first, last
+        )  # fmt: skip
 
-    run_units(run, -(-len(pieces.box) // pieces.group))
+    run_pieces(run, pieces)
 
 
-def sum_with_care(
-    key: np.ndarray,
-    charge: np.ndarray,
-    query: np.ndarray,
-    w: float,
-    exponent: float,
-    log_span: float,
-    accuracy: Accuracy,
-    rows: Rows,
-    orders: int,
-    which: np.ndarray,
+def sum_far_rows(
+    sources: Sources, query: np.ndarray, accuracy: Accuracy, rows: Rows, orders: int, which: np.ndarray
 ) -> None:
-    """Finish the rows `which`."""
-    windows, levels = np.empty((len(which), 2), np.int64), np.empty(len(which), np.int64)
-    node = nodes(accuracy.far_terms)
+    """Finish the far rows `which`, those of crowded windows last."""
 
-    def finish(
-        which: np.ndarray, windows: np.ndarray, levels: np.ndarray, crowds: Crowds, charges: np.ndarray
-    ) -> None:
+    def finish(which: np.ndarray, windows: Windows, crowds: Crowds) -> None:
         def run(first: int, last: int) -> None:
-            units.careful_rows(
-                rows,
-                which,
-                query,
-                key,
-                charge,
-                w,
-                exponent,
-                log_span,
-                orders,
-                windows,
-                levels,
-                *crowds,
-                node,
-                charges,
-                first,
-                last,
-            )
+            far_rows(rows, query, which, sources, orders, windows, crowds, first, last)
 
         run_units(run, -(-len(which) // CHUNK))
 
-    finish(which, windows, levels, NO_CROWDS, np.empty((0, 0, 0)))
-    left = (levels >= 0).nonzero()[0]
+    windows = windows_for(len(which))
+    finish(which, windows, NO_CROWDS)
+    left = by_level(windows)
     if not len(left):
         return
-    left = left[np.argsort(levels[left], kind="stable")]
-    crowds = crowded_boxes(key, w, windows[left], levels[left])
-    charges = crowd_charges(key, charge, crowds, accuracy.far_terms)
-    finish(which[left], windows[left], levels[left], crowds, charges)
+    windows = Windows(windows.place[left], windows.level[left])
+    crowds = crowded_boxes(sources.key, sources.w, windows, accuracy)
+    crowds = crowds._replace(charge=crowd_charges(sources, crowds))
+    finish(which[left], windows, crowds)
 
 
-def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.ndarray) -> Crowds:
-    """The crowded boxes in the windows of rows, which are in order of their levels."""
+def by_level(windows: Windows) -> np.ndarray:
+    """The rows of crowded windows in order of their levels."""
+    crowded = (windows.level >= 0).nonzero()[0]
+    return crowded[np.argsort(windows.level[crowded], kind="stable")]
+
+
+def crowded_boxes(key: np.ndarray, w: float, windows: Windows, accuracy: Accuracy) -> Crowds:
+    """The crowded boxes in the windows of rows, which are in order of their levels; without charges."""
     scale = abs(w)
     most = 1024
     start, stop, number = (np.empty(most, np.int64) for _ in range(3))
@@ -307,7 +249,8 @@ def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.nda
     magnitude = max(abs(float(key[0])), abs(float(key[-1])))
     for level in range(MOST_LEVELS):
         by_level[level] = count
-        begin, end = np.searchsorted(levels, [level, level + 1])
+        begin, end = np.searchsorted(windows.level, [level, level + 1])
+        some = Windows(windows.place[begin:end], windows.level[begin:end])
         if begin == end:
             continue
         width = short_number(2.0 / scale) * 2.0**-level if scale else 0.0
@@ -315,9 +258,7 @@ def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.nda
             continue
         widths[level] = width
         while True:
-            found = units.crowds(
-                key, windows[begin:end], levels[begin:end], 1 / width, level, start, stop, number, count
-            )
+            found = find_crowds(key, some, 1 / width, level, start, stop, number, count)
             if found >= 0:
                 break
             start, stop, number = (
@@ -326,24 +267,32 @@ def crowded_boxes(key: np.ndarray, w: float, windows: np.ndarray, levels: np.nda
         count = found
     by_level[MOST_LEVELS] = count
     width_of = np.repeat(widths, np.diff(by_level))
-    return Crowds(start[:count], stop[:count], (number[:count] + 0.5) * width_of, width_of / 2, by_level)
+    return Crowds(
+        start[:count],
+        stop[:count],
+        (number[:count] + 0.5) * width_of,
+        width_of / 2,
+        by_level,
+        nodes(accuracy.far_terms),
+        NO_CROWDS.charge,
+    )
 
 
-def crowd_charges(key: np.ndarray, charge: np.ndarray, crowds: Crowds, terms: int) -> np.ndarray:
-    """Charges at the nodes of crowded boxes, (boxes, columns, terms)."""
-    charges = np.empty((len(crowds.start), len(charge), terms))
+def level_range(crowds: Crowds, level: int) -> slice:
+    """The places of the boxes of a level."""
+    return slice(crowds.by_level[level], crowds.by_level[level + 1])
+
+
+def crowd_charges(sources: Sources, crowds: Crowds) -> np.ndarray:
+    """Charges at the nodes of crowded boxes, (boxes, columns, nodes)."""
+    key, charge, terms = sources.key, ready(sources.charge, sources.key.dtype), len(crowds.node)
+    charges = np.empty((len(crowds.start), len(sources.charge), terms))
     for level in range(MOST_LEVELS):
-        begin, end = crowds.by_level[level], crowds.by_level[level + 1]
-        if begin == end:
+        some = level_range(crowds, level)
+        if some.start == some.stop:
             continue
-        counts = -(-(crowds.stop[begin:end] - crowds.start[begin:end]) // PIECE)
-        box = np.repeat(np.arange(end - begin), counts)
-        within = np.arange(len(box)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = crowds.start[begin + box] + within * PIECE
-        last = np.minimum(first + PIECE, crowds.stop[begin + box])
-        pieces = Pieces(box, first, last, crowds.centre[begin + box], 1)
-        result = np.empty((len(box), len(charge), terms))
-        charges[begin:end] = reduce_pieces(
-            key, ready(charge, key.dtype), pieces, 1 / crowds.half[begin], result, end - begin
-        )
+        pieces = cut_boxes(crowds.start[some], crowds.stop[some], crowds.centre[some])
+        result = np.empty((len(pieces.box), len(sources.charge), terms))
+        scale = 1 / crowds.half[some.start]
+        charges[some] = reduce_pieces(key, charge, pieces, scale, result, some.stop - some.start)
     return np.ascontiguousarray(charges @ node_charges(terms).T)

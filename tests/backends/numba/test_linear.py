@@ -1,4 +1,8 @@
-"""The fast Gauss transform of the Numba backend: against extended precision, the reference and the dense kernels."""
+"""The linear method of the Numba backend: against extended precision, the reference and the dense kernels.
+
+One file, since all its tests are a few lines over the same two comparisons, `assert_forward` and `assert_gradients`:
+at every bandwidth, kind of data and form of the arguments. The pieces of its kernels are in test_far_rows.py.
+"""
 
 import math
 
@@ -13,7 +17,7 @@ from nwfast import backends
 from nwfast.backends import reference
 
 pytest.importorskip("numba")
-fgt = backends.load("numba_fgt")
+linear = backends.load("numba_fgt")
 dense = backends.load("numba")
 
 BOUND = {torch.float64: 1e-12, torch.float32: 2.0**-22}
@@ -45,7 +49,7 @@ def backward(module, grad_out, grad_lse, inputs, results, exclude_self=False, ne
 def assert_forward(query, key, value, w, key_weight=None, exclude_self=False) -> None:
     """out relative to the largest value; lse to itself or 1; tangents to what one pair can add."""
     inputs = canonical(query, key, value, w, key_weight)
-    out, lse, state, tangent_w, tangent_q = fgt.forward(*inputs, exclude_self, True, True)
+    out, lse, state, tangent_w, tangent_q = linear.forward(*inputs, exclude_self, True, True)
     w, bound = float(inputs[3]), BOUND[query.dtype]
     expected = exact(query, key, value, w, key_weight, exclude_self)
     spread = float(value.abs().max()) or 1.0
@@ -91,10 +95,10 @@ def exact_gradients(inputs, grad_out, grad_lse, exclude_self):
 
 def assert_gradients(inputs, exclude_self=False, with_lse=True, tangents=False, tolerance=1e-11):
     """All gradients within the tolerance of their largest entry, or of what one pair can add."""
-    results = fgt.forward(*inputs, exclude_self, tangents, tangents)
+    results = linear.forward(*inputs, exclude_self, tangents, tangents)
     grad_out = torch.randn_like(results[0])
     grad_lse = torch.randn_like(results[1]) if with_lse else None
-    actual = backward(fgt, grad_out, grad_lse, inputs, results, exclude_self)
+    actual = backward(linear, grad_out, grad_lse, inputs, results, exclude_self)
     expected = exact_gradients(inputs, grad_out, grad_lse, exclude_self)
     w, spread = float(inputs[3].abs().max()), float(inputs[2].abs().max())
     one_pair = spread * w, spread * w, 1.0, spread * len(inputs[0]) ** 0.5 / max(w, 1e-300), spread
@@ -192,30 +196,28 @@ def test_error_in_float32_near_and_far():
     query = torch.from_numpy(far)
     for w in (3.0, 100.0, 1e3, 1e4):
         expected = exact(query, key, value, w).out
-        out = fgt.forward(*canonical(query, key, value, w), False, False, False)[0]
+        out = linear.forward(*canonical(query, key, value, w), False, False, False)[0]
         assert np.abs(out.numpy() - expected).max() <= 2.0**-23 * float(value.abs().max())
 
 
 def test_most_rows_are_served_by_series(monkeypatch):
     """Dense data is never summed key by key: what the bounds decline is a small part."""
-    steps = fgt.query_side.__globals__
-    careful = []
-    with_care = steps["sum_with_care"]
-    monkeypatch.setitem(
-        steps, "sum_with_care", lambda *args: (careful.append(len(args[-1])), with_care(*args))
-    )
+    steps = linear.query_side.__globals__
+    far = []
+    sum_far_rows = steps["sum_far_rows"]
+    monkeypatch.setitem(steps, "sum_far_rows", lambda *args: (far.append(len(args[-1])), sum_far_rows(*args)))
     x = torch.rand(20_000, dtype=torch.float64) * 5
     for dtype in (torch.float64, torch.float32):
         for w in (3.0, 100.0):
-            fgt.forward(*canonical(x.to(dtype), x.to(dtype), x.to(dtype), w), True, False, False)
-    assert sum(careful) < 0.01 * 4 * 20_000
+            linear.forward(*canonical(x.to(dtype), x.to(dtype), x.to(dtype), w), True, False, False)
+    assert sum(far) < 0.01 * 4 * 20_000
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 300.0, 1e5])
 def test_outputs_stay_between_the_values(w):
     query, key, _ = case("uniform", 3000, 2000, 9, torch.float32)
     for value in (torch.full((3000,), 0.1), torch.rand(3000) + 5):
-        out = fgt.forward(*canonical(query, key, value, w), False, False, False)[0]
+        out = linear.forward(*canonical(query, key, value, w), False, False, False)[0]
         assert value.min() <= out.min() and out.max() <= value.max()
 
 
@@ -223,7 +225,7 @@ def test_an_outlier_does_not_cost_the_others_their_digits():
     key = torch.linspace(0, 1e4, 2000)
     value = torch.sin(key)
     value[-1] = 1e38
-    out = fgt.forward(*canonical(key[:1500], key, value, 3.0), False, False, False)[0]
+    out = linear.forward(*canonical(key[:1500], key, value, 3.0), False, False, False)[0]
     expected = exact(key[:1500], key, value, 3.0).out
     assert np.abs(out.numpy() - expected).max() < 1e-6
 
@@ -238,7 +240,7 @@ def test_gradients(w, with_lse):
         x.double() for x in (torch.rand(900) * 6 - 0.5, torch.rand(1300) * 5, torch.randn(1300, 1))
     )
     weight = torch.rand(1300, dtype=torch.float64)
-    if w < 1e3:  # beyond, the gradients of masked keys overflow
+    if w < 1e3:  # beyond, the gradients of keys left out overflow
         weight[::9] = 0
     for tangents in (False, True):
         assert_gradients(canonical(query, key, value, w), False, with_lse, tangents and not with_lse)
@@ -274,9 +276,9 @@ def test_gradients_of_keys_everywhere_in_their_boxes(m, w, beyond):
     """No series is differentiated, whose slope at the end of a box has T^2 times the error of its values."""
     query, key = torch.rand(m, dtype=torch.float64) + beyond, torch.rand(3000, dtype=torch.float64)
     inputs = canonical(query, key, torch.randn(3000, dtype=torch.float64), w)
-    results = fgt.forward(*inputs, False, False, False)
+    results = linear.forward(*inputs, False, False, False)
     grad_out = torch.randn_like(results[0])
-    found = backward(fgt, grad_out, None, inputs, results, needs=backends.NEEDS_KEY)[1]
+    found = backward(linear, grad_out, None, inputs, results, needs=backends.NEEDS_KEY)[1]
     right = exact_gradients(inputs, grad_out, None, False)[1]
     assert np.abs(found.numpy()[:, 0] - right).max() <= 2e-14 * np.abs(right).max()
 
@@ -289,8 +291,8 @@ def test_windows_hold_what_counts_to_rounding(others):
     value = torch.ones(1 + others, dtype=torch.float64)
     value[1:] = 0
     inputs = canonical(torch.tensor([-far], dtype=torch.float64), key, value, 1.0)
-    results = fgt.forward(*inputs, False, False, False)
-    found = backward(fgt, torch.ones_like(results[0]), None, inputs, results, needs=backends.NEEDS_KEY)[1]
+    results = linear.forward(*inputs, False, False, False)
+    found = backward(linear, torch.ones_like(results[0]), None, inputs, results, needs=backends.NEEDS_KEY)[1]
     right = exact_gradients(inputs, torch.ones_like(results[0]), None, False)[1]
     np.testing.assert_allclose(found.numpy()[1:, 0], right[1:].astype(float), rtol=1e-8)
 
@@ -298,9 +300,9 @@ def test_windows_hold_what_counts_to_rounding(others):
 def test_gradients_in_float32():
     query, key, value = torch.rand(2000) * 6 - 0.5, torch.rand(3000) * 5, torch.randn(3000, 1)
     inputs = canonical(query, key, value, 20.0)
-    results = fgt.forward(*inputs, False, True, True)
+    results = linear.forward(*inputs, False, True, True)
     grad_out = torch.randn_like(results[0])
-    actual = backward(fgt, grad_out, None, inputs, results)
+    actual = backward(linear, grad_out, None, inputs, results)
     double = [None if x is None else x.double() for x in inputs]
     wanted = backward(dense, grad_out.double(), None, double, dense.forward(*double, False, True, True))
     for name, one, other in zip(NAMES[:4], actual, wanted, strict=False):
@@ -314,9 +316,9 @@ def test_adjoint_and_homogeneity():
     query, key, value = (x.double() for x in (torch.rand(n) * 7 - 1, torch.rand(n) * 5, torch.randn(n)))
     for w in (2.0, 500.0, 5e4):
         inputs = canonical(query, key, value, w)
-        results = fgt.forward(*inputs, False, True, True)
+        results = linear.forward(*inputs, False, True, True)
         g = torch.randn_like(results[0])
-        by_query, by_key, by_value, by_w, _ = backward(fgt, g, None, inputs, results)
+        by_query, by_key, by_value, by_w, _ = backward(linear, g, None, inputs, results)
         there, back = (g * results[0]).sum(), (by_value * inputs[2]).sum()
         assert abs(there - back) <= 1e-12 * n**0.5
         moved = (by_query * inputs[0]).sum() + (by_key * inputs[1]).sum()
@@ -332,13 +334,13 @@ def test_batches():
     value, weight = torch.randn(2, 3, 400, 2).double(), torch.rand(1, 3, 400).double()
     w = torch.tensor([2.0, 50.0, 1e4], dtype=torch.float64)[:, None]
     inputs = query, key, value, w, weight
-    results = fgt.forward(*inputs, False, False, False)
+    results = linear.forward(*inputs, False, False, False)
     out, lse = reference.forward(*inputs, False)
     torch.testing.assert_close(results[0], out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(results[1], lse, rtol=1e-12, atol=1e-12)
     grads = [
         backward(module, torch.ones_like(out), lse, inputs, module.forward(*inputs, False, False, False))
-        for module in (fgt, dense)
+        for module in (linear, dense)
     ]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
@@ -348,10 +350,10 @@ def test_batches():
 def test_half_precision_is_storage(dtype):
     inputs = [x.to(dtype) for x in canonical(torch.rand(300), torch.rand(600), torch.randn(600), 40.0)[:4]]
     widened = [x.float() for x in inputs]
-    results, wanted = (fgt.forward(*x, None, False, True, True) for x in (inputs, widened))
+    results, wanted = (linear.forward(*x, None, False, True, True) for x in (inputs, widened))
     assert all(map(torch.equal, results, wanted))
     ones = torch.ones_like(results[0])
-    gradients = backward(fgt, ones, None, (*inputs, None), results)
+    gradients = backward(linear, ones, None, (*inputs, None), results)
     assert gradients[1].dtype == torch.float32 and gradients[3].dtype == dtype
 
 
@@ -361,7 +363,7 @@ def test_strided_and_expanded_input():
     inputs = base[:, :1], base[:, 1:2], value, torch.ones(1, dtype=torch.float64) * 9, None
     plain = [None if x is None else x.contiguous() for x in inputs]
     for one, other in zip(
-        fgt.forward(*inputs, False, False, False), fgt.forward(*plain, False, False, False), strict=True
+        linear.forward(*inputs, False, False, False), linear.forward(*plain, False, False, False), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)  # of two channels, no tangents
 
@@ -374,14 +376,14 @@ def test_numbers_that_are_not_finite(place, bad):
     inputs[place] = inputs[place].clone()
     inputs[place][5 % len(inputs[place])] = bad
     ones = torch.ones(700, 1)
-    both = [module.forward(*inputs, False, True, True) for module in (fgt, dense)]
+    both = [module.forward(*inputs, False, True, True) for module in (linear, dense)]
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one[..., :1], other[..., :1], rtol=1e-4, atol=1e-4, equal_nan=True)
     if place == 0:
         assert both[0][0].isnan().sum() == 1
     grads = [
         backward(module, ones, None, inputs, results)
-        for module, results in zip((fgt, dense), both, strict=True)
+        for module, results in zip((linear, dense), both, strict=True)
     ]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -389,15 +391,15 @@ def test_numbers_that_are_not_finite(place, bad):
 
 def test_rows_without_keys():
     inputs = canonical(torch.rand(40), torch.rand(50), torch.rand(50), 9.0, torch.zeros(50))
-    results = fgt.forward(*inputs, False, True, True)
+    results = linear.forward(*inputs, False, True, True)
     assert results[0].isnan().all() and (results[1] == -math.inf).all() and not results[2][:, 1].any()
-    gradients = backward(fgt, torch.ones(40, 1), torch.ones(40), inputs, results)
+    gradients = backward(linear, torch.ones(40, 1), torch.ones(40), inputs, results)
     assert not any(gradient.any() for gradient in gradients)
     single = canonical(torch.ones(1), torch.ones(1), torch.ones(1), 9.0)
-    results = fgt.forward(*single, True, False, False)
+    results = linear.forward(*single, True, False, False)
     assert results[0].isnan().all() and results[1].item() == -math.inf
     assert not any(
-        gradient.any() for gradient in backward(fgt, torch.ones(1, 1), None, single, results, True)
+        gradient.any() for gradient in backward(linear, torch.ones(1, 1), None, single, results, True)
     )
 
 
@@ -406,7 +408,7 @@ def test_rows_without_keys():
 def test_weights_below_the_normal_numbers(dtype, tiny, w):
     x = torch.linspace(0, 5, 700, dtype=dtype)
     query, value, weight = x + 0.001, x.sin(), torch.full_like(x, tiny)
-    out, lse, *_ = fgt.output(*canonical(query, x, value, w, weight), False, True, False, False)
+    out, lse, *_ = linear.output(*canonical(query, x, value, w, weight), False, True, False, False)
     # A factor of all weights shifts lse alone.
     expected, shifted = reference.forward(*canonical(query.double(), x.double(), value.double(), w), False)
     shift = math.log2(float(weight[0].double() * 2.0**1000)) - 1000
@@ -419,9 +421,9 @@ def test_weights_below_the_normal_numbers(dtype, tiny, w):
 def test_output_is_the_forward_pass(w):
     x = torch.rand(3000).sort().values
     inputs = canonical(x, x, torch.randn(3000), w)
-    out, lse, *_ = fgt.forward(*inputs, False, False, False)
+    out, lse, *_ = linear.forward(*inputs, False, False, False)
     for with_lse in False, True:
-        alone, its_lse, *_ = fgt.output(*inputs, False, with_lse, False, False)
+        alone, its_lse, *_ = linear.output(*inputs, False, with_lse, False, False)
         assert torch.equal(alone, out) and torch.equal(its_lse, lse if with_lse else lse[:0])
 
 
@@ -429,21 +431,21 @@ def test_negative_weight_is_nan():
     weight = torch.rand(300)
     weight[7] = -1
     x = torch.rand(300)
-    assert fgt.forward(*canonical(x, x, x, 9.0, weight), False, False, False)[0].isnan().all()
+    assert linear.forward(*canonical(x, x, x, 9.0, weight), False, False, False)[0].isnan().all()
 
 
 def test_no_queries():
     inputs = canonical(torch.rand(0), torch.rand(300), torch.rand(300), 2.0, torch.rand(300))
-    results = fgt.forward(*inputs, False, True, True)
+    results = linear.forward(*inputs, False, True, True)
     assert results[0].shape == (0, 1)
-    for gradient, x in zip(backward(fgt, results[0], results[1], inputs, results), inputs, strict=True):
+    for gradient, x in zip(backward(linear, results[0], results[1], inputs, results), inputs, strict=True):
         assert gradient.shape == x.shape and not gradient.any()
 
 
 def test_more_than_one_feature_is_refused():
     x = torch.rand(5, 2)
     with pytest.raises(ValueError, match="D = 1 feature, got D = 2"):
-        fgt.forward(x, x, x, torch.ones(2), None, False, False, False)
+        linear.forward(x, x, x, torch.ones(2), None, False, False, False)
 
 
 @pytest.mark.parametrize("w", [3.0, 1e3, 1e5])
@@ -459,9 +461,9 @@ def test_threads_do_not_change_a_bit(w, presorted):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results = fgt.forward(*inputs, False, False, False)
+            results = linear.forward(*inputs, False, False, False)
             grad_out = torch.cos(torch.arange(50_000.0, dtype=torch.float64))[:, None]
-            gradients = backward(fgt, grad_out, grad_out[:, 0], inputs, results)
+            gradients = backward(linear, grad_out, grad_out[:, 0], inputs, results)
             everything.append((*results, *gradients))
     finally:
         torch.set_num_threads(threads)
@@ -499,7 +501,9 @@ def test_prediction(kind, dtype):
     values = torch.stack([value, torch.cos(value)], 1)
     for w in (0.0, 1e-30, 3.0, 100.0, 1e5):
         for column, a in ((value[:, None], None), (values, weight)):
-            out, lse = fgt.predict(fgt.compress(key[:, None], column, a, torch.tensor([w])), query[:, None])
+            out, lse = linear.predict(
+                linear.compress(key[:, None], column, a, torch.tensor([w])), query[:, None]
+            )
             expected = exact(query, key, column, float(torch.tensor(w)), a)
             assert np.abs(out.numpy() - expected.out).max() <= BOUND[dtype] * float(column.abs().max())
             assert (
@@ -511,12 +515,16 @@ def test_prediction(kind, dtype):
 def test_prediction_of_bad_numbers():
     query, key, value = torch.tensor([0.5, math.nan, math.inf, 1e30, -1e9]), torch.rand(500), torch.rand(500)
     key = key.sort().values
-    out, lse = fgt.predict(fgt.compress(key[:, None], value[:, None], None, 9.0), query[:, None])
+    out, lse = linear.predict(linear.compress(key[:, None], value[:, None], None, 9.0), query[:, None])
     wanted = dense.forward(*canonical(query, key, value, 9.0), False, False, False)
     torch.testing.assert_close(out, wanted[0], equal_nan=True)
     torch.testing.assert_close(lse, wanted[1], equal_nan=True)
     value[3] = math.nan
-    assert fgt.predict(fgt.compress(key[:, None], value[:, None], None, 9.0), query[:, None])[0].isnan().all()
-    nothing = fgt.compress(key[:, None], key[:, None], torch.zeros(500), 9.0)
-    assert fgt.predict(nothing, query[:, None])[0].isnan().all()
-    assert fgt.predict(nothing, query[:0, None])[0].shape == (0, 1)
+    assert (
+        linear.predict(linear.compress(key[:, None], value[:, None], None, 9.0), query[:, None])[0]
+        .isnan()
+        .all()
+    )
+    nothing = linear.compress(key[:, None], key[:, None], torch.zeros(500), 9.0)
+    assert linear.predict(nothing, query[:, None])[0].isnan().all()
+    assert linear.predict(nothing, query[:0, None])[0].shape == (0, 1)
