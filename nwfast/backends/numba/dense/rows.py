@@ -257,7 +257,7 @@ def forward_rows(example, about, first, last):
         b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
-            found, surveyed = survey(example, about, b, bounds), b
+            found, surveyed = survey(example, about, given, bounds), b
         if found.ordinary:
             load_block(example, about, given, start, stop, block)
             sum_rows(
@@ -322,7 +322,7 @@ def backward_rows(example, about, first, last):
         b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
-            found, surveyed = survey(example, about, b, bounds), b
+            found, surveyed = survey(example, about, given, bounds), b
         grad_w[:] = 0.0
         load_block(example, about, given, start, stop, block)
         for r in range(count):

@@ -142,9 +142,9 @@ def sum_pair(key, charge, start, stop, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_keys(sources, start, stop, row, factor, orders, strip, sums, i):
+def sum_keys(key, charge, start, stop, row, factor, orders, strip, sums, i):
     """Add the keys start .. stop, but the row's own, to the sums of row i of a block."""
-    key, charge, own = sources.key, sources.charge, row.own
+    own = row.own
     if orders == 0 and len(charge) == 2:
         sum_pair(key, charge, start, stop, row, factor, sums, i)
         return
@@ -158,29 +158,29 @@ def sum_keys(sources, start, stop, row, factor, orders, strip, sums, i):
 
 
 @njit(**EXACT)
-def sum_crowded(sources, crowds, low, high, level, row, factor, orders, strip, sums, i):
+def sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
     """Add the keys low .. high, those in crowded boxes through the nodes; whether the own key was added with them."""
     box, end = crowds.by_level[level], crowds.by_level[level + 1]
     box = box_after(crowds.stop, box, end, low)
     at, with_own = low, False
     while box < end and crowds.start[box] < high:
         if crowds.start[box] > at:
-            sum_keys(sources, at, crowds.start[box], row, factor, orders, strip, sums, i)
+            sum_keys(key, charge, at, crowds.start[box], row, factor, orders, strip, sums, i)
         with_own |= crowds.start[box] <= row.own < crowds.stop[box]
         terms_of_nodes(crowds.node, crowds.half[box], crowds.centre[box], row, factor, strip)
-        for c in range(len(sources.charge)):
+        for c in range(len(charge)):
             add_sums(strip, crowds.charge[box], c, 0, len(crowds.node), orders, sums, i)
         at = crowds.stop[box]
         box += 1
     if at < high:
-        sum_keys(sources, at, high, row, factor, orders, strip, sums, i)
+        sum_keys(key, charge, at, high, row, factor, orders, strip, sums, i)
     return with_own
 
 
 @njit(**EXACT)
-def subtract_own(sources, row, factor, sums, i):
+def subtract_own(key, charge, row, factor, sums, i):
     """Take the own key off the sums of row i; whether enough is left."""
-    before, k, charge = sums[0, 0, i], sources.key[row.own], sources.charge
+    before, k = sums[0, 0, i], key[row.own]
     near, z = row.nearest - k, score_of(row, k)
     part = exp2_double(min(z * factor, LARGEST))
     for c in range(len(charge)):
@@ -191,15 +191,12 @@ def subtract_own(sources, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_window(sources, crowds, low, high, level, row, factor, orders, strip, sums, i):
-    """Set the sums of row i of a block, which are 0, to those over its window."""
-    if level < 0:
-        sum_keys(sources, low, high, row, factor, orders, strip, sums, i)
-        return
-    with_own = sum_crowded(sources, crowds, low, high, level, row, factor, orders, strip, sums, i)
-    if with_own and not subtract_own(sources, row, factor, sums, i):
+def sum_window(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
+    """Set the sums of row i of a block, which are 0, to those over its crowded window."""
+    with_own = sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i)
+    if with_own and not subtract_own(key, charge, row, factor, sums, i):
         clear(sums, i)
-        sum_keys(sources, low, high, row, factor, orders, strip, sums, i)
+        sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
 
 
 @njit(**EXACT)
@@ -245,7 +242,9 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
     Rows of crowded windows get a level, others -1; without crowds these rows are left.
     """
     key, charge, w = sources.key, sources.charge, sources.w
-    factor, with_crowds, excluding = -HALF_LOG2E * w * w, len(crowds.by_level) > 0, len(rows.own) > 0
+    factor, log_span, with_crowds = -HALF_LOG2E * w * w, sources.log_span, len(crowds.by_level) > 0
+    # Taken here: an array that is taken from a tuple is counted, which costs time for each row.
+    own_of, excluding, places, levels = rows.own, len(rows.own) > 0, windows.place, windows.level
     strip = Strip(np.empty(STRIP), np.empty(STRIP), np.empty(STRIP))
     sums, logarithm = np.zeros((3, len(charge), BLOCK)), np.empty(BLOCK)
     place_of, distance, whole = np.empty(BLOCK, np.int64), np.zeros(BLOCK), np.bool_(False)
@@ -255,10 +254,10 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
             n = min(BLOCK, len(which) - begin)
             for i in range(n):
                 index, r = begin + i, which[begin + i]
-                own = rows.own[r] if excluding else -1
+                own = own_of[r] if excluding else -1
                 clear(sums, i)
                 sums[0, 0, i] = 1.0  # of a row that is not finished here, which must not divide by 0
-                windows.level[index] = place_of[i] = -1
+                levels[index] = place_of[i] = -1
                 place = first_at_least(key, place, x[r])
                 star = nearest_key(key, place, x[r], own)
                 if star < 0:
@@ -266,20 +265,23 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                     continue
                 row, margin = row_at(x[r], own, key[star]), margin_of(charge[0, star])
                 distance[i] = row.x - row.nearest
-                limit = limit_of(sources.log_span, margin, w)
+                limit = limit_of(log_span, margin, w)
                 low = window_start(key, place, low, row, limit)
                 high = window_stop(key, place, high, row, limit)
                 low, high = min(low, star), max(high, star + 1)
-                windows.place[index, 0], windows.place[index, 1] = low, high
+                places[index, 0], places[index, 1] = low, high
                 if high - low > DIRECT:
-                    windows.level[index] = level_of(distance[i], w, margin)
+                    levels[index] = level_of(distance[i], w, margin)
                     if not with_crowds:
                         continue
                 place_of[i] = r
                 sums[0, 0, i] = 0.0
-                sum_window(
-                    sources, crowds, low, high, windows.level[index], row, factor, orders, strip, sums, i
-                )
+                if levels[index] < 0:  # here, since most windows are small: a call takes as long as 30 keys
+                    sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
+                else:
+                    sum_window(
+                        key, charge, crowds, low, high, levels[index], row, factor, orders, strip, sums, i
+                    )
             finish_rows(rows, place_of, n, whole, w, sources.exponent, distance, logarithm, sums)
 
 
@@ -290,11 +292,11 @@ def find_crowds(key, windows, inverse, level, start, stop, number, count):
     inverse: of the width of this level's boxes. A box that a row needs and that is missing is visited key by key,
     so rows out of order cost time alone.
     """
-    done = 0  # keys below are cut
-    for index in range(len(windows.level)):
-        if windows.level[index] != level:
+    done, levels, places = 0, windows.level, windows.place  # keys below `done` are cut
+    for index in range(len(levels)):
+        if levels[index] != level:
             continue
-        at, high = windows.place[index, 0], windows.place[index, 1]
+        at, high = places[index, 0], places[index, 1]
         while at < high:
             b = box_of(key[at], inverse)
             if at < done:
