@@ -65,9 +65,8 @@ class Strip(NamedTuple):
 
 
 @njit(**EXACT)
-def terms_of_keys(key, at, n, row, factor, strip):
-    """Fill the strip from n keys from `at`; factor: -w^2 log2(e) / 2."""
-    term, offset, score = strip.term, strip.offset, strip.score
+def terms_of_keys(key, at, n, row, factor, term, offset, score):
+    """Fill a strip from n keys from `at`; factor: -w^2 log2(e) / 2."""
     for j in range(n):
         k = key[at + j]
         z = score_of(row, k)
@@ -77,9 +76,8 @@ def terms_of_keys(key, at, n, row, factor, strip):
 
 
 @njit(**EXACT)
-def terms_of_nodes(nodes, half, centre, row, factor, strip):
+def terms_of_nodes(nodes, half, centre, row, factor, term, offset, score):
     """The same for the nodes of a box."""
-    term, offset, score = strip.term, strip.offset, strip.score
     a, b = row.nearest - centre, (row.number - centre) + row.rest
     for j in range(len(nodes)):
         y = half * nodes[j]
@@ -91,9 +89,8 @@ def terms_of_nodes(nodes, half, centre, row, factor, strip):
 
 
 @njit(**SUMS)
-def add_sums(strip, charge, c, at, n, orders, sums, i):
+def add_sums(term, offset, score, charge, c, at, n, orders, sums, i):
     """Add the sums of one column over a strip of n charges from `at` to those of row i."""
-    term, offset, score = strip.term, strip.offset, strip.score
     total, by_offset, by_score = 0.0, 0.0, 0.0
     if orders == 0:
         for j in range(n):
@@ -148,29 +145,32 @@ def sum_keys(key, charge, start, stop, row, factor, orders, strip, sums, i):
     if orders == 0 and len(charge) == 2:
         sum_pair(key, charge, start, stop, row, factor, sums, i)
         return
+    term, offset, score = strip
     for at in range(start, stop, STRIP):
         n = min(STRIP, stop - at)
-        terms_of_keys(key, at, n, row, factor, strip)
+        terms_of_keys(key, at, n, row, factor, term, offset, score)
         if at <= own < at + n:
-            strip.term[own - at] = 0.0
+            term[own - at] = 0.0
         for c in range(len(charge)):
-            add_sums(strip, charge, c, at, n, orders, sums, i)
+            add_sums(term, offset, score, charge, c, at, n, orders, sums, i)
 
 
 @njit(**EXACT)
 def sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
     """Add the keys low .. high, those in crowded boxes through the nodes; whether the own key was added with them."""
-    box, end = crowds.by_level[level], crowds.by_level[level + 1]
-    box = box_after(crowds.stop, box, end, low)
+    box_start, box_stop, box_centre, box_half, by_level, node, box_charge = crowds
+    term, offset, score = strip
+    box, end = by_level[level], by_level[level + 1]
+    box = box_after(box_stop, box, end, low)
     at, with_own = low, False
-    while box < end and crowds.start[box] < high:
-        if crowds.start[box] > at:
-            sum_keys(key, charge, at, crowds.start[box], row, factor, orders, strip, sums, i)
-        with_own |= crowds.start[box] <= row.own < crowds.stop[box]
-        terms_of_nodes(crowds.node, crowds.half[box], crowds.centre[box], row, factor, strip)
+    while box < end and box_start[box] < high:
+        if box_start[box] > at:
+            sum_keys(key, charge, at, box_start[box], row, factor, orders, strip, sums, i)
+        with_own |= box_start[box] <= row.own < box_stop[box]
+        terms_of_nodes(node, box_half[box], box_centre[box], row, factor, term, offset, score)
         for c in range(len(charge)):
-            add_sums(strip, crowds.charge[box], c, 0, len(crowds.node), orders, sums, i)
-        at = crowds.stop[box]
+            add_sums(term, offset, score, box_charge[box], c, 0, len(node), orders, sums, i)
+        at = box_stop[box]
         box += 1
     if at < high:
         sum_keys(key, charge, at, high, row, factor, orders, strip, sums, i)
@@ -276,7 +276,9 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                         continue
                 place_of[i] = r
                 sums[0, 0, i] = 0.0
-                if levels[index] < 0:  # here, since most windows are small: a call takes as long as 30 keys
+                if (
+                    levels[index] < 0
+                ):  # not in a function of both: most windows are small, and a call would show
                     sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
                 else:
                     sum_window(
