@@ -19,7 +19,7 @@ first_at_least, nearest_key, row_at = map(
     called, (windows.first_at_least, windows.nearest_key, windows.row_at)
 )
 window_start, window_stop = map(called, (windows.window_start, windows.window_stop))
-level_of, sum_window = called(windows.level_of), called(far_rows.sum_window)
+level_of, sum_keys, sum_window = map(called, (windows.level_of, far_rows.sum_keys, far_rows.sum_window))
 
 
 def keys_of(kind):
@@ -76,7 +76,10 @@ def sums_over(sources, crowds, x, own, level, orders):
     row = row_at(x, own, key[star])
     strip = far_rows.Strip(*(np.empty(far_rows.STRIP) for _ in range(3)))
     sums = np.zeros((3, len(sources.charge), 4))
-    sum_window(sources, crowds, 0, len(key), level, row, factor, orders, strip, sums, 2)
+    if level < 0:
+        sum_keys(key, sources.charge, 0, len(key), row, factor, orders, strip, sums, 2)
+    else:
+        sum_window(key, sources.charge, crowds, 0, len(key), level, row, factor, orders, strip, sums, 2)
     assert not sums[:, :, [0, 1, 3]].any()
     return key[star], sums[:, :, 2]
 

@@ -109,7 +109,7 @@ def add_block(part, whole):
 
 
 @njit(**EXACT)
-def add_near(example, about, b, start, stop, exponent, bounds, kinds, whole):
+def add_near(example, about, given, b, start, stop, exponent, bounds, kinds, whole):
     """Add what near rows give to the gradients of the keys start .. stop."""
     n, n_features, n_channels, dtype = stop - start, about[D], about[C], example.dtype
     through_keys = about[GRAD_KEY] != 0 or about[GRAD_WEIGHT] != 0
@@ -117,7 +117,7 @@ def add_near(example, about, b, start, stop, exponent, bounds, kinds, whole):
     low, high = bounds.low[start // TILE], bounds.high[start // TILE]
     grad_out = pointer(about[GRAD_OUT], example)
     out, state = pointer(about[OUT], example), pointer(about[STATE], np.empty(0))
-    given, tile, terms = inputs_of(example, about, b), tile_for(example, about, n), terms_for(example, n)
+    tile, terms = tile_for(example, about, n), terms_for(example, n)
     keys, values, s, p = tile.keys, tile.values, terms.s, terms.p
     part, block = gradients_for(about, n, dtype), block_for(example, about, ROWS_AT_ONCE)
     grad_key, grad_value, grad_weight = part.key, part.value, part.weight
@@ -209,11 +209,12 @@ def backward_keys(example, about, first, last):
     grad_weight = pointer(about[GRAD_WEIGHT], example)
     for unit in range(first, last):
         b, start, stop = block_of(unit, n, TILE)
+        given = inputs_of(example, about, b)
         if b != surveyed:
-            found, surveyed = survey(example, about, b, bounds), b
+            found, surveyed = survey(example, about, given, bounds), b
         whole = gradients_for(about, stop - start, np.float64)
         if found.ordinary:
-            add_near(example, about, b, start, stop, found.exponent, bounds, kinds, whole)
+            add_near(example, about, given, b, start, stop, found.exponent, bounds, kinds, whole)
         far_rows = rows_of_kind(about, b, kinds, FAR)
         if len(far_rows) > 0:
             far.key_side(

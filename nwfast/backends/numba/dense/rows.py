@@ -144,7 +144,7 @@ def project(gradient, values, level, n, projected):
 
 @njit(**EXACT)
 def sum_rows(
-    example, about, given, start, count, block, exponent, bounds, gradients, levels, moments, sums, tops
+    example, about, given, start, count, block, exponent, bounds, buffer, terms, gradients, levels, moments, sums, tops
 ):  # fmt: skip
     """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
 
@@ -158,8 +158,7 @@ def sum_rows(
     buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or moments)
     skip = 180.0 if example.itemsize == 4 else 500.0
     size = min(n, TILE)
-    packed_tile, terms = tile_for(example, about, size), terms_for(example, size)
-    keys, values, p = packed_tile.keys, packed_tile.values, terms.p
+    keys, values, p = buffer.keys, buffer.values, terms.p
     projected = np.empty(size if through_gradients else 0, example.dtype)
     sums[:] = 0.0
     tops[:] = 0.0 if n_features == 1 else np.inf
@@ -171,7 +170,7 @@ def sum_rows(
             if not fit[r] or least_score(queries[r], w, low[tile], high[tile]) - tops[r] > skip:
                 continue
             if not packed:
-                pack(about, given, first, size, bounds.centre, exponent, packed_tile)
+                pack(about, given, first, size, bounds.centre, exponent, buffer)
                 packed = True
             q, row = queries[r], sums[r]
             mine = start + r - first if about[SELF] else -1
@@ -180,7 +179,7 @@ def sum_rows(
                 row[0] += double(total)
                 row[1] += double(product)
                 continue
-            top = row_terms(q, w, packed_tile, size, mine, tops[r], terms)
+            top = row_terms(q, w, buffer, size, mine, tops[r], terms)
             if top >= ABSENT:
                 continue
             if top < tops[r]:
@@ -247,6 +246,8 @@ def forward_rows(example, about, first, last):
     moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
     count = min(QUERY_BLOCK, about[M])
     block = block_for(example, about, count)
+    buffer = tile_for(example, about, min(TILE, about[N]))
+    terms = terms_for(example, min(TILE, about[N]))
     fit, w = block.fit, block.w
     sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
@@ -257,7 +258,7 @@ def forward_rows(example, about, first, last):
         b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
-            found, surveyed = survey(example, about, b, bounds), b
+            found, surveyed = survey(example, about, given, bounds), b
         if found.ordinary:
             load_block(example, about, given, start, stop, block)
             sum_rows(
@@ -269,6 +270,8 @@ def forward_rows(example, about, first, last):
                 block,
                 found.exponent,
                 bounds,
+                buffer,
+                terms,
                 no_gradients,
                 no_levels,
                 moments,
@@ -306,6 +309,8 @@ def backward_rows(example, about, first, last):
     count = min(QUERY_BLOCK, about[M])
     moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
     block = block_for(example, about, count)
+    buffer = tile_for(example, about, min(TILE, about[N]))
+    terms = terms_for(example, min(TILE, about[N]))
     queries, fit, w = block.queries, block.fit, block.w
     gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
     grad_out = pointer(about[GRAD_OUT], example)
@@ -322,7 +327,7 @@ def backward_rows(example, about, first, last):
         b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
-            found, surveyed = survey(example, about, b, bounds), b
+            found, surveyed = survey(example, about, given, bounds), b
         grad_w[:] = 0.0
         load_block(example, about, given, start, stop, block)
         for r in range(count):
@@ -360,6 +365,8 @@ def backward_rows(example, about, first, last):
                 block,
                 found.exponent,
                 bounds,
+                buffer,
+                terms,
                 gradients,
                 levels,
                 moments,

@@ -27,7 +27,6 @@ from ..base import (
     D,
     N,
     double,
-    inputs_of,
 )  # fmt: skip
 from ..exp2 import gauss
 
@@ -104,9 +103,8 @@ def terms_for(example, size):
 
 
 @njit(**EXACT)
-def survey(example, about, b, bounds):
-    """Look over the data of batch element b before its rows are summed; fills the bounds."""
-    given = inputs_of(example, about, b)
+def survey(example, about, given, bounds):
+    """Look over the data of a batch element before its rows are summed; fills the bounds."""
     key, value, weight, w = given.key, given.value, given.weight, given.w
     at_k, at_v, at_a, at_w = given.at_key, given.at_value, given.at_weight, given.at_w
     centre, low, high = bounds.centre, bounds.low, bounds.high

@@ -65,9 +65,8 @@ class Strip(NamedTuple):
 
 
 @njit(**EXACT)
-def terms_of_keys(key, at, n, row, factor, strip):
-    """Fill the strip from n keys from `at`; factor: -w^2 log2(e) / 2."""
-    term, offset, score = strip.term, strip.offset, strip.score
+def terms_of_keys(key, at, n, row, factor, term, offset, score):
+    """Fill a strip from n keys from `at`; factor: -w^2 log2(e) / 2."""
     for j in range(n):
         k = key[at + j]
         z = score_of(row, k)
@@ -77,9 +76,8 @@ def terms_of_keys(key, at, n, row, factor, strip):
 
 
 @njit(**EXACT)
-def terms_of_nodes(nodes, half, centre, row, factor, strip):
+def terms_of_nodes(nodes, half, centre, row, factor, term, offset, score):
     """The same for the nodes of a box."""
-    term, offset, score = strip.term, strip.offset, strip.score
     a, b = row.nearest - centre, (row.number - centre) + row.rest
     for j in range(len(nodes)):
         y = half * nodes[j]
@@ -91,9 +89,8 @@ def terms_of_nodes(nodes, half, centre, row, factor, strip):
 
 
 @njit(**SUMS)
-def add_sums(strip, charge, c, at, n, orders, sums, i):
+def add_sums(term, offset, score, charge, c, at, n, orders, sums, i):
     """Add the sums of one column over a strip of n charges from `at` to those of row i."""
-    term, offset, score = strip.term, strip.offset, strip.score
     total, by_offset, by_score = 0.0, 0.0, 0.0
     if orders == 0:
         for j in range(n):
@@ -142,45 +139,48 @@ def sum_pair(key, charge, start, stop, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_keys(sources, start, stop, row, factor, orders, strip, sums, i):
+def sum_keys(key, charge, start, stop, row, factor, orders, strip, sums, i):
     """Add the keys start .. stop, but the row's own, to the sums of row i of a block."""
-    key, charge, own = sources.key, sources.charge, row.own
+    own = row.own
     if orders == 0 and len(charge) == 2:
         sum_pair(key, charge, start, stop, row, factor, sums, i)
         return
+    term, offset, score = strip
     for at in range(start, stop, STRIP):
         n = min(STRIP, stop - at)
-        terms_of_keys(key, at, n, row, factor, strip)
+        terms_of_keys(key, at, n, row, factor, term, offset, score)
         if at <= own < at + n:
-            strip.term[own - at] = 0.0
+            term[own - at] = 0.0
         for c in range(len(charge)):
-            add_sums(strip, charge, c, at, n, orders, sums, i)
+            add_sums(term, offset, score, charge, c, at, n, orders, sums, i)
 
 
 @njit(**EXACT)
-def sum_crowded(sources, crowds, low, high, level, row, factor, orders, strip, sums, i):
+def sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
     """Add the keys low .. high, those in crowded boxes through the nodes; whether the own key was added with them."""
-    box, end = crowds.by_level[level], crowds.by_level[level + 1]
-    box = box_after(crowds.stop, box, end, low)
+    box_start, box_stop, box_centre, box_half, by_level, node, box_charge = crowds
+    term, offset, score = strip
+    box, end = by_level[level], by_level[level + 1]
+    box = box_after(box_stop, box, end, low)
     at, with_own = low, False
-    while box < end and crowds.start[box] < high:
-        if crowds.start[box] > at:
-            sum_keys(sources, at, crowds.start[box], row, factor, orders, strip, sums, i)
-        with_own |= crowds.start[box] <= row.own < crowds.stop[box]
-        terms_of_nodes(crowds.node, crowds.half[box], crowds.centre[box], row, factor, strip)
-        for c in range(len(sources.charge)):
-            add_sums(strip, crowds.charge[box], c, 0, len(crowds.node), orders, sums, i)
-        at = crowds.stop[box]
+    while box < end and box_start[box] < high:
+        if box_start[box] > at:
+            sum_keys(key, charge, at, box_start[box], row, factor, orders, strip, sums, i)
+        with_own |= box_start[box] <= row.own < box_stop[box]
+        terms_of_nodes(node, box_half[box], box_centre[box], row, factor, term, offset, score)
+        for c in range(len(charge)):
+            add_sums(term, offset, score, box_charge[box], c, 0, len(node), orders, sums, i)
+        at = box_stop[box]
         box += 1
     if at < high:
-        sum_keys(sources, at, high, row, factor, orders, strip, sums, i)
+        sum_keys(key, charge, at, high, row, factor, orders, strip, sums, i)
     return with_own
 
 
 @njit(**EXACT)
-def subtract_own(sources, row, factor, sums, i):
+def subtract_own(key, charge, row, factor, sums, i):
     """Take the own key off the sums of row i; whether enough is left."""
-    before, k, charge = sums[0, 0, i], sources.key[row.own], sources.charge
+    before, k = sums[0, 0, i], key[row.own]
     near, z = row.nearest - k, score_of(row, k)
     part = exp2_double(min(z * factor, LARGEST))
     for c in range(len(charge)):
@@ -191,15 +191,12 @@ def subtract_own(sources, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_window(sources, crowds, low, high, level, row, factor, orders, strip, sums, i):
-    """Set the sums of row i of a block, which are 0, to those over its window."""
-    if level < 0:
-        sum_keys(sources, low, high, row, factor, orders, strip, sums, i)
-        return
-    with_own = sum_crowded(sources, crowds, low, high, level, row, factor, orders, strip, sums, i)
-    if with_own and not subtract_own(sources, row, factor, sums, i):
+def sum_window(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
+    """Set the sums of row i of a block, which are 0, to those over its crowded window."""
+    with_own = sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i)
+    if with_own and not subtract_own(key, charge, row, factor, sums, i):
         clear(sums, i)
-        sum_keys(sources, low, high, row, factor, orders, strip, sums, i)
+        sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
 
 
 @njit(**EXACT)
@@ -245,7 +242,9 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
     Rows of crowded windows get a level, others -1; without crowds these rows are left.
     """
     key, charge, w = sources.key, sources.charge, sources.w
-    factor, with_crowds, excluding = -HALF_LOG2E * w * w, len(crowds.by_level) > 0, len(rows.own) > 0
+    factor, log_span, with_crowds = -HALF_LOG2E * w * w, sources.log_span, len(crowds.by_level) > 0
+    # Taken here: an array that is taken from a tuple is counted, which costs time for each row.
+    own_of, excluding, places, levels = rows.own, len(rows.own) > 0, windows.place, windows.level
     strip = Strip(np.empty(STRIP), np.empty(STRIP), np.empty(STRIP))
     sums, logarithm = np.zeros((3, len(charge), BLOCK)), np.empty(BLOCK)
     place_of, distance, whole = np.empty(BLOCK, np.int64), np.zeros(BLOCK), np.bool_(False)
@@ -255,10 +254,10 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
             n = min(BLOCK, len(which) - begin)
             for i in range(n):
                 index, r = begin + i, which[begin + i]
-                own = rows.own[r] if excluding else -1
+                own = own_of[r] if excluding else -1
                 clear(sums, i)
                 sums[0, 0, i] = 1.0  # of a row that is not finished here, which must not divide by 0
-                windows.level[index] = place_of[i] = -1
+                levels[index] = place_of[i] = -1
                 place = first_at_least(key, place, x[r])
                 star = nearest_key(key, place, x[r], own)
                 if star < 0:
@@ -266,20 +265,25 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                     continue
                 row, margin = row_at(x[r], own, key[star]), margin_of(charge[0, star])
                 distance[i] = row.x - row.nearest
-                limit = limit_of(sources.log_span, margin, w)
+                limit = limit_of(log_span, margin, w)
                 low = window_start(key, place, low, row, limit)
                 high = window_stop(key, place, high, row, limit)
                 low, high = min(low, star), max(high, star + 1)
-                windows.place[index, 0], windows.place[index, 1] = low, high
+                places[index, 0], places[index, 1] = low, high
                 if high - low > DIRECT:
-                    windows.level[index] = level_of(distance[i], w, margin)
+                    levels[index] = level_of(distance[i], w, margin)
                     if not with_crowds:
                         continue
                 place_of[i] = r
                 sums[0, 0, i] = 0.0
-                sum_window(
-                    sources, crowds, low, high, windows.level[index], row, factor, orders, strip, sums, i
-                )
+                if (
+                    levels[index] < 0
+                ):  # not in a function of both: most windows are small, and a call would show
+                    sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
+                else:
+                    sum_window(
+                        key, charge, crowds, low, high, levels[index], row, factor, orders, strip, sums, i
+                    )
             finish_rows(rows, place_of, n, whole, w, sources.exponent, distance, logarithm, sums)
 
 
@@ -290,11 +294,11 @@ def find_crowds(key, windows, inverse, level, start, stop, number, count):
     inverse: of the width of this level's boxes. A box that a row needs and that is missing is visited key by key,
     so rows out of order cost time alone.
     """
-    done = 0  # keys below are cut
-    for index in range(len(windows.level)):
-        if windows.level[index] != level:
+    done, levels, places = 0, windows.level, windows.place  # keys below `done` are cut
+    for index in range(len(levels)):
+        if levels[index] != level:
             continue
-        at, high = windows.place[index, 0], windows.place[index, 1]
+        at, high = places[index, 0], places[index, 1]
         while at < high:
             b = box_of(key[at], inverse)
             if at < done:

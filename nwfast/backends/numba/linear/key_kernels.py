@@ -77,9 +77,8 @@ def near_keys(key, owner, x, charge, pieces, scale, series, w, values, slopes, f
 
 
 @njit(**EXACT)
-def total_relative_to(sources, row):
+def total_relative_to(key, weight, w, row):
     """The sum of weights times exp(-w^2 z / 2) over all keys but the row's own."""
-    key, weight, w = sources.key, sources.charge[0], sources.w
     total = 0.0
     for j in range(len(key)):
         if j != row.own:
@@ -88,20 +87,20 @@ def total_relative_to(sources, row):
 
 
 @njit(**EXACT)
-def factor_to(sources, row, shift, total):
+def factor_to(key, weight, w, exponent, row, shift, total):
     """What brings a total relative to the saved shift to one relative to k*.
 
     Of a shift so large that a difference from it has no digits, the total is summed anew, unless both are those of
     this key.
     """
-    distance, w = row.x - row.nearest, sources.w
-    here = HALF_LOG2E * (w * distance) * (w * distance) - sources.exponent
+    distance = row.x - row.nearest
+    here = HALF_LOG2E * (w * distance) * (w * distance) - exponent
     apart, unit = here - shift, 2.0**-52 * abs(here)
     if abs(apart) <= 8 * unit:
         return 1.0
     if unit < 1e-13:
         return exp2_double(min(apart, 1000.0))
-    return total_relative_to(sources, row) / total
+    return total_relative_to(key, weight, w, row) / total
 
 
 @entry
@@ -110,7 +109,8 @@ def find_windows(which, x, own, sources, key, shift, total, windows, nearest, fa
 
     sources: keys that have a weight, in order; key: all, also those of weight 0.
     """
-    weighted, w = sources.key, sources.w
+    weighted, weight, w, exponent = sources.key, sources.charge[0], sources.w, sources.exponent
+    places, levels, log_span = windows.place, windows.level, sources.log_span
     for chunk in range(first, last):
         place, place_all, low, high = int64(0), int64(0), int64(0), int64(0)
         for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(which))):
@@ -118,23 +118,23 @@ def find_windows(which, x, own, sources, key, shift, total, windows, nearest, fa
             skip = own[r] if len(own) > 0 else -1
             place = first_at_least(weighted, place, x[r])
             star = nearest_key(weighted, place, x[r], skip)
-            windows.place[index, 0], windows.place[index, 1] = 0, 0
-            windows.level[index] = -1
+            places[index, 0], places[index, 1] = 0, 0
+            levels[index] = -1
             if star < 0:
                 factor[index] = 0.0
                 nearest[index] = 0.0
                 continue
             row = row_at(x[r], skip, weighted[star])
             nearest[index] = row.nearest
-            factor[index] = factor_to(sources, row, shift[index], total[index])
-            margin = margin_of(sources.charge[0, star])
-            limit = limit_of(sources.log_span, margin, w)
+            factor[index] = factor_to(weighted, weight, w, exponent, row, shift[index], total[index])
+            margin = margin_of(weight[star])
+            limit = limit_of(log_span, margin, w)
             place_all = first_at_least(key, place_all, row.x)
             low = window_start(key, place_all, low, row, limit)
             high = window_stop(key, place_all, high, row, limit)
-            windows.place[index, 0], windows.place[index, 1] = low, high
+            places[index, 0], places[index, 1] = low, high
             if high - low > DIRECT:
-                windows.level[index] = level_of(row.x - row.nearest, w, margin)
+                levels[index] = level_of(row.x - row.nearest, w, margin)
 
 
 @njit(**EXACT)
@@ -162,22 +162,24 @@ def give(key, start, stop, row, square, charge, index, values, slopes, term, pul
 def far_keys(key, x, own, senders, crowds, w, size, values, slopes, first, last):
     """Add the terms of far rows to chunks of `size` keys, but those of crowded boxes."""
     windows, levels, charge = senders.place, senders.level, senders.charge
-    square, with_crowds = w * w, len(crowds.by_level) > 0
+    which, nearest, lowest, highest = senders.which, senders.nearest, senders.lowest, senders.highest
+    by_level, box_start, box_stop = crowds.by_level, crowds.start, crowds.stop
+    square, with_crowds = w * w, len(by_level) > 0
     term, pull = np.empty(size), np.empty(size)
     for chunk in range(first, last):
         begin, end = chunk * size, min((chunk + 1) * size, len(key))
-        for index in range(lower_bound(senders.highest, begin + 1), lower_bound(senders.lowest, end)):
+        for index in range(lower_bound(highest, begin + 1), lower_bound(lowest, end)):
             at, high = max(windows[index, 0], begin), min(windows[index, 1], end)
             if at >= high:
                 continue
-            r = senders.which[index]
-            row = row_at(x[r], own[r] if len(own) > 0 else -1, senders.nearest[index])
+            r = which[index]
+            row = row_at(x[r], own[r] if len(own) > 0 else -1, nearest[index])
             if levels[index] >= 0 and with_crowds:
-                box, last_box = crowds.by_level[levels[index]], crowds.by_level[levels[index] + 1]
-                box = box_after(crowds.stop, box, last_box, at)
-                while box < last_box and crowds.start[box] < high:
-                    give(key, at, crowds.start[box], row, square, charge, index, values, slopes, term, pull)
-                    at = crowds.stop[box]
+                box, last_box = by_level[levels[index]], by_level[levels[index] + 1]
+                box = box_after(box_stop, box, last_box, at)
+                while box < last_box and box_start[box] < high:
+                    give(key, at, box_start[box], row, square, charge, index, values, slopes, term, pull)
+                    at = box_stop[box]
                     box += 1
             give(key, at, high, row, square, charge, index, values, slopes, term, pull)
 
@@ -190,6 +192,7 @@ def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values,
     nodes for each column: of the rows, and times their distances from the box's centre, for the slopes.
     """
     windows, charge, node = senders.place, senders.charge, crowds.node
+    which, nearest = senders.which, senders.nearest
     columns, terms = len(charge), len(node)
     factor = -HALF_LOG2E * w * w
     at_nodes, series = np.empty((2 * columns, terms)), np.empty((2 * columns, terms))
@@ -203,8 +206,8 @@ def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values,
         for index in range(lower_bound(senders.highest, begin + 1), lower_bound(senders.lowest, end)):
             if windows[index, 1] <= begin or windows[index, 0] >= end:
                 continue
-            q = x[senders.which[index]]
-            row = row_at(q, -1, senders.nearest[index])
+            q = x[which[index]]
+            row = row_at(q, -1, nearest[index])
             a, b = row.nearest - middle, (row.number - middle) + row.rest
             for k in range(terms):
                 y = half * node[k]
@@ -236,7 +239,7 @@ def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values,
                 if windows[index, 1] <= begin or windows[index, 0] >= end:
                     continue
                 d = x[owner[j]] - key[j]
-                row = row_at(x[owner[j]], -1, senders.nearest[index])
+                row = row_at(x[owner[j]], -1, nearest[index])
                 own = exp2_double(min(score_of(row, key[j]) * factor, LARGEST))
                 for c in range(columns):
                     values[c, j] -= own * charge[c, index]
