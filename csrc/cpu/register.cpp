@@ -13,6 +13,7 @@
 #include "../common/tensors.h"
 #include "drivers.h"
 #include "left_out.h"
+#include "tangents.h"
 
 namespace nwfast {
 namespace {
@@ -21,8 +22,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   Tensor tensor = empty_on(aoti_torch_device_type_cpu(), 0, sizes, ndim, dtype);
-  expect_writes(tensor.mutable_data_ptr(),
-                static_cast<size_t>(tensor.numel()) * static_cast<size_t>(tensor.element_size()));
+  size_t count = 1;
+  for (int64_t dim = 0; dim < ndim; ++dim) count *= static_cast<size_t>(sizes[dim]);
+  expect_writes(tensor.mutable_data_ptr(), count * static_cast<size_t>(tensor.element_size()));
   return tensor;
 }
 
@@ -209,61 +211,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> output(const Tensor& query, const Ten
   check(call.problem.single() || !(tangent_w || tangent_q));
   const Gradients outputs = run_forward(call, method, {lse, false, tangent_w, tangent_q});
   return {std::get<0>(outputs), std::get<1>(outputs), std::get<3>(outputs), std::get<4>(outputs)};
-}
-
-// The gradients of query from the tangents that the forward pass saved, for n rows from the first on; returns what they
-// add to the gradient of w. `held` becomes false where T does not hold a tangent that counts: a gradient may be small.
-template <typename T>
-double apply_tangents(const Problem& problem, const BackwardTask<T>& task, int64_t b, int64_t first, int64_t n,
-                      bool& held) {
-  constexpr int64_t kRows = 512;
-  T grad[kRows], product[kRows];
-  const int64_t stride = task.grad_out.row_stride;
-  double sum = 0;
-  bool beyond = false;
-  for (int64_t begin = first; begin < first + n; begin += kRows) {
-    const int64_t rows = std::min(kRows, first + n - begin), row = b * problem.queries + begin;
-    read(task.grad_out, task.grad_out.offset(problem.batch, b) + begin * stride, rows, stride, grad);
-    // A row without any key has the tangent 0, but its output is NaN, and so may be the gradient of that. A gradient of
-    // 0 adds nothing, even where the row and its tangent are NaN.
-    const auto multiply = [&](const T* tangent, T* to) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const bool nothing = grad[i] == 0 || (tangent[i] == 0 && std::isnan(task.out[row + i]));
-        to[i] = nothing ? T(0) : grad[i] * tangent[i];
-        beyond |= !nothing && std::isinf(tangent[i]);
-      }
-    };
-    if (task.grad_query) multiply(task.tangent_q + row, task.grad_query + row);
-    if (!task.grad_w) continue;
-    multiply(task.tangent_w + row, product);
-    double sums[4] = {};
-    for (int64_t i = 0; i < rows; ++i) sums[i % 4] += static_cast<double>(product[i]);
-    sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-  held = !beyond;
-  return sum;
-}
-
-// False where the tangents do not serve.
-template <typename T>
-bool apply_tangents(const Problem& problem, const BackwardTask<T>& task) {
-  constexpr int64_t kPart = 16384;
-  const int64_t parts = (problem.queries + kPart - 1) / kPart;
-  Buffer<double> sums(problem.batch.count * parts);
-  Buffer<bool> held(problem.batch.count * parts);
-  const double rows = static_cast<double>(problem.queries) * static_cast<double>(problem.batch.count);
-  parallel_blocks(problem.batch.count * parts, rows < kSerialPairs, [&](int64_t i) {
-    const int64_t begin = i % parts * kPart;
-    sums[i] = apply_tangents(problem, task, i / parts, begin, std::min(kPart, problem.queries - begin), held[i]);
-  });
-  for (int64_t i = 0; i < problem.batch.count * parts; ++i) {
-    if (!held[i]) return false;
-  }
-  for (int64_t b = 0; task.grad_w && b < problem.batch.count; ++b) {
-    task.grad_w[b] = 0;
-    for (int64_t part = 0; part < parts; ++part) task.grad_w[b] += sums[b * parts + part];
-  }
-  return true;
 }
 
 // Sum (batches, features) over what w was broadcast over, in order, into the contiguous gradient of w.

@@ -1,7 +1,7 @@
 // The vectorised kernels, one table for each instruction set, and the plain structures that they take.
 //
 // All of them compute sums over packed arrays (contiguous, one dtype, scaled); reading strided tensors, ordering,
-// windows, and turning sums into outputs and gradients is the drivers' work (single.cpp, tiled.cpp), which is
+// windows, and turning sums into outputs and gradients is the drivers' work (single.cpp, tiled.h), which is
 // compiled once for every processor. Scores are in base 2: a weight is 2^score.
 
 #pragma once

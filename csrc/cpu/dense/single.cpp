@@ -1,4 +1,4 @@
-// One feature and one channel: what surrounds the windowed sums of single_kernels.h.
+// One feature and one channel: what surrounds the windowed sums of single_rows.h.
 //
 // Rows are summed over the windows of keys that single_batch.h finds; key-side gradients walk over the same windows
 // from the other side.

@@ -1,5 +1,5 @@
 // One feature and one channel: a batch element read into packed arrays, scaled, centred and ordered for the windowed
-// sums of single_kernels.h.
+// sums of single_rows.h.
 //
 // Coordinates are scaled by a power of two (exactly) so that neither their squares nor those of the scores overflow.
 // Data beyond what that can do in float is computed in double, and beyond what it can do in double by kernels that

@@ -6,7 +6,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "../dense/single_kernels.h"
+#include "../dense/single_keys.h"
+#include "../dense/single_rows.h"
 #include "../dense/tiled_kernels.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"

@@ -10,6 +10,9 @@
 // rows whose total is not small beside the largest weight need no shift and are expanded or summed as in the forward
 // pass, with the roles exchanged; other rows are relative to their nearest key (FarRows). A block of keys owns its
 // sums, and adds to them in a fixed order.
+//
+// One class, for all that the ways of a block share: its rows' charges, what it has read of left-out keys, and the
+// order in which the ways add to its sums. The ways themselves are in keys_near.h, keys_far.h and keys_steep.h.
 
 #include "keys_far.h"
 #include "keys_near.h"

@@ -39,7 +39,7 @@ class NearRows {
     high_[i] = -INFINITY;
   }
 
-  // A row with its gradients divided by its total. False if R is not precise enough for it (kernels/near_rows.h), or
+  // A row with its gradients divided by its total. False if R is not precise enough for it (kernels/windows.h), or
   // has not the range.
   bool put(int64_t i, R x, R reference, double grad, double mean, double lse_grad, const Plan& plan) {
     const double delta = std::fabs(static_cast<double>(x) - static_cast<double>(reference));

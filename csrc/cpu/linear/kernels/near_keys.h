@@ -1,5 +1,5 @@
 // Gradients of keys whose windows hold few rows, one channel: the transposed sums one by one, in the precision of the
-// input. A vector of ascending keys (one a lane) visits the rows of a common range; see near_rows.h for how exact
+// input. A vector of ascending keys (one a lane) visits the rows of a common range; see windows.h for how exact
 // scores are, and FgtPull for the sums.
 
 #pragma once

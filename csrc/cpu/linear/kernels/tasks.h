@@ -23,7 +23,7 @@ struct FgtMoments {
 };
 
 constexpr int kMostTerms = 24;     // of an expansion
-constexpr double kNearAlways = 3;  // bandwidths from the nearest key up to which rounded differences do (near_rows.h)
+constexpr double kNearAlways = 3;  // bandwidths from the nearest key up to which rounded differences do (windows.h)
 
 // Adds to the local expansion of a box what boxes below and above it send, for each column. Boxes that lie equally far
 // on either side share a matrix K: from above the entry for terms n and m is sign (-1)^(n + m) K[n][m], so that even

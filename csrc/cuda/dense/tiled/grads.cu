@@ -5,8 +5,10 @@
 //   key side     sum_i p_ij g_ic,  sum_i u_ij x,  sum_i u_ij,  where p and u leave out the key's own weight
 //
 // A block owns 64 rows (query side) or 64 keys (key side), each of its four warps 16, and walks over tiles of 64 of the
-// others: there are no atomic additions, and sums are the same at every run. A lane holds the pairs of its own l / 8 +
-// 4 r, r < 4, with the others l % 8 + 8 c, c < 8. Blocks for parts of the others fill the chip where the owned are few.
+// others: there are no atomic additions, and sums are the same at every run. One file, since both sides are one kernel
+// with the roles of rows and keys exchanged: they share its tiles in shared memory and their layout. A lane holds the
+// pairs of its own l / 8 + 4 r, r < 4, with the others l % 8 + 8 c, c < 8. Blocks for parts of the others fill the chip
+// where the owned are few.
 
 #include "grads.cuh"
 

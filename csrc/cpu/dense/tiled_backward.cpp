@@ -1,176 +1,11 @@
-// Any number of features and channels: what surrounds the tiles of tiled_kernels.h.
-//
-// Each row takes the cheapest arithmetic that serves it: float where its nearest key is near, double further away or
-// where float lacks the range, and long double, row by row (tiled_far.h), where double scores would lose the
-// differences between keys as well. The distance to the nearest key decides, which the forward pass finds and the
-// backward pass reads from the state; data that T does not hold is marked by TiledBatch<T>, for both alike.
+// The backward pass for any number of features and channels; see tiled.h.
 
-#include <algorithm>
-#include <cmath>
-#include <memory>
-
-#include "../drivers.h"
-#include "tiled_batch.h"
-#include "tiled_far.h"
+#include "tiled.h"
 
 namespace nwfast {
 namespace {
 
-constexpr int64_t kRowTask = 16;  // rows of one parallel task
 constexpr int64_t kFarRows = 16;  // rows whose weights are held at once in long double
-
-using Rows = std::vector<int64_t>;
-
-// The score of its nearest key, in base 2, beyond which a row of R data is not computed in T. Scores are good to about
-// 2^-24 or 2^-53 times their size; with many features they are large everywhere, and as good as the textbook's.
-template <typename T, typename R>
-double most_score(const Problem& problem) {
-  const double features = static_cast<double>(problem.features);
-  if (sizeof(T) == 4) return std::fmax(256, 32 * features);
-  return std::fmax(sizeof(R) == 4 ? 0x1p26 : 1024, 64 * features);
-}
-
-// run(b, serial) for all batch elements; serial where they share out the threads among themselves.
-template <typename Run>
-void over_elements(const Problem& problem, int64_t blocks, const Run& run) {
-  const double work = static_cast<double>(problem.queries) * static_cast<double>(problem.keys) *
-                      static_cast<double>(problem.features + problem.channels);
-  if (problem.batch.count > blocks) {
-    parallel_blocks(problem.batch.count, work * static_cast<double>(problem.batch.count) < kSerialPairs,
-                    [&](int64_t b) { run(b, true); });
-    return;
-  }
-  for (int64_t b = 0; b < problem.batch.count; ++b) run(b, work < kSerialPairs);
-}
-
-bool finite_w(const Problem& problem, int64_t b) {
-  Buffer<double> w(problem.features);
-  read(problem.w, problem.w.offset(problem.batch, b), problem.features, problem.w.column_stride, w.get());
-  bool finite = true;
-  for (int64_t f = 0; f < problem.features; ++f) finite &= std::isfinite(w[f]);
-  return finite;
-}
-
-// Forward -----------------------------------------------------------------------------------------------------------
-
-template <typename R>
-void fill_nan(const Problem& problem, int64_t row, const ForwardResult<R>& result) {
-  std::fill_n(result.out + row * problem.channels, problem.channels, static_cast<R>(NAN));
-  if (result.lse) result.lse[row] = static_cast<R>(NAN);
-  if (result.state) result.state[2 * row] = result.state[2 * row + 1] = NAN;
-}
-
-// Some rows in T; returns by `left` which of them it does not serve.
-template <typename T, typename R>
-void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b, const int64_t* some, int64_t rows,
-                  char* left, const ForwardResult<R>& result) {
-  const int64_t channels = problem.channels, features = problem.features;
-  double total[kRowTask], shift[kRowTask];
-  int64_t excluded[kRowTask];
-  Buffer<double> values(kRowTask * channels);
-  Buffer<T> query;
-  TiledRows<T> task;
-  task.data = batch.data;
-  task.rows = rows;
-  task.query = batch.query.get() + some[0] * features;
-  if (some[rows - 1] - some[0] != rows - 1) {
-    query.allocate(rows * features);
-    for (int64_t i = 0; i < rows; ++i)
-      std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
-    task.query = query.get();
-  }
-  std::copy_n(some, rows, excluded);
-  task.excluded = problem.exclude_self ? excluded : nullptr;
-  task.total = total;
-  task.shift = shift;
-  task.values = values.get();
-  kernels<T>().tiled_rows(task);
-  const double most = most_score<T, R>(problem);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = b * problem.queries + some[i];
-    left[i] = batch.odd[some[i]] || total[i] == 0 || shift[i] > most;
-    if (std::isnan(total[i])) left[i] = batch.odd[some[i]];
-    if (left[i]) continue;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double mean = values[i * channels + c] / total[i];
-      const Range& range = batch.values[c];
-      double out = static_cast<double>(batch.centre[c]) + mean;
-      if (range.finite) out = std::fmin(std::fmax(out, range.low), range.high);
-      result.out[row * channels + c] = static_cast<R>(std::isnan(mean) ? mean : out);  // fmin and fmax drop NaN
-    }
-    if (std::isnan(total[i])) shift[i] = NAN;
-    if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift[i], total[i] * batch.weight_unit}));
-    if (result.state) {
-      result.state[2 * row] = shift[i];
-      result.state[2 * row + 1] = total[i] * batch.weight_unit;
-    }
-  }
-}
-
-// Computes what of `rows` T serves, and leaves the others in it.
-template <typename T, typename R>
-void forward_in(const Problem& problem, int64_t b, bool serial, Rows& rows, const ForwardResult<R>& result) {
-  if (rows.empty()) return;
-  TiledBatch<T> batch;
-  batch.prepare(problem, b, Values::kForward, true);
-  if (!batch.usable) return;
-  std::vector<char> left(rows.size());
-  const int64_t count = static_cast<int64_t>(rows.size());
-  parallel_blocks((count + kRowTask - 1) / kRowTask, serial, [&](int64_t block) {
-    const int64_t begin = block * kRowTask;
-    forward_rows(problem, batch, b, &rows[begin], std::min(kRowTask, count - begin), &left[begin], result);
-  });
-  size_t place = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (left[i]) rows[place++] = rows[i];
-  }
-  rows.resize(place);
-}
-
-template <typename R>
-void far_forward(const Problem& problem, int64_t b, bool serial, const Rows& rows, const ForwardResult<R>& result) {
-  if (rows.empty()) return;
-  const FarBatch batch(problem, b);
-  parallel_blocks(static_cast<int64_t>(rows.size()), serial, [&](int64_t i) {
-    const FarBatch::Row weighed = batch.weigh(rows[i]);
-    const int64_t row = b * problem.queries + rows[i];
-    fill_nan(problem, row, result);
-    if (weighed.nan) return;
-    double shift = 0, total = 0, lse = -INFINITY;
-    if (weighed.counts) {
-      for (int64_t c = 0; c < problem.channels; ++c) {
-        result.out[row * problem.channels + c] = static_cast<R>(weighed.mean[c]);
-      }
-      constexpr FarBatch::Real kMost = std::numeric_limits<double>::max();
-      const FarBatch::Real exact = weighed.nearest_score - weighed.top;
-      shift = static_cast<double>(std::fmin(exact, kMost));  // the backward pass needs no more of it
-      total = static_cast<double>(weighed.total);
-      lse = static_cast<double>(kLn2 * (std::log2(weighed.total) - exact));
-    }
-    if (result.lse) result.lse[row] = static_cast<R>(lse);
-    if (!result.state) return;
-    result.state[2 * row] = shift;
-    result.state[2 * row + 1] = total;
-  });
-}
-
-template <typename R>
-void forward(const Problem& problem, const ForwardResult<R>& result) {
-  const int64_t m = problem.queries;
-  over_elements(problem, (m + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
-    if (!finite_w(problem, b)) {
-      for (int64_t i = 0; i < m; ++i) fill_nan(problem, b * m + i, result);
-      return;
-    }
-    Rows rows(m);
-    for (int64_t i = 0; i < m; ++i) rows[i] = i;
-    if (sizeof(R) == 4) forward_in<float>(problem, b, serial, rows, result);
-    forward_in<double>(problem, b, serial, rows, result);
-    far_forward(problem, b, serial, rows, result);
-  });
-}
-
-// Backward ----------------------------------------------------------------------------------------------------------
 
 // What the rows of a batch element are differentiated in.
 struct Plan {
@@ -550,24 +385,16 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
 }  // namespace
 
 template <>
-void tiled_forward<double>(const Problem& problem, const ForwardResult<double>& result) {
-  forward(problem, result);
+void tiled_query_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
+  query_backward(problem, task);
 }
 template <>
-void tiled_query_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
+void tiled_query_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
   query_backward(problem, task);
 }
 template <>
 void tiled_key_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
   key_backward(problem, task);
-}
-template <>
-void tiled_forward<float>(const Problem& problem, const ForwardResult<float>& result) {
-  forward(problem, result);
-}
-template <>
-void tiled_query_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
-  query_backward(problem, task);
 }
 template <>
 void tiled_key_backward<float>(const Problem& problem, const BackwardTask<float>& task) {

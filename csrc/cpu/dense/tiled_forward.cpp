@@ -1,0 +1,136 @@
+// The forward pass for any number of features and channels; see tiled.h.
+
+#include "tiled.h"
+
+namespace nwfast {
+namespace {
+
+template <typename R>
+void fill_nan(const Problem& problem, int64_t row, const ForwardResult<R>& result) {
+  std::fill_n(result.out + row * problem.channels, problem.channels, static_cast<R>(NAN));
+  if (result.lse) result.lse[row] = static_cast<R>(NAN);
+  if (result.state) result.state[2 * row] = result.state[2 * row + 1] = NAN;
+}
+
+// Some rows in T; returns by `left` which of them it does not serve.
+template <typename T, typename R>
+void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b, const int64_t* some, int64_t rows,
+                  char* left, const ForwardResult<R>& result) {
+  const int64_t channels = problem.channels, features = problem.features;
+  double total[kRowTask], shift[kRowTask];
+  int64_t excluded[kRowTask];
+  Buffer<double> values(kRowTask * channels);
+  Buffer<T> query;
+  TiledRows<T> task;
+  task.data = batch.data;
+  task.rows = rows;
+  task.query = batch.query.get() + some[0] * features;
+  if (some[rows - 1] - some[0] != rows - 1) {
+    query.allocate(rows * features);
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
+    task.query = query.get();
+  }
+  std::copy_n(some, rows, excluded);
+  task.excluded = problem.exclude_self ? excluded : nullptr;
+  task.total = total;
+  task.shift = shift;
+  task.values = values.get();
+  kernels<T>().tiled_rows(task);
+  const double most = most_score<T, R>(problem);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = b * problem.queries + some[i];
+    left[i] = batch.odd[some[i]] || total[i] == 0 || shift[i] > most;
+    if (std::isnan(total[i])) left[i] = batch.odd[some[i]];
+    if (left[i]) continue;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double mean = values[i * channels + c] / total[i];
+      const Range& range = batch.values[c];
+      double out = static_cast<double>(batch.centre[c]) + mean;
+      if (range.finite) out = std::fmin(std::fmax(out, range.low), range.high);
+      result.out[row * channels + c] = static_cast<R>(std::isnan(mean) ? mean : out);  // fmin and fmax drop NaN
+    }
+    if (std::isnan(total[i])) shift[i] = NAN;
+    if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift[i], total[i] * batch.weight_unit}));
+    if (result.state) {
+      result.state[2 * row] = shift[i];
+      result.state[2 * row + 1] = total[i] * batch.weight_unit;
+    }
+  }
+}
+
+// Computes what of `rows` T serves, and leaves the others in it.
+template <typename T, typename R>
+void forward_in(const Problem& problem, int64_t b, bool serial, Rows& rows, const ForwardResult<R>& result) {
+  if (rows.empty()) return;
+  TiledBatch<T> batch;
+  batch.prepare(problem, b, Values::kForward, true);
+  if (!batch.usable) return;
+  std::vector<char> left(rows.size());
+  const int64_t count = static_cast<int64_t>(rows.size());
+  parallel_blocks((count + kRowTask - 1) / kRowTask, serial, [&](int64_t block) {
+    const int64_t begin = block * kRowTask;
+    forward_rows(problem, batch, b, &rows[begin], std::min(kRowTask, count - begin), &left[begin], result);
+  });
+  size_t place = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (left[i]) rows[place++] = rows[i];
+  }
+  rows.resize(place);
+}
+
+template <typename R>
+void far_forward(const Problem& problem, int64_t b, bool serial, const Rows& rows, const ForwardResult<R>& result) {
+  if (rows.empty()) return;
+  const FarBatch batch(problem, b);
+  parallel_blocks(static_cast<int64_t>(rows.size()), serial, [&](int64_t i) {
+    const FarBatch::Row weighed = batch.weigh(rows[i]);
+    const int64_t row = b * problem.queries + rows[i];
+    fill_nan(problem, row, result);
+    if (weighed.nan) return;
+    double shift = 0, total = 0, lse = -INFINITY;
+    if (weighed.counts) {
+      for (int64_t c = 0; c < problem.channels; ++c) {
+        result.out[row * problem.channels + c] = static_cast<R>(weighed.mean[c]);
+      }
+      constexpr FarBatch::Real kMost = std::numeric_limits<double>::max();
+      const FarBatch::Real exact = weighed.nearest_score - weighed.top;
+      shift = static_cast<double>(std::fmin(exact, kMost));  // the backward pass needs no more of it
+      total = static_cast<double>(weighed.total);
+      lse = static_cast<double>(kLn2 * (std::log2(weighed.total) - exact));
+    }
+    if (result.lse) result.lse[row] = static_cast<R>(lse);
+    if (!result.state) return;
+    result.state[2 * row] = shift;
+    result.state[2 * row + 1] = total;
+  });
+}
+
+template <typename R>
+void forward(const Problem& problem, const ForwardResult<R>& result) {
+  const int64_t m = problem.queries;
+  over_elements(problem, (m + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
+    if (!finite_w(problem, b)) {
+      for (int64_t i = 0; i < m; ++i) fill_nan(problem, b * m + i, result);
+      return;
+    }
+    Rows rows(m);
+    for (int64_t i = 0; i < m; ++i) rows[i] = i;
+    if (sizeof(R) == 4) forward_in<float>(problem, b, serial, rows, result);
+    forward_in<double>(problem, b, serial, rows, result);
+    far_forward(problem, b, serial, rows, result);
+  });
+}
+
+}  // namespace
+
+template <>
+void tiled_forward<double>(const Problem& problem, const ForwardResult<double>& result) {
+  forward(problem, result);
+}
+template <>
+void tiled_forward<float>(const Problem& problem, const ForwardResult<float>& result) {
+  forward(problem, result);
+}
+
+}  // namespace nwfast
