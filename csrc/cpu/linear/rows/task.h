@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "../rows.h"
+#include "rows.h"
 
 namespace nwfast {
 namespace fgt {

@@ -8,8 +8,8 @@
 
 #include <functional>
 
-#include "boxes.h"
-#include "data.h"
+#include "../boxes.h"
+#include "../data.h"
 
 namespace nwfast {
 namespace fgt {
