@@ -115,8 +115,8 @@ NWFAST_INLINE Vec<T> load_strided(const T* x, int64_t stride, int64_t count) {
 // Writes sums that are relative to the nearest key, whose weight is exactly 1, in user units; rows near to that key are
 // to be relative to themselves.
 template <typename T, bool kOffsets, bool kScores>
-NWFAST_ONE_COPY void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
-                                int parts) {
+NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
+                              int parts) {
   constexpr int kScore = 1 + kOffsets;
   T lanes[kLanes<T>];
   store<T>(lanes, apart);
