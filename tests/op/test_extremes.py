@@ -365,6 +365,8 @@ def test_tiny_weights_of_tiny_values(native, method, keys, extent):
 @pytest.mark.parametrize("order", [1, -1])
 def test_derivatives_that_a_cotangent_brings_back(backend, order, dtype):
     """d out / d query and d out / d w are beyond all numbers, the gradients are not."""
+    if backend == "triton":
+        pytest.xfail("Triton's products take saved slopes, which have the range of the dtype")
     large = 1e30 if dtype == torch.float32 else 1e200
     key, value = (
         torch.tensor([0.0, 1 / large][::order], dtype=dtype),
@@ -372,7 +374,7 @@ def test_derivatives_that_a_cotangent_brings_back(backend, order, dtype):
     )
     query, w = torch.tensor([0.0, 0.4 / large], dtype=dtype), torch.tensor(large, dtype=dtype)
     grad = torch.tensor([0.5, -1.5], dtype=dtype) / large
-    for method in ("dense", "fgt"):
+    for method in nwfast.backends.METHODS[backend]:
         leaves = [x.clone().requires_grad_() for x in (query, key, value, w)]
         out = nwfast.nadaraya_watson(*leaves, backend=backend, method=method)
         right = solve(query, key, value, w, None, grad, boxes=BOXES if method == "fgt" else 0.0)

@@ -28,11 +28,20 @@ __global__ void __launch_bounds__(kThreads, 3)
   double sum = 0;
   for (int r = 0; r < kTangentRows; ++r) {
     const int64_t i = (blocks.block() * kTangentRows + r) * blockDim.x + threadIdx.x, place = b * m + i;
-    if (i >= m) break;
-    const double given = task.grad_out.read<double>(grad + i * task.grad_out.row_stride);
-    const double g = task.state[2 * place + 1] == 0 ? 0 : given;  // out is NaN, and so may be its gradient
-    if (task.grad_query.data) task.grad_query.write(place, g == 0 ? 0 : g * task.tangent_q.read(place));
-    if (grad_w && g != 0) sum += g * task.tangent_w.read(place);
+    bool beyond = false;  // all numbers, where the product with the cotangent may not be
+    if (i < m) {
+      const double given = task.grad_out.read<double>(grad + i * task.grad_out.row_stride);
+      const double g = task.state[2 * place + 1] == 0 ? 0 : given;  // out is NaN, and so may be its gradient
+      const double by_query = task.grad_query.data ? task.tangent_q.read(place) : 0;
+      const double by_w = grad_w ? task.tangent_w.read(place) : 0;
+      beyond = g != 0 && (isinf(by_query) || isinf(by_w));
+      if (!beyond && task.grad_query.data) task.grad_query.write(place, g == 0 ? 0 : g * by_query);
+      if (!beyond && g != 0) sum += g * by_w;
+    }
+    unsigned far = __ballot_sync(kAllLanes, beyond);
+    for (; far; far &= far - 1) {
+      query_row(problem, task, b, i - lane_number() + __ffs(static_cast<int>(far)) - 1, grad_w ? &sum : nullptr);
+    }
   }
   if (!grad_w) return;
   sum = warp_sum(sum);

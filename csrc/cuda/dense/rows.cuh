@@ -350,7 +350,8 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
         if (f >= features) continue;
         const double k = row.key(j, f), q = row.query(f), origin = row.base(f);
         offset[r] += u * (origin - k);
-        square[r] += u * (origin - k) * ((q - k) + (q - origin));
+        // In bandwidths first: squares of lengths may be below all numbers.
+        square[r] += u * (row.w(f) * (origin - k)) * ((q - k) + (q - origin));
       }
     }
 #pragma unroll
@@ -359,10 +360,10 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
       if (f >= features) continue;
       const double w = row.w(f), from = row.query(f) - row.base(f);
       const double offsets = warp_sum(offset[r]) + grad.lse * from;
-      const double squares = warp_sum(square[r]) + grad.lse * from * from;
+      const double squares = warp_sum(square[r]) + grad.lse * (w * from) * from;
       if (lane_number() > 0) continue;
       if (task.grad_query.data) task.grad_query.write(grad.place * features + f, -w * (w * offsets));
-      if (grad_w) grad_w[f] += -w * squares;
+      if (grad_w) grad_w[f] -= squares;
     }
   }
 }
