@@ -201,7 +201,7 @@ def _unnormalised(
     else:
         scores = _relative_scores(query, key, w * scale, nearest, wide) / scale / scale
     to_nearest = _bandwidths(query - nearest, w, wide)
-    top = -(to_nearest**2).sum(-1, keepdim=True) / 2 - log_lift
+    top = -(to_nearest * (to_nearest / 2)).sum(-1, keepdim=True) - log_lift
     empty = ~keep.any(-1, keepdim=True) | away
     if key_weight is None or weight is None:
         terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
