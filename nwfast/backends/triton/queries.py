@@ -11,6 +11,7 @@ gradient of w goes to partial_w (batches, blocks, D), to be summed in order.
 import triton
 import triton.language as tl
 
+from .forward import LEAST_SCALE
 from .terms import MOST_DOUBLE, MOST_FLOAT, element, far_scores, lift_of, squared_distances
 
 
@@ -117,7 +118,11 @@ def query_side(
                 there = tl.full([1, 1], feature, tl.int32) < D
                 q = tl.load(query + query_at + feature * query_d, mask=near[:, None] & there, other=0.0).to(T)
                 k = tl.load(key + key_at + feature * key_d, mask=counts[None, :] & there, other=0.0).to(T)
-                offset = tl.where(u == 0.0, 0.0, q - k)  # which may be infinite, or that of a key left out
+                # Which may be infinite, or that of a key left out. In bandwidths: no square of it is beyond T then.
+                scale = tl.abs(
+                    tl.load(w + feature * w_d + tl.zeros([1, 1], tl.int32), mask=there, other=1.0)
+                ).to(T)
+                offset = tl.where(u == 0.0, 0.0, (q - k) * tl.maximum(scale, LEAST_SCALE))
                 moment = u * offset
                 first = tl.sum(moment, 1)[:, None]  # [BLOCK_M, 1]
                 second = tl.sum(moment * offset, 1)[:, None]
@@ -126,14 +131,15 @@ def query_side(
                 seconds += tl.where(here, second, 0.0)
 
     bandwidth = tl.load(w + f * w_d, mask=f < D, other=0.0).to(tl.float64)  # [BLOCK_D]
+    unit = tl.maximum(tl.abs(bandwidth.to(T)), LEAST_SCALE).to(tl.float64)
     if BY_Q:
-        gradient = -bandwidth[None, :] * (bandwidth[None, :] * firsts.to(tl.float64))
+        gradient = -bandwidth[None, :] * (bandwidth[None, :] * (firsts.to(tl.float64) / unit[None, :]))
         tl.store(
             grad_query + row[:, None] * D + f[None, :],
             gradient.to(T),
             mask=exists[:, None] & (f < D)[None, :],
         )
-    sums = tl.sum(seconds.to(tl.float64), 0)  # [BLOCK_D]
+    sums = tl.sum(seconds.to(tl.float64), 0) / unit / unit  # [BLOCK_D]
     origin = tl.load(origins + row, mask=exists, other=-1)
     if tl.max(origin, 0) >= 0:
         tl.debug_barrier()  # a far row's gradient, written as 0 above, is written again below
