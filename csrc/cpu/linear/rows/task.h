@@ -26,6 +26,19 @@ struct RowTask {
     return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { data.load(begin, n, charge, pitch); };
   }
 
+  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a sum without it that is
+  // small beside it is one of terms that cancel, which no other way of adding them makes better.
+  bool stands_out(int64_t j, int c) const {
+    constexpr int64_t kBeside = 4;
+    const double own = std::fabs(data.weight_of(j) * data.value_of(j, c));
+    double beside = 0;
+    for (int64_t k = std::max<int64_t>(0, j - kBeside); k <= j + kBeside && k < data.keys; ++k) {
+      const bool near = std::fabs(static_cast<double>(data.key[k]) - data.key[j]) * plan.scale <= 0.5;
+      if (k != j && near) beside += std::fabs(data.weight_of(k) * data.value_of(k, c));
+    }
+    return !(beside >= own);
+  }
+
   // Takes keys that are the queries themselves out of their sums.
   void subtract_equal(int64_t begin, int64_t end, double* sums) const {
     const int64_t n = end - begin;
@@ -40,7 +53,7 @@ struct RowTask {
       for (int64_t i = 0; i < n; ++i) {
         const double own = charge[i] * data.value_of(begin + i, c);
         column[i] -= own;
-        sums[i] = kMostOwnValue * std::fabs(column[i]) >= std::fabs(own) ? sums[i] : -1;
+        if (kMostOwnValue * std::fabs(column[i]) < std::fabs(own) && stands_out(begin + i, c)) sums[i] = -1;
       }
     }
   }
@@ -50,7 +63,8 @@ struct RowTask {
     bool keeps = sums[0] >= 1e-3 * own;
     const int64_t j = data.excluded(i);
     for (int c = 0; j >= 0 && c < data.channels; ++c) {
-      keeps &= kMostOwnValue * std::fabs(sums[(c + 1) * pitch]) >= own * std::fabs(data.value_of(j, c));
+      keeps &=
+          kMostOwnValue * std::fabs(sums[(c + 1) * pitch]) >= own * std::fabs(data.value_of(j, c)) || !stands_out(j, c);
     }
     return keeps;
   }
