@@ -121,6 +121,7 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, share=0.
     if unpromised.any():
         for name in ("key", "value", "w", "key_weight"):
             grads[name].bound[...] = np.inf
+            grads[name].value[np.isinf(grads[name].value)] = 0  # nor that they are beyond all numbers
     for name in ("key", "value"):
         grads[name].value[left_out], grads[name].bound[left_out] = 0, 0
     lost = left_out & ~own_finite
