@@ -167,9 +167,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     lost = np.minimum(p, small) + gained + p * taken
     open_e = np.where(seen, np.exp(most), 0) / total[:, None] - e
     e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * taken
-    if (
-        boxes
-    ):  # whose sums are as good as their largest terms, and whose expansions err as exp(-z^2 / 4) falls
+    if boxes:  # sums are as good as their largest terms, and expansions err as exp(-z^2 / 4) falls
         within = (unit + Real(2.0) ** -45) * np.where(relative > -32, 1, np.exp(np.minimum(relative, 0) / 2))
         lost += within * kept * p.max(1, keepdims=True)
         e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
