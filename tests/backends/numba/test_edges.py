@@ -422,3 +422,20 @@ def test_gradients_through_lse_far_from_many_keys(features):
     distance = (query - key[:1]).detach()
     torch.testing.assert_close(by_query, -(w.detach() ** 2) * distance, rtol=1e-15, atol=0)
     torch.testing.assert_close(by_w, -w.detach() * distance.square().sum(), rtol=1e-15, atol=0)
+
+
+def test_without_queries_nothing_unwritten_is_read():
+    """Gradients of keys are zeros even where fresh memory holds numbers whose squares overflow."""
+    code = """
+import torch, nwfast
+for features, channels in ((1, 1), (3, 4), (1, 2), (2, 1)):
+    inputs = [torch.rand(size, dtype=torch.float64).requires_grad_()
+              for size in ((2, 0, features), (2, 7, features), (2, 7, channels), (features,), (2, 7))]
+    *data, weight = inputs
+    out, lse = nwfast.nadaraya_watson(*data, key_weight=weight, backend="numba", return_lse=True)
+    for gradient in torch.autograd.grad(out.sum() + lse.sum(), inputs):
+        assert not gradient.any(), gradient
+"""
+    # The C library fills what it hands out with 0x7f.
+    environment = os.environ | {"MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -123,6 +123,7 @@ def add_near(example, about, given, b, start, stop, exponent, bounds, kinds, who
     grad_key, grad_value, grad_weight = part.key, part.value, part.weight
     w, gradients, projected = block.w, np.empty(n_channels, dtype), np.empty(n, dtype)
     pack(about, given, start, n, bounds.centre, exponent, tile)
+    reached = False
     for first in range(0, about[M], ROWS_AT_ONCE):
         last = min(first + ROWS_AT_ONCE, about[M])
         load_block(example, about, given, first, last, block)
@@ -173,6 +174,9 @@ def add_near(example, about, given, b, start, stop, exponent, bounds, kinds, who
                     add_key(p, projected, q, keys, grad_key, grad_weight, n)
         if touched:
             add_block(part, whole)
+            reached = True
+    if not reached:  # the sums are zeros, and without rows no w has been loaded that could scale them
+        return
     scale = 2.0**-exponent
     for j in range(n):
         a = double(tile.weights[j]) if about[WEIGHT] != 0 else 1.0
