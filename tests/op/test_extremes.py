@@ -383,3 +383,27 @@ def test_derivatives_that_a_cotangent_brings_back(backend, order, dtype):
             gradients = torch.autograd.grad(out, [leaves[i] for i in wanted], grad, retain_graph=True)
             for i, found in zip(wanted, gradients, strict=True):
                 assert_accurate(found, right[names[i]], f"{method} {names[i]}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [(torch.float32, unit) for unit in (1e-34, 1e-24, 1e-12, 1e12, 1e24, 1e33)]
+    + [(torch.float64, unit) for unit in (1e-300, 1e-160, 1e160, 1e290)],
+    ids=str,
+)
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 2), (3, 1)])
+def test_coordinates_in_any_unit(backend, features, channels, dtype, unit):
+    """Squares of the coordinates are beyond all numbers, or their products with values, but no result is."""
+    query, key = ((unit * torch.rand(n, features, dtype=torch.float64)).to(dtype) for n in (20, 30))
+    value, weight = 1e3 * torch.rand(30, channels, dtype=dtype), torch.rand(30, dtype=dtype) + 0.1
+    inputs = query, key, value, torch.full((features,), 2.0 / unit, dtype=dtype), weight
+    grad, grad_lse = torch.randn(20, channels, dtype=dtype), torch.randn(20, dtype=dtype)
+    for through_lse in (None, grad_lse):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        results = nwfast.nadaraya_watson(
+            *leaves[:4], key_weight=leaves[4], return_lse=through_lse is not None, backend=backend
+        )
+        gradients = torch.autograd.grad(results, leaves, (grad, grad_lse)[: 1 if through_lse is None else 2])
+        right = solve(*inputs, grad, through_lse, plain=backend == "reference")
+        for name, found in zip(("query", "key", "value", "w", "key_weight"), gradients, strict=True):
+            assert_accurate(found, right[name], name)

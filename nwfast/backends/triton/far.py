@@ -7,7 +7,7 @@ of BLOCK_F keys: the nearest key, the largest score relative to it, the sums, an
 import triton
 import triton.language as tl
 
-from .terms import LN2, far_scores, far_top, nearest_key, own_score
+from .terms import LN2, far_scores, far_top, nearest_key, own_score, scaled_offsets, unit_of
 
 
 @triton.jit
@@ -121,6 +121,8 @@ def far_tangents(
     """Derivatives of out by w and by the query, for one feature and one channel, as moments about the nearest key."""
     q = tl.load(query).to(T).to(tl.float64)
     nearest = tl.load(key + origin * key_n).to(T).to(tl.float64)
+    bandwidth = tl.load(w).to(tl.float64)
+    unit = unit_of(bandwidth, tl.float64)
     by_w = tl.zeros([BLOCK_F], tl.float64)
     by_q = tl.zeros([BLOCK_F], tl.float64)
     for start in range(0, n, BLOCK_F):
@@ -150,11 +152,10 @@ def far_tangents(
         k = tl.load(key + j * key_n, mask=j < n, other=0.0).to(T).to(tl.float64)
         v = tl.load(value + j * value_n, mask=j < n, other=0.0).to(T).to(tl.float64)
         # Only keys with weight: an infinite offset is not one.
-        part = tl.where(p > 0.0, p * ((v - centre) - mean) * (nearest - k), 0.0)
+        part = tl.where(p > 0.0, p * ((v - centre) - mean) * scaled_offsets(nearest, k, unit), 0.0)
         by_q += part
         by_w += tl.where(p > 0.0, part * ((q - k) + (q - nearest)), 0.0)
-    bandwidth = tl.load(w).to(tl.float64)
     if BY_W:
-        tl.store(tangent_w + place, (-bandwidth * (tl.sum(by_w, 0) / total)).to(T))
+        tl.store(tangent_w + place, (-(bandwidth / unit) * (tl.sum(by_w, 0) / total)).to(T))
     if BY_Q:
-        tl.store(tangent_q + place, (-bandwidth * (bandwidth * (tl.sum(by_q, 0) / total))).to(T))
+        tl.store(tangent_q + place, (-bandwidth * (bandwidth / unit * (tl.sum(by_q, 0) / total))).to(T))

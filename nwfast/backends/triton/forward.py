@@ -203,11 +203,11 @@ def scalar_store(
         bandwidth = tl.load(w).to(tl.float64)
         unit = tl.maximum(tl.abs(bandwidth.to(T)), LEAST_SCALE).to(tl.float64)
         if BY_Q:
-            slope = (value_offsets - mean * offsets) / total / unit
-            tl.store(tangent_q + row, (-bandwidth * (bandwidth * slope)).to(T), mask=write)
+            slope = (value_offsets - mean * offsets) / total
+            tl.store(tangent_q + row, (-bandwidth * (bandwidth / unit * slope)).to(T), mask=write)
         if BY_W:
-            slope = (value_squares - mean * squares) / total / unit / unit
-            tl.store(tangent_w + row, (-bandwidth * slope).to(T), mask=write)
+            slope = (value_squares - mean * squares) / total / unit
+            tl.store(tangent_w + row, (-(bandwidth / unit) * slope).to(T), mask=write)
     return exists & (near == 0)
 
 

@@ -24,10 +24,13 @@ from .terms import (
     element,
     lift_of,
     relative_scores,
+    scaled_offsets,
     squared_distances,
+    unit_of,
 )
 
-HUGE_OFFSET = tl.constexpr(2.0**126)
+# What stands for infinite keys, and for those so far out: in bandwidths, beyond all near rows.
+HUGE_FLOAT, HUGE_DOUBLE = tl.constexpr(2.0**126), tl.constexpr(2.0**1000)
 LARGEST_FLOAT, LARGEST_DOUBLE = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.7976931348623157e308)
 # Terms of the gradients of weights may overflow, of either sign: they are added up a second time, over 2^top.
 NEAR_TOP, NEAR_SCALE = (
@@ -117,15 +120,15 @@ def scalar_keys(
     k = tl.load(key + j.to(tl.int64) * key_n, mask=counts, other=0.0).to(T)
     # Where a key is infinite, so are its offsets, but not what stands for them: 0 times those is 0. So it must be for
     # what is no number in rows that nobody uses; where others use it, it is in their means.
-    k = tl.where(k == k, k, 0.0)
-    k = tl.where(
-        tl.abs(k) < float("inf"), k, tl.where(k > 0.0, HUGE_OFFSET, tl.where(k < 0.0, -HUGE_OFFSET, k))
-    )
+    bandwidth = tl.load(w).to(T)
+    unit = unit_of(bandwidth, T)
+    HUGE: tl.constexpr = HUGE_DOUBLE if T == tl.float64 else HUGE_FLOAT  # noqa: SIM300
+    k = tl.minimum(tl.maximum(tl.where(k == k, k, 0.0) * unit, -HUGE), HUGE)
     v = tl.load(value + j.to(tl.int64) * value_n, mask=counts, other=0.0).to(T)
     v = tl.where(tl.abs(v) < float("inf"), v, 0.0)
     if CENTRED:
         v -= centre_of_values(low, high, b, True)
-    scale = tl.load(w).to(T)
+    scale = bandwidth / unit
     value64 = tl.zeros([BLOCK_K], tl.float64)
     offset64 = tl.zeros([BLOCK_K], tl.float64)
     weight64 = tl.zeros([BLOCK_K], tl.float64)
@@ -172,12 +175,12 @@ def scalar_keys(
         value64[:, None], offset64[:, None], weight64, weight64 * NEAR_SCALE,
         1, WEIGHTED, SELF, BY_LSE, BY_KEY or BY_WEIGHT, T, BLOCK_K, 1, 1,
     )  # fmt: skip
-    bandwidth = tl.load(w).to(tl.float64)
     at = (split * batches + b) * n + j  # [BLOCK_K], int64
     if BY_VALUE:
         tl.store(grad_value + at, (tl.sum(value_far, 1) * a).to(T), mask=counts)
     if BY_KEY:
-        tl.store(grad_key + at, (bandwidth * (bandwidth * (tl.sum(offset_far, 1) * a))).to(T), mask=counts)
+        gradient = bandwidth.to(tl.float64) * (scale.to(tl.float64) * (tl.sum(offset_far, 1) * a))
+        tl.store(grad_key + at, gradient.to(T), mask=counts)
     if BY_WEIGHT:
         tl.store(grad_weight + at, weight_gradient(weight_far, scaled_far, top_far, lift, a, T), mask=counts)
 
@@ -304,7 +307,10 @@ def tiled_keys(
                         k = tl.load(
                             key + key_at + feature * key_d, mask=counts[:, None] & there, other=0.0
                         ).to(T)
-                        offset = tl.where(u == 0.0, 0.0, q - k)  # which may be infinite
+                        unit = unit_of(
+                            tl.load(w + feature * w_d + tl.zeros([1, 1], tl.int32), mask=there, other=1.0), T
+                        )
+                        offset = tl.where(u == 0.0, 0.0, scaled_offsets(q, k, unit))  # which may be infinite
                         moment = tl.sum(u * offset, 1)[:, None]  # [BLOCK_K, 1]
                         offset_sum += tl.where((f == feature)[None, :], moment, 0.0)
 
@@ -324,7 +330,8 @@ def tiled_keys(
         )
     if BY_KEY:
         bandwidth = tl.load(w + f * w_d, mask=f < D, other=0.0).to(tl.float64)[None, :]  # [1, BLOCK_D]
-        gradient = bandwidth * (bandwidth * (offset_far * a[:, None]))
+        by_unit = bandwidth / unit_of(bandwidth, T).to(tl.float64)
+        gradient = bandwidth * (by_unit * (offset_far * a[:, None]))
         tl.store(
             grad_key + at[:, None] * D + f[None, :], gradient.to(T), mask=counts[:, None] & (f < D)[None, :]
         )
@@ -345,7 +352,7 @@ def far_keys(
     """The sums with what the far ones of the rows first..last add: (BLOCK_K, BLOCK_C), (BLOCK_K, BLOCK_D), (BLOCK_K,).
 
     And that of weights over 2^top, with top, which is NEAR_TOP in what is given. Sums are those of weights that are
-    2^lift times as large. Flags of FLAG_ROWS rows each are looked at 256 at once.
+    2^lift times as large, of offsets times `unit_of`. Flags of FLAG_ROWS rows each are looked at 256 at once.
     """
     top_sum = tl.zeros_like(scaled_sum) + NEAR_TOP
     last_flag = (last - 1) // FLAG_ROWS
@@ -381,7 +388,8 @@ def far_keys(
                                 mask=(j < n)[:, None] & (f < D)[None, :],
                                 other=0.0,
                             ).to(T)
-                            moment = u[:, None] * (q[None, :] - k.to(tl.float64))
+                            unit = unit_of(tl.load(w + f * w_d, mask=f < D, other=1.0), T).to(tl.float64)
+                            moment = u[:, None] * scaled_offsets(q[None, :], k.to(tl.float64), unit[None, :])
                             offset_sum += tl.where(u[:, None] == 0.0, 0.0, moment).to(kind)
     return value_sum, offset_sum, weight_sum, scaled_sum, top_sum
 

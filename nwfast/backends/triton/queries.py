@@ -11,8 +11,16 @@ gradient of w goes to partial_w (batches, blocks, D), to be summed in order.
 import triton
 import triton.language as tl
 
-from .forward import LEAST_SCALE
-from .terms import MOST_DOUBLE, MOST_FLOAT, element, far_scores, lift_of, squared_distances
+from .terms import (
+    MOST_DOUBLE,
+    MOST_FLOAT,
+    element,
+    far_scores,
+    lift_of,
+    scaled_offsets,
+    squared_distances,
+    unit_of,
+)
 
 
 @triton.jit
@@ -118,12 +126,13 @@ def query_side(
                 there = tl.full([1, 1], feature, tl.int32) < D
                 q = tl.load(query + query_at + feature * query_d, mask=near[:, None] & there, other=0.0).to(T)
                 k = tl.load(key + key_at + feature * key_d, mask=counts[None, :] & there, other=0.0).to(T)
-                # Which may be infinite, or that of a key left out. In bandwidths: no square of it is beyond T then.
-                scale = tl.abs(
-                    tl.load(w + feature * w_d + tl.zeros([1, 1], tl.int32), mask=there, other=1.0)
-                ).to(T)
-                offset = tl.where(u == 0.0, 0.0, (q - k) * tl.maximum(scale, LEAST_SCALE))
-                moment = u * offset
+                # Which may be infinite, or that of a key left out. One in bandwidths, so that the product is beyond T
+                # only where the gradient is.
+                unit = unit_of(
+                    tl.load(w + feature * w_d + tl.zeros([1, 1], tl.int32), mask=there, other=1.0), T
+                )
+                offset = tl.where(u == 0.0, 0.0, q - k)
+                moment = tl.where(u == 0.0, 0.0, u * scaled_offsets(q, k, unit))
                 first = tl.sum(moment, 1)[:, None]  # [BLOCK_M, 1]
                 second = tl.sum(moment * offset, 1)[:, None]
                 here = (f == feature)[None, :]
@@ -131,15 +140,15 @@ def query_side(
                 seconds += tl.where(here, second, 0.0)
 
     bandwidth = tl.load(w + f * w_d, mask=f < D, other=0.0).to(tl.float64)  # [BLOCK_D]
-    unit = tl.maximum(tl.abs(bandwidth.to(T)), LEAST_SCALE).to(tl.float64)
+    by_unit = bandwidth / unit_of(bandwidth, T).to(tl.float64)
     if BY_Q:
-        gradient = -bandwidth[None, :] * (bandwidth[None, :] * (firsts.to(tl.float64) / unit[None, :]))
+        gradient = -bandwidth[None, :] * (by_unit[None, :] * firsts.to(tl.float64))
         tl.store(
             grad_query + row[:, None] * D + f[None, :],
             gradient.to(T),
             mask=exists[:, None] & (f < D)[None, :],
         )
-    sums = tl.sum(seconds.to(tl.float64), 0) / unit / unit  # [BLOCK_D]
+    sums = tl.sum(seconds.to(tl.float64), 0)  # [BLOCK_D]
     origin = tl.load(origins + row, mask=exists, other=-1)
     if tl.max(origin, 0) >= 0:
         tl.debug_barrier()  # a far row's gradient, written as 0 above, is written again below
@@ -154,11 +163,11 @@ def query_side(
                     D, WEIGHTED, SELF, BY_LSE, T, BLOCK_D, BLOCK_F,
                 )  # fmt: skip
                 if BY_Q:
-                    far_gradient = -bandwidth * (bandwidth * firsts_far)
+                    far_gradient = -bandwidth * (by_unit * firsts_far)
                     tl.store(grad_query + (b * m + own) * D + f, far_gradient.to(T), mask=f < D)
                 sums += seconds_far
     if BY_W:
-        tl.store(partial_w + (b * blocks + block) * D + f, -bandwidth * sums, mask=f < D)
+        tl.store(partial_w + (b * blocks + block) * D + f, -by_unit * sums, mask=f < D)
 
 
 @triton.jit
@@ -168,7 +177,10 @@ def far_query(
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Both sums over keys of one far row, [BLOCK_D]; what <g, v - out> weighs is taken relative to the nearest key."""
+    """Both sums over keys of one far row, [BLOCK_D], of offsets and their squares times `unit_of`.
+
+    What <g, v - out> weighs is taken relative to the nearest key.
+    """
     skip = own if SELF else tl.full([], -1, tl.int64)
     top = tl.load(tops + row)
     total = tl.load(state + 2 * row + 1)
@@ -199,7 +211,9 @@ def far_query(
                 q = tl.load(query + feature * query_d).to(T).to(tl.float64)
                 nearest = tl.load(key + origin * key_n + feature * key_d).to(T).to(tl.float64)
                 k = tl.load(key + j * key_n + feature * key_d, mask=j < n, other=0.0).to(T).to(tl.float64)
-                by_value, by_lse = pull * (nearest - k), through_lse * (q - k)
+                unit = unit_of(tl.load(w + feature * w_d), T).to(tl.float64)
+                by_value = pull * scaled_offsets(nearest, k, unit)
+                by_lse = through_lse * scaled_offsets(q, k, unit)
                 first = tl.where(p > 0.0, p * (by_value + by_lse), 0.0)
                 second = tl.where(p > 0.0, p * (by_value * ((q - k) + (q - nearest)) + by_lse * (q - k)), 0.0)
                 firsts += tl.where(f == feature, tl.sum(first, 0), 0.0)

@@ -2,21 +2,23 @@
 
 A row is one query of one batch element, numbered b * m + i. For each: the shift of its scores and the inverse of its
 total, both in the arithmetic dtype; the inverse is 0 where the row adds nothing to any near sum: it has no keys, or it
-is far. For one feature and one channel also the query, and slope and intercept of u / p, which is linear in the value:
-all 0 where the row adds nothing. For a far row also its nearest key and the score of its heaviest relative to it, and
-per FLAG_ROWS rows whether any is far, so that the other kernels need not look.
+is far. For one feature and one channel also the query times `unit_of`, and slope and intercept of u / p, which is
+linear in the value: all 0 where the row adds nothing. For a far row also its nearest key and the score of its heaviest
+relative to it, and per FLAG_ROWS rows whether any is far, so that the other kernels need not look.
 """
 
 import triton
 import triton.language as tl
 
 from .forward import FAR_DOUBLE, FAR_FLOAT, MOST_TOTAL
-from .terms import centre_of_values, element, far_top, nearest_key
+from .terms import centre_of_values, element, far_top, nearest_key, unit_of
 
 FLAG_ROWS = tl.constexpr(64)
 SMALLEST_TOTAL = tl.constexpr(2.0**-60)
 # Of one feature and channel, where keys have weights: powers of 2 of a left-out key in a near row stay finite.
 FAR_SCALAR = tl.constexpr(64.0)
+# Of one feature and channel also: queries further out, in bandwidths, are too near to what stands for infinite keys.
+FAR_OUT_FLOAT, FAR_OUT_DOUBLE = tl.constexpr(2.0**100), tl.constexpr(2.0**900)
 
 
 @triton.jit
@@ -38,6 +40,12 @@ def describe_rows(
     shift = tl.load(state + 2 * row, mask=exists, other=0.0)
     total = tl.load(state + 2 * row + 1, mask=exists, other=0.0)
     ordinary = (tl.abs(shift) <= FAR) & (total >= SMALLEST_TOTAL) & (total <= MOST_TOTAL)
+    if SCALAR:
+        of_row = tl.where(exists, row // m, 0)
+        unit = unit_of(tl.load(w + element(table, of_row, w_b, 3, batches, TABLE)), T)
+        at = element(table, of_row, query_b, 0, batches, TABLE) + row % m * query_m
+        q = tl.load(query + at, mask=exists, other=0.0).to(T) * unit
+        ordinary = ordinary & (tl.abs(q) <= (FAR_OUT_DOUBLE if T == tl.float64 else FAR_OUT_FLOAT))  # noqa: SIM300
     far = (total > 0.0) & (total < float("inf")) & (ordinary == 0)
     # A row that nothing comes back to adds nothing, not even where it is NaN.
     used = exists & (exists == 0)
@@ -59,9 +67,6 @@ def describe_rows(
         pull -= tl.load(grad_lse + row, mask=exists & sums, other=0.0).to(T)
     tl.store(pulls + row, pull, mask=exists)
     if SCALAR:
-        of_row = tl.where(exists, row // m, 0)
-        at = element(table, of_row, query_b, 0, batches, TABLE) + row % m * query_m
-        q = tl.load(query + at, mask=exists & sums, other=0.0).to(T)
         slope = tl.load(grad_out + row, mask=exists & sums, other=0.0).to(T) * inverse.to(T)
         mean = tl.load(out + row, mask=exists & sums, other=0.0)
         if CENTRED:
@@ -69,7 +74,7 @@ def describe_rows(
         intercept = -slope * mean
         if BY_LSE:
             intercept += tl.load(grad_lse + row, mask=exists & sums, other=0.0).to(T) * inverse.to(T)
-        tl.store(queries + row, q, mask=exists)
+        tl.store(queries + row, tl.where(sums, q, 0.0), mask=exists)
         tl.store(slopes + row, slope, mask=exists)
         tl.store(intercepts + row, intercept, mask=exists)
     any_far = tl.max(far.to(tl.int32), 0)

@@ -41,6 +41,28 @@ def element(table, b, stride, which: tl.constexpr, batches, TABLE: tl.constexpr)
 
 
 @triton.jit
+def unit_of(w, T: tl.constexpr):
+    """The power of 2 next below |w|, in T: offsets times that are in bandwidths but for a factor below 2, and exact.
+
+    Sums of such offsets neither overflow nor underflow where the coordinates are extreme and their scores are not.
+    """
+    size = tl.abs(w.to(T))
+    if T == tl.float64:  # noqa: SIM300
+        size = tl.minimum(tl.maximum(size, 2.0**-1022), 2.0**1022)
+        return (size.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        size = tl.minimum(tl.maximum(size, 2.0**-126), 2.0**126)
+        return (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled_offsets(q, k, unit):
+    """(q - k) unit, also where the difference or a product alone is beyond all numbers."""
+    shrink = tl.minimum(unit, 1.0)
+    return (q * shrink - k * shrink) * tl.maximum(unit, 1.0)
+
+
+@triton.jit
 def centre_of_values(low, high, at, exists):
     """What to subtract from the values of the channels at the offsets `at`, whose ranges are low..high.
 

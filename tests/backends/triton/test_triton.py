@@ -25,7 +25,7 @@ GROUPS = {
         "op/test_functional.py",
         "-k",
         "(far_queries or ties or weight_zero) and float32 or test_offsets[triton-1] or w_of_zero and float64"
-        " or no_queries or lse_alone",
+        " or no_queries or lse_alone or any_unit and not 1e+33 and not 1e-160",
     ],
     "left-out keys": [
         "op/test_left_out.py::test_what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
