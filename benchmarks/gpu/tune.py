@@ -121,11 +121,11 @@ def tune_triton() -> None:
 
     device = torch.device("cuda", 0)
     works = [problem(device, POINTS, wanted=wanted) for wanted in ("", "qkvw")]
-    present = call.scalar_blocks
+    present = call.single_blocks
     print(f"{'triton, rows x columns, warps; Tpair/s':40} {'forward':>8} {'all':>8}")
     for blocks in [None, *BLOCKS]:
         chosen = launch.Blocks(*blocks) if blocks else None
-        call.scalar_blocks = lambda *sizes, chosen=chosen: chosen or present(*sizes)
+        call.single_blocks = lambda *sizes, chosen=chosen: chosen or present(*sizes)
         name = "{} x {}, {}".format(*blocks) if blocks else "present"
         try:
             calls = {work.wanted: backend("triton").prepare(work)[0] for work in works}
@@ -134,7 +134,7 @@ def tune_triton() -> None:
             print(f"{name:40} {rates[0]:8.3f} {rates[1]:8.3f}", flush=True)
         except Exception as error:  # a choice that does not compile, or needs more than there is
             print(f"{name:40} failed: {str(error).strip().splitlines()[-1][:120]}", flush=True)
-    call.scalar_blocks = present
+    call.single_blocks = present
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ slowly.
 
 Block sizes are functions of the shapes (launch.py), not triton.autotune's choice by timing: that would let the last
 bits of a result differ between processes, time kernels at the first call of every new size, and fail while a graph is
-captured. To time other sizes, replace `scalar_blocks` or `tiled_blocks` of this module before a call.
+captured. To time other sizes, replace `single_blocks` or `tiled_blocks` of this module before a call.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 
 from .. import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W
-from .forward import scalar_forward, tiled_forward
-from .keys import scalar_keys, tiled_keys
+from .forward import single_forward, tiled_forward
+from .keys import single_keys, tiled_keys
 from .launch import (
     FAR_KEYS,
     LEAN,
@@ -29,11 +29,11 @@ from .launch import (
     Call,
     channel_block,
     feature_block,
-    scalar_blocks,
+    single_blocks,
     tiled_blocks,
     without_left_out,
 )
-from .merge import scalar_merge, tiled_merge
+from .merge import single_merge, tiled_merge
 from .queries import query_side
 from .saved_rows import FLAG_ROWS, describe_rows, tangent_products
 
@@ -60,7 +60,7 @@ def forward(
     if call.batches * call.m > 0:
         with _on(call.device):
             if call.d == call.c == 1:
-                _scalar_forward(call, results, exclude_self, tangent_w, tangent_q)
+                _single_forward(call, results, exclude_self, tangent_w, tangent_q)
             else:
                 _tiled_forward(call, results, exclude_self)
     return results
@@ -71,9 +71,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _scalar_forward(call: Call, results: tuple, exclude_self: bool, tangent_w: bool, tangent_q: bool) -> None:
+def _single_forward(call: Call, results: tuple, exclude_self: bool, tangent_w: bool, tangent_q: bool) -> None:
     registers = 2 if call.dtype == torch.float64 else 1  # of one number
-    rows, columns, warps = scalar_blocks(call.m, call.n, 2 * registers * (1 + tangent_w + tangent_q))
+    rows, columns, warps = single_blocks(call.m, call.n, 2 * registers * (1 + tangent_w + tangent_q))
     blocks = triton.cdiv(call.m, rows)
     splits, part = call.parts(call.batches * blocks, call.n, columns)
     partial = call.empty(splits > 1, splits, call.batches, call.m, 6, dtype=torch.float64)
@@ -87,16 +87,16 @@ def _scalar_forward(call: Call, results: tuple, exclude_self: bool, tangent_w: b
         "BLOCK_F": FAR_KEYS,
     }
     options = LEAN if registers == 1 and not (tangent_w or tangent_q or call.weighted) else OPTIONS
-    scalar_forward[(call.batches * blocks * splits,)](
+    single_forward[(call.batches * blocks * splits,)](
         *call.tensors, *call.ranges, *results, partial, call.table, call.m, call.n, call.batches, blocks, splits, part,
-        *call.scalar_strides, **flags, SPLIT=splits > 1, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, **options,
+        *call.single_strides, **flags, SPLIT=splits > 1, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, **options,
     )  # fmt: skip
     if splits > 1:
         rows = min(rows, 16)
         blocks = triton.cdiv(call.m, rows)
-        scalar_merge[(call.batches * blocks,)](
+        single_merge[(call.batches * blocks,)](
             *call.tensors, *call.ranges, *results, partial, call.table, call.m, call.n, call.batches, blocks, splits,
-            *call.scalar_strides, **flags, BLOCK_M=rows, num_warps=4, **OPTIONS,
+            *call.single_strides, **flags, BLOCK_M=rows, num_warps=4, **OPTIONS,
         )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def backward(
                 partial_w = _query_side(rows_call, rows, grad_query, exclude_self, needs)
         if needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT):
             if call.d == call.c == 1:
-                _scalar_keys(call, rows, grad_key, grad_value, grad_weight, exclude_self, needs)
+                _single_keys(call, rows, grad_key, grad_value, grad_weight, exclude_self, needs)
             else:
                 _tiled_keys(call, rows, grad_key, grad_value, grad_weight, exclude_self, needs)
     if key_weight is not None:
@@ -225,11 +225,11 @@ class _Rows:
         grad_out, grad_lse = grads
         self.by_lse = grad_lse is not None
         given = grad_out, grad_lse if grad_lse is not None else grad_out, out, state
-        scalar = call.d == call.c == 1
+        single = call.d == call.c == 1
         aligned = triton.cdiv(count, 4) * 4  # so that each begins where a vector can
-        shifts, inverses, pulls, *prepared = call.empty(True, 6 if scalar else 3, aligned)
+        shifts, inverses, pulls, *prepared = call.empty(True, 6 if single else 3, aligned)
         queries, slopes, intercepts = prepared or (shifts,) * 3
-        self.ranges = call.ranges if scalar else call.tensors[2:4]
+        self.ranges = call.ranges if single else call.tensors[2:4]
         origins = call.empty(True, count, dtype=torch.int64)
         tops = call.empty(True, count, dtype=torch.float64)
         flags = call.empty(True, triton.cdiv(count, FLAG_ROWS.value), dtype=torch.int32)
@@ -239,9 +239,9 @@ class _Rows:
             origins, tops, flags, call.table, call.m, call.n, call.c, call.batches,
             query_b, call.query_m, call.query_d, key_b, call.key_n, call.key_d, w_b, call.w_d, weight_b, call.weight_n,
             D=call.d, WEIGHTED=call.weighted, SELF=exclude_self, TABLE=call.tabled, BY_LSE=self.by_lse,
-            SCALAR=scalar, CENTRED=call.centred, BLOCK_F=FAR_KEYS, num_warps=2, **OPTIONS,
+            SINGLE=single, CENTRED=call.centred, BLOCK_F=FAR_KEYS, num_warps=2, **OPTIONS,
         )  # fmt: skip
-        self.of_scalar = *self.ranges, *given, queries, shifts, slopes, intercepts, origins, tops, flags
+        self.of_single = *self.ranges, *given, queries, shifts, slopes, intercepts, origins, tops, flags
         self.of_tiled = *given, shifts, inverses, pulls, origins, tops, flags
 
 
@@ -282,17 +282,17 @@ def _parts_of(gradient: Tensor, splits: int) -> Tensor:
     return gradient if splits == 1 else gradient.new_empty((splits, *gradient.shape))
 
 
-def _scalar_keys(
+def _single_keys(
     call: Call, rows: _Rows, grad_key, grad_value, grad_weight, exclude_self: bool, needs: int
 ) -> None:
-    block_k, block_m, warps = scalar_blocks(call.n, call.m, 8 if call.dtype == torch.float64 else 3)
+    block_k, block_m, warps = single_blocks(call.n, call.m, 8 if call.dtype == torch.float64 else 3)
     blocks = triton.cdiv(call.n, block_k)
     splits, part = call.parts(call.batches * blocks, call.m, block_m)
     gradients = grad_key, grad_value, grad_weight
     parts = [_parts_of(gradient, splits) for gradient in gradients]
-    scalar_keys[(call.batches * blocks * splits,)](
-        *call.tensors, *rows.of_scalar, *parts, call.table,
-        call.m, call.n, call.batches, blocks, splits, part, *call.scalar_strides,
+    single_keys[(call.batches * blocks * splits,)](
+        *call.tensors, *rows.of_single, *parts, call.table,
+        call.m, call.n, call.batches, blocks, splits, part, *call.single_strides,
         WEIGHTED=call.weighted, SELF=exclude_self, TABLE=call.tabled, BY_LSE=rows.by_lse,
         CENTRED=call.centred, BY_KEY=bool(needs & NEEDS_KEY), BY_VALUE=bool(needs & NEEDS_VALUE),
         BY_WEIGHT=bool(needs & NEEDS_KEY_WEIGHT), BLOCK_K=block_k, BLOCK_M=block_m, num_warps=warps, **OPTIONS,

@@ -3,7 +3,7 @@
 A program owns BLOCK_M queries of one batch element (and up to BLOCK_C channels) and walks over the keys, or over one
 of `splits` parts of them, whose sums `merge.py` adds in order. Near rows first, then those that turn out to be far.
 
-* scalar_forward: one feature, one channel. No shift and no running maximum: the sums themselves tell whether a row
+* single_forward: one feature, one channel. No shift and no running maximum: the sums themselves tell whether a row
   was near enough for 2^-(w d)^2 as it stands. Sums of a tile stay apart in registers and are added across keys, in
   float64, once every FLUSH tiles: a pair costs seven instructions, one of them the exponential; twelve with tangents.
 * tiled_forward: any number of both. Online softmax: the running maximum starts at a finite floor, and a tile that
@@ -16,7 +16,7 @@ import triton.language as tl
 from .far import far_forward
 from .terms import HALF_LOG2E, LN2, centre_of_values, element, squared_distances
 
-# Near rows of the scalar kernel: what underflows (below 2^-126) is then below the rounding of the sum.
+# Near rows of the single kernel: what underflows (below 2^-126) is then below the rounding of the sum.
 LEAST_TOTAL = tl.constexpr(2.0**-40)
 MOST_TOTAL = tl.constexpr(2.0**100)
 MOST_WEIGHT = tl.constexpr(2.0**30)
@@ -30,7 +30,7 @@ FAR_FLOAT, FAR_DOUBLE = tl.constexpr(256.0), tl.constexpr(96.0)
 
 
 @triton.jit
-def scalar_tile(
+def single_tile(
     q, skip, key, key_n, value, value_n, key_weight, weight_n, scale, by_square, centre, start, n,
     total, values, offsets, value_offsets, squares, value_squares, heaviest,
     WEIGHTED: tl.constexpr, SELF: tl.constexpr, MASKED: tl.constexpr, BY_W: tl.constexpr, BY_Q: tl.constexpr,
@@ -77,7 +77,7 @@ def scalar_tile(
 
 
 @triton.jit
-def scalar_forward(
+def single_forward(
     query, key, value, w, key_weight, low, high, out, lse, state, tangent_w, tangent_q, partial, table,
     m, n, batches, blocks, splits, part,
     query_b, query_m, key_b, key_n, value_b, value_n, w_b, weight_b, weight_n,
@@ -131,14 +131,14 @@ def scalar_forward(
         squares = tl.zeros([BLOCK_M, BLOCK_N], T)
         value_squares = tl.zeros([BLOCK_M, BLOCK_N], T)
         for start in range(first, tl.minimum(first + FLUSH * BLOCK_N, whole), BLOCK_N):
-            total, values, offsets, value_offsets, squares, value_squares, heaviest = scalar_tile(
+            total, values, offsets, value_offsets, squares, value_squares, heaviest = single_tile(
                 q, own, key, key_n, value, value_n, key_weight, weight_n, scale, by_square, centre, start, n,
                 total, values, offsets, value_offsets, squares, value_squares, heaviest,
                 WEIGHTED, SELF, False, BY_W, BY_Q, T, BLOCK_N,
             )  # fmt: skip
         if first + FLUSH * BLOCK_N >= end:  # noqa: SIM102
             if whole < end:
-                total, values, offsets, value_offsets, squares, value_squares, heaviest = scalar_tile(
+                total, values, offsets, value_offsets, squares, value_squares, heaviest = single_tile(
                     q, own, key, key_n, value, value_n, key_weight, weight_n, scale, by_square, centre, whole, n,
                     total, values, offsets, value_offsets, squares, value_squares, heaviest,
                     WEIGHTED, SELF, True, BY_W, BY_Q, T, BLOCK_N,
@@ -166,7 +166,7 @@ def scalar_forward(
         tl.store(to + 4, squares64, mask=exists)
         tl.store(to + 5, value_squares64, mask=exists)
     else:
-        far = scalar_store(
+        far = single_store(
             total64, values64, offsets64, value_offsets64, squares64, value_squares64, row, exists, w,
             low + b, high + b, out, lse, state, tangent_w, tangent_q, CENTRED, BY_W, BY_Q, T,
         )  # fmt: skip
@@ -179,7 +179,7 @@ def scalar_forward(
 
 
 @triton.jit
-def scalar_store(
+def single_store(
     total, values, offsets, value_offsets, squares, value_squares, row, exists, w, low, high,
     out, lse, state, tangent_w, tangent_q,
     CENTRED: tl.constexpr, BY_W: tl.constexpr, BY_Q: tl.constexpr, T: tl.constexpr,
@@ -220,7 +220,7 @@ def tiled_forward(
     CENTRED: tl.constexpr, BY_W: tl.constexpr, BY_Q: tl.constexpr, HALF_DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Any D and C; BLOCK_C = 1 if C = 1. Tangents are for D = C = 1, which scalar_forward serves."""
+    """Any D and C; BLOCK_C = 1 if C = 1. Tangents are for D = C = 1, which single_forward serves."""
     T: tl.constexpr = out.dtype.element_ty
     chunks = (channels + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)

@@ -52,7 +52,7 @@ def weight_gradient(total, scaled, top, lift, a, T: tl.constexpr):
 
 
 @triton.jit
-def scalar_keys_tile(
+def single_keys_tile(
     k, v, own, queries, shifts, slopes, intercepts, scale, start, end, value_sum, offset_sum, weight_sum,
     WEIGHTED: tl.constexpr, SELF: tl.constexpr, MASKED: tl.constexpr, BY_KEY: tl.constexpr,
     BY_VALUE: tl.constexpr, BY_WEIGHT: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -89,7 +89,7 @@ def scalar_keys_tile(
 
 
 @triton.jit
-def scalar_keys(
+def single_keys(
     query, key, value, w, key_weight, low, high, grad_out, grad_lse, out, state,
     queries, shifts, slopes, intercepts, origins, tops, flags, grad_key, grad_value, grad_weight, table,
     m, n, batches, blocks, splits, part,
@@ -141,14 +141,14 @@ def scalar_keys(
         offset_sum = tl.zeros([BLOCK_K, BLOCK_M], T)
         weight_sum = tl.zeros([BLOCK_K, BLOCK_M], T)
         for start in range(first, tl.minimum(first + FLUSH, whole), BLOCK_M):
-            value_sum, offset_sum, weight_sum = scalar_keys_tile(
+            value_sum, offset_sum, weight_sum = single_keys_tile(
                 k[:, None], v[:, None], j[:, None], queries + row, shifts + row, slopes + row, intercepts + row,
                 scale, start, end, value_sum, offset_sum, weight_sum,
                 WEIGHTED, SELF, False, BY_KEY, BY_VALUE, BY_WEIGHT, T, BLOCK_M,
             )  # fmt: skip
         if first + FLUSH >= end:  # noqa: SIM102
             if whole < end:
-                value_sum, offset_sum, weight_sum = scalar_keys_tile(
+                value_sum, offset_sum, weight_sum = single_keys_tile(
                     k[:, None], v[:, None], j[:, None], queries + row, shifts + row, slopes + row, intercepts + row,
                     scale, whole, end, value_sum, offset_sum, weight_sum,
                     WEIGHTED, SELF, True, BY_KEY, BY_VALUE, BY_WEIGHT, T, BLOCK_M,

@@ -88,7 +88,7 @@ class Call:
         return low.expand(*self.batch, self.c).contiguous(), high.expand(*self.batch, self.c).contiguous()
 
     @property
-    def scalar_strides(self) -> tuple[int, ...]:
+    def single_strides(self) -> tuple[int, ...]:
         """The strides that kernels for D = C = 1 take."""
         query_b, key_b, value_b, w_b, weight_b = self.batch_strides
         return query_b, self.query_m, key_b, self.key_n, value_b, self.value_n, w_b, weight_b, self.weight_n
@@ -153,8 +153,8 @@ def power_of_2(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
-def scalar_blocks(m: int, n: int, sums: int) -> Blocks:
-    """Of the scalar kernels for m owned rows, n to walk over and `sums` registers of sums a pair.
+def single_blocks(m: int, n: int, sums: int) -> Blocks:
+    """Of the single kernels for m owned rows, n to walk over and `sums` registers of sums a pair.
 
     A thread has 32 pairs of two sums or half as many of more, of which a warp shares each row: with 16 rows and 2
     columns a thread, loads and the loop cost half an instruction a pair.

@@ -1,26 +1,26 @@
 """The ordered merge of forward sums over parts of the keys, where queries are too few to fill the device.
 
 A program owns BLOCK_M queries and adds the parts in their order, so the result does not depend on which part was done
-first. A part is (total, values, four moments) of scalar_forward, or (top, total, values) of tiled_forward.
+first. A part is (total, values, four moments) of single_forward, or (top, total, values) of tiled_forward.
 """
 
 import triton
 import triton.language as tl
 
 from .far import far_forward
-from .forward import FLOOR, scalar_store, tiled_store
+from .forward import FLOOR, single_store, tiled_store
 from .terms import centre_of_values, element
 
 
 @triton.jit
-def scalar_merge(
+def single_merge(
     query, key, value, w, key_weight, low, high, out, lse, state, tangent_w, tangent_q, partial, table,
     m, n, batches, blocks, splits,
     query_b, query_m, key_b, key_n, value_b, value_n, w_b, weight_b, weight_n,
     WEIGHTED: tl.constexpr, SELF: tl.constexpr, TABLE: tl.constexpr, CENTRED: tl.constexpr,
     BY_W: tl.constexpr, BY_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Results of scalar_forward's parts, partial (splits, batches, m, 6)."""
+    """Results of single_forward's parts, partial (splits, batches, m, 6)."""
     T: tl.constexpr = out.dtype.element_ty
     pid = tl.program_id(0)
     block = pid % blocks
@@ -43,7 +43,7 @@ def scalar_merge(
         squares += tl.load(at + 4, mask=exists, other=0.0)
         value_squares += tl.load(at + 5, mask=exists, other=0.0)
     w += element(table, b, w_b, 3, batches, TABLE)
-    far = scalar_store(
+    far = single_store(
         total, values, offsets, value_offsets, squares, value_squares, row, exists, w, low + b, high + b,
         out, lse, state, tangent_w, tangent_q, CENTRED, BY_W, BY_Q, T,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from .terms import centre_of_values, element, far_top, nearest_key, unit_of
 FLAG_ROWS = tl.constexpr(64)
 SMALLEST_TOTAL = tl.constexpr(2.0**-60)
 # Of one feature and channel, where keys have weights: powers of 2 of a left-out key in a near row stay finite.
-FAR_SCALAR = tl.constexpr(64.0)
+FAR_SINGLE = tl.constexpr(64.0)
 # Of one feature and channel also: queries further out, in bandwidths, are too near to what stands for infinite keys.
 FAR_OUT_FLOAT, FAR_OUT_DOUBLE = tl.constexpr(2.0**100), tl.constexpr(2.0**900)
 
@@ -27,12 +27,12 @@ def describe_rows(
     shifts, inverses, pulls, queries, slopes, intercepts, origins, tops, flags, table, m, n, channels, batches,
     query_b, query_m, query_d, key_b, key_n, key_d, w_b, w_d, weight_b, weight_n,
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, TABLE: tl.constexpr, BY_LSE: tl.constexpr,
-    SCALAR: tl.constexpr, CENTRED: tl.constexpr, BLOCK_F: tl.constexpr,
+    SINGLE: tl.constexpr, CENTRED: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """pulls: <grad_out, out> - grad_lse of each row, what the pull of a value is counted from."""
     T: tl.constexpr = out.dtype.element_ty
     FAR: tl.constexpr = (
-        FAR_SCALAR if SCALAR and WEIGHTED else FAR_DOUBLE if T == tl.float64 else FAR_FLOAT  # noqa: SIM300
+        FAR_SINGLE if SINGLE and WEIGHTED else FAR_DOUBLE if T == tl.float64 else FAR_FLOAT  # noqa: SIM300
     )
     first = tl.program_id(0).to(tl.int64) * FLAG_ROWS
     row = first + tl.arange(0, FLAG_ROWS)  # [FLAG_ROWS]
@@ -40,7 +40,7 @@ def describe_rows(
     shift = tl.load(state + 2 * row, mask=exists, other=0.0)
     total = tl.load(state + 2 * row + 1, mask=exists, other=0.0)
     ordinary = (tl.abs(shift) <= FAR) & (total >= SMALLEST_TOTAL) & (total <= MOST_TOTAL)
-    if SCALAR:
+    if SINGLE:
         of_row = tl.where(exists, row // m, 0)
         unit = unit_of(tl.load(w + element(table, of_row, w_b, 3, batches, TABLE)), T)
         at = element(table, of_row, query_b, 0, batches, TABLE) + row % m * query_m
@@ -66,7 +66,7 @@ def describe_rows(
     if BY_LSE:
         pull -= tl.load(grad_lse + row, mask=exists & sums, other=0.0).to(T)
     tl.store(pulls + row, pull, mask=exists)
-    if SCALAR:
+    if SINGLE:
         slope = tl.load(grad_out + row, mask=exists & sums, other=0.0).to(T) * inverse.to(T)
         mean = tl.load(out + row, mask=exists & sums, other=0.0)
         if CENTRED:

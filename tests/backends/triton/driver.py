@@ -88,9 +88,9 @@ def test_gradients_through_lse_at_a_distance():
 
 
 PARTS = {
-    "scalar, keys": (((2,), (600,), (600,), (1,), (600,)), True),
+    "single, keys": (((2,), (600,), (600,), (1,), (600,)), True),
     "tiled, keys": (((2, 2), (150, 2), (150, 3), (2,), None), False),
-    "scalar, queries": (((600,), (2,), (2,), (1,), (2,)), True),
+    "single, queries": (((600,), (2,), (2,), (1,), (2,)), True),
     "tiled, queries": (((300, 2), (2, 2), (2, 3), (2,), None), True),
 }
 

@@ -22,9 +22,9 @@ from nwfast.backends.triton import call as backend
 
 TARGETS = 80, 90, 100
 KERNELS = (
-    "scalar_forward",
-    "scalar_merge",
-    "scalar_keys",
+    "single_forward",
+    "single_merge",
+    "single_keys",
     "tiled_forward",
     "tiled_merge",
     "tiled_keys",

@@ -116,13 +116,13 @@ def test_planted_faults_are_caught(fault, tmp_path):
 
 # Every kernel in the forms that ask most of it; the whole table, for every target, is `resources.rows()`.
 COMPILED = [
-    ("scalar_forward", "", 80),
-    ("scalar_forward", "", 90),
-    ("scalar_forward", "", 100),
-    ("scalar_forward", "tangents", 90),
-    ("scalar_merge", "few queries", 90),
-    ("scalar_keys", "", 90),
-    ("scalar_keys", "float64, weights", 80),
+    ("single_forward", "", 80),
+    ("single_forward", "", 90),
+    ("single_forward", "", 100),
+    ("single_forward", "tangents", 90),
+    ("single_merge", "few queries", 90),
+    ("single_keys", "", 90),
+    ("single_keys", "float64, weights", 80),
     ("tiled_forward", "D=3 C=64 float16", 90),
     ("tiled_merge", "D=3 C=64 float16, few", 90),
     ("tiled_keys", "D=3 C=64 float16", 80),
