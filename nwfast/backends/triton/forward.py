@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .far import far_forward
-from .terms import HALF_LOG2E, LN2, centre_of_values, element, squared_distances
+from .terms import HALF_LOG2E, LN2, centre_of_values, inputs_of, squared_distances
 
 # Near rows of the single kernel: what underflows (below 2^-126) is then below the rounding of the sum.
 LEAST_TOTAL = tl.constexpr(2.0**-40)
@@ -91,12 +91,9 @@ def single_forward(
     block = pid % blocks
     b = (pid // blocks // splits).to(tl.int64)
     split = pid // blocks % splits
-    query += element(table, b, query_b, 0, batches, TABLE)
-    key += element(table, b, key_b, 1, batches, TABLE)
-    value += element(table, b, value_b, 2, batches, TABLE)
-    w += element(table, b, w_b, 3, batches, TABLE)
-    if WEIGHTED:
-        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
 
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < m
@@ -229,12 +226,9 @@ def tiled_forward(
     chunk = rest % chunks
     split = rest // chunks % splits
     b = (rest // chunks // splits).to(tl.int64)
-    query += element(table, b, query_b, 0, batches, TABLE)
-    key += element(table, b, key_b, 1, batches, TABLE)
-    value += element(table, b, value_b, 2, batches, TABLE)
-    w += element(table, b, w_b, 3, batches, TABLE)
-    if WEIGHTED:
-        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
 
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < m

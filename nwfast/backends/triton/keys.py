@@ -21,7 +21,7 @@ from .terms import (
     SAFE_DOUBLE,
     SAFE_FLOAT,
     centre_of_values,
-    element,
+    inputs_of,
     lift_of,
     relative_scores,
     scaled_offsets,
@@ -108,12 +108,9 @@ def single_keys(
     block = pid % blocks
     b = (pid // blocks // splits).to(tl.int64)
     split = pid // blocks % splits
-    query += element(table, b, query_b, 0, batches, TABLE)
-    key += element(table, b, key_b, 1, batches, TABLE)
-    value += element(table, b, value_b, 2, batches, TABLE)
-    w += element(table, b, w_b, 3, batches, TABLE)
-    if WEIGHTED:
-        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
 
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     counts = j < n
@@ -206,12 +203,9 @@ def tiled_keys(
     chunk = rest % chunks
     split = rest // chunks % splits
     b = (rest // chunks // splits).to(tl.int64)
-    query += element(table, b, query_b, 0, batches, TABLE)
-    key += element(table, b, key_b, 1, batches, TABLE)
-    value += element(table, b, value_b, 2, batches, TABLE)
-    w += element(table, b, w_b, 3, batches, TABLE)
-    if WEIGHTED:
-        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
 
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     counts = j < n

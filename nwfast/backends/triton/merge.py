@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .far import far_forward
 from .forward import FLOOR, single_store, tiled_store
-from .terms import centre_of_values, element
+from .terms import centre_of_values, inputs_of
 
 
 @triton.jit
@@ -42,17 +42,14 @@ def single_merge(
         value_offsets += tl.load(at + 3, mask=exists, other=0.0)
         squares += tl.load(at + 4, mask=exists, other=0.0)
         value_squares += tl.load(at + 5, mask=exists, other=0.0)
-    w += element(table, b, w_b, 3, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
     far = single_store(
         total, values, offsets, value_offsets, squares, value_squares, row, exists, w, low + b, high + b,
         out, lse, state, tangent_w, tangent_q, CENTRED, BY_W, BY_Q, T,
     )  # fmt: skip
     if tl.max(far.to(tl.int32), 0) > 0:
-        query += element(table, b, query_b, 0, batches, TABLE)
-        key += element(table, b, key_b, 1, batches, TABLE)
-        value += element(table, b, value_b, 2, batches, TABLE)
-        if WEIGHTED:
-            key_weight += element(table, b, weight_b, 4, batches, TABLE)
         far_forward(
             far, i, row, query, query_m, 0, key, key_n, 0, value, value_n, 0, w, 0, key_weight, weight_n, n,
             0, out, lse, state, tangent_w, tangent_q,
@@ -98,12 +95,9 @@ def tiled_merge(
         centre += centre_of_values(low, high, b * channels + c, c < channels)
     far = tiled_store(top, total, values.to(T), centre, row, exists, c, chunk, channels, out, lse, state, T)
     if tl.max(far.to(tl.int32), 0) > 0:
-        query += element(table, b, query_b, 0, batches, TABLE)
-        key += element(table, b, key_b, 1, batches, TABLE)
-        value += element(table, b, value_b, 2, batches, TABLE)
-        w += element(table, b, w_b, 3, batches, TABLE)
-        if WEIGHTED:
-            key_weight += element(table, b, weight_b, 4, batches, TABLE)
+        query, key, value, w, key_weight = inputs_of(
+            query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+        )  # fmt: skip
         far_forward(
             far, i, row, query, query_m, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d,
             key_weight, weight_n, n, chunk, out, lse, state, tangent_w, tangent_q,

@@ -14,8 +14,8 @@ import triton.language as tl
 from .terms import (
     MOST_DOUBLE,
     MOST_FLOAT,
-    element,
     far_scores,
+    inputs_of,
     lift_of,
     scaled_offsets,
     squared_distances,
@@ -61,12 +61,9 @@ def query_side(
     block = pid % blocks
     chunk = pid // blocks % chunks
     b = (pid // blocks // chunks).to(tl.int64)
-    query += element(table, b, query_b, 0, batches, TABLE)
-    key += element(table, b, key_b, 1, batches, TABLE)
-    value += element(table, b, value_b, 2, batches, TABLE)
-    w += element(table, b, w_b, 3, batches, TABLE)
-    if WEIGHTED:
-        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    query, key, value, w, key_weight = inputs_of(
+        query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+    )  # fmt: skip
 
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < m

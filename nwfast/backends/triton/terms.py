@@ -41,6 +41,21 @@ def element(table, b, stride, which: tl.constexpr, batches, TABLE: tl.constexpr)
 
 
 @triton.jit
+def inputs_of(
+    query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table,
+    WEIGHTED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """The pointers of all inputs at batch element b (int64)."""
+    query += element(table, b, query_b, 0, batches, TABLE)
+    key += element(table, b, key_b, 1, batches, TABLE)
+    value += element(table, b, value_b, 2, batches, TABLE)
+    w += element(table, b, w_b, 3, batches, TABLE)
+    if WEIGHTED:
+        key_weight += element(table, b, weight_b, 4, batches, TABLE)
+    return query, key, value, w, key_weight
+
+
+@triton.jit
 def unit_of(w, T: tl.constexpr):
     """The power of 2 next below |w|, in T: offsets times that are in bandwidths but for a factor below 2, and exact.
 
