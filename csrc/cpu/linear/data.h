@@ -7,7 +7,7 @@
 #include "plan.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 bool native(const View& view) {
@@ -335,5 +335,5 @@ class Data {
   Buffer<int64_t> excluded_, excluding_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -18,7 +18,7 @@
 #include "keys_near.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 namespace {
 
 constexpr double kFarthest = 20;      // bandwidths; more than any window without a shift has
@@ -34,7 +34,7 @@ class KeyPass {
         task_(task),
         b_(b),
         serial_(serial),
-        table_(fgt_kernels<R>()),
+        table_(linear_kernels<R>()),
         gradients_(problem, task, b, data_),
         far_rows_(gradients_, data_, plan_),
         steep_rows_(gradients_, data_, plan_) {}
@@ -298,7 +298,7 @@ class KeyPass {
           sum_direct(targets, j, std::min(kGroup, stop - j), window, reach, sums + (j - begin), pitch);
         }
       } else {
-        FgtEvaluate<R> task;
+        EvaluateTask<R> task;
         task.x = u + j;
         task.n = stop - j;
         task.centre = plan_.centre(box);
@@ -327,7 +327,7 @@ class KeyPass {
     int64_t excluded[kGroup];
     for (int64_t k = 0; k < n; ++k) reference[k] = u[k];
     for (int64_t k = 0; data_.exclude && k < n; ++k) excluded[k] = leaving(targets, first + k) - begin;
-    FgtDirect<R> task;
+    DirectTask<R> task;
     task.target = u;
     task.reference = reference;
     task.excluded = data_.exclude ? excluded : nullptr;
@@ -439,7 +439,7 @@ class KeyPass {
   const BackwardTask<R>& task_;
   const int64_t b_;
   const bool serial_;
-  const FgtKernels<R>& table_;
+  const LinearKernels<R>& table_;
   Data<R> data_;
   Plan plan_;
   Boxes<R> boxes_;
@@ -453,14 +453,14 @@ class KeyPass {
 };
 
 }  // namespace
-}  // namespace fgt
+}  // namespace linear
 
 template <typename T>
-bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task) {
-  return fgt::over_batch(problem,
-                         [&](int64_t b, bool serial) { return fgt::KeyPass<T>(problem, task, b, serial).run(); });
+bool linear_key_backward(const Problem& problem, const BackwardTask<T>& task) {
+  return linear::over_batch(problem,
+                            [&](int64_t b, bool serial) { return linear::KeyPass<T>(problem, task, b, serial).run(); });
 }
-template bool fgt_key_backward<float>(const Problem&, const BackwardTask<float>&);
-template bool fgt_key_backward<double>(const Problem&, const BackwardTask<double>&);
+template bool linear_key_backward<float>(const Problem&, const BackwardTask<float>&);
+template bool linear_key_backward<double>(const Problem&, const BackwardTask<double>&);
 
 }  // namespace nwfast

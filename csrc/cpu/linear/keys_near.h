@@ -5,7 +5,7 @@
 #include "rows/near.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 class NearRows {
@@ -88,7 +88,7 @@ class NearRows {
 
   // Sums of keys [first, first + n), first a multiple of kNearTargets: (2 + offsets, pitch).
   void pull(const Data<R>& data, const Plan& plan, int64_t first, int64_t n, double* sums, int64_t pitch) const {
-    FgtNearPull<R> task;
+    NearPullTask<R> task;
     task.target = data.key + first;
     task.targets = n;
     task.value = data.value + first * data.row_stride;
@@ -106,7 +106,7 @@ class NearRows {
     task.offsets = plan.offsets;
     task.sums = sums;
     task.sums_pitch = pitch;
-    fgt_kernels<R>().near_pull(task);
+    linear_kernels<R>().near_pull(task);
   }
 
  private:
@@ -119,5 +119,5 @@ class NearRows {
   int64_t rows_ = 0;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -17,7 +17,7 @@
 // chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
 // threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
 // of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
-// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes
+// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (TranslateTask). Keys in boxes
 // that are not crowded get moments on the spot. With factors d and d^2 in the kernel the same moments give the sums
 // that the derivatives by q and w need. Evaluate: Horner's scheme at the queries of the box. Directly
 // (rows/direct.h): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
@@ -69,7 +69,7 @@
 #include "kernels/tasks.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 constexpr int64_t kChunk = 8192;      // points of one task
 constexpr int64_t kBlock = 1024;      // points whose charges are held at once
@@ -220,5 +220,5 @@ bool over_batch(const Problem& problem, const Run& run) {
   return true;
 }
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast
