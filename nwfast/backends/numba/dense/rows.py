@@ -54,7 +54,7 @@ from .tiles import (
     survey,
     terms_for,
     tile_for,
-    tile_moments,
+    tile_offset_sums,
     tile_scores,
     tile_terms_unshifted,
     total_and_product,
@@ -144,18 +144,18 @@ def project(gradient, values, level, n, projected):
 
 @njit(**EXACT)
 def sum_rows(
-    example, about, given, start, count, block, exponent, bounds, buffer, terms, gradients, levels, moments, sums, tops
+    example, about, given, start, count, block, exponent, bounds, buffer, terms, gradients, levels, offset_sums, sums, tops
 ):  # fmt: skip
     """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
 
-    v is centred. With gradients (rows, C) there is one channel, <g, v> - level. Moments only if asked for.
+    v is centred. With gradients (rows, C) there is one channel, <g, v> - level. Offset sums (d, d^2) only if asked for.
     """
     queries, fit, w, low, high = block.queries, block.fit, block.w, bounds.low, bounds.high
     n, n_features, n_channels = about[N], about[D], about[C]
     weighted = about[WEIGHT] != 0
     through_gradients = len(gradients) > 0
     channels = 1 if through_gradients else n_channels
-    buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or moments)
+    buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or offset_sums)
     skip = 180.0 if example.itemsize == 4 else 500.0
     size = min(n, TILE)
     keys, values, p = buffer.keys, buffer.values, terms.p
@@ -197,10 +197,10 @@ def sum_rows(
                 total, product = double(total), double(product)
                 row[0] += total
                 row[1] += product
-                if moments:
+                if offset_sums:
                     for f in range(n_features):
                         reference = min(max(q[f], low[tile, f]), high[tile, f])
-                        by_u, by_uv, by_z, by_zv = tile_moments(p, column, keys[f], q[f], reference, size)
+                        by_u, by_uv, by_z, by_zv = tile_offset_sums(p, column, keys[f], q[f], reference, size)
                         d = double(q[f]) - double(reference)
                         at = 2 + 4 * f
                         row[at] += double(by_u) + d * total
@@ -243,13 +243,13 @@ def forward_rows(example, about, first, last):
     """Out, lse, state and tangents."""
     bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
     n_features, n_channels = about[D], about[C]
-    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+    offset_sums = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
     count = min(QUERY_BLOCK, about[M])
     block = block_for(example, about, count)
     buffer = tile_for(example, about, min(TILE, about[N]))
     terms = terms_for(example, min(TILE, about[N]))
     fit, w = block.fit, block.w
-    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+    sums, tops = np.empty((count, 1 + n_channels + (4 if offset_sums else 0))), np.empty(count)
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
     state = pointer(about[STATE], np.empty(0))
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
@@ -274,7 +274,7 @@ def forward_rows(example, about, first, last):
                 terms,
                 no_gradients,
                 no_levels,
-                moments,
+                offset_sums,
                 sums,
                 tops,
             )
@@ -292,7 +292,7 @@ def forward_rows(example, about, first, last):
             lse[row] = LN2 * (np.log2(total) - shift)
             for c in range(n_channels):
                 out[row * n_channels + c] = double(bounds.centre[c]) + sums[r, 1 + c] / total
-            if moments:
+            if offset_sums:
                 bandwidth, mean = double(w[0]), sums[r, 1] / total
                 if about[TANGENT_W] != 0:
                     tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
@@ -307,7 +307,7 @@ def backward_rows(example, about, first, last):
     n_features, n_channels = about[D], about[C]
     is_float = example.itemsize == 4
     count = min(QUERY_BLOCK, about[M])
-    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+    offset_sums = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
     block = block_for(example, about, count)
     buffer = tile_for(example, about, min(TILE, about[N]))
     terms = terms_for(example, min(TILE, about[N]))
@@ -317,8 +317,8 @@ def backward_rows(example, about, first, last):
     state = pointer(about[STATE], np.empty(0))
     grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
     sums, tops = (
-        np.empty((count if moments else 0, 2 + 4 * n_features)),
-        np.empty(count if moments else 0),
+        np.empty((count if offset_sums else 0, 2 + 4 * n_features)),
+        np.empty(count if offset_sums else 0),
     )
     rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
     kinds = pointer(about[KINDS], np.empty(0, np.int8))
@@ -355,7 +355,7 @@ def backward_rows(example, about, first, last):
             empty = silent or state[2 * row + 1] == 0.0
             kinds[row] = EMPTY if empty else (NEAR if near else FAR)
             fit[r] = near and not empty
-        if moments and found.ordinary:
+        if offset_sums and found.ordinary:
             sum_rows(
                 example,
                 about,
@@ -369,14 +369,14 @@ def backward_rows(example, about, first, last):
                 terms,
                 gradients,
                 levels,
-                moments,
+                offset_sums,
                 sums,
                 tops,
             )
         for r in range(count):
             i = start + r
             row = b * about[M] + i
-            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
+            if offset_sums and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
                 kinds[row] = FAR
             if kinds[row] == EMPTY:
                 if about[GRAD_QUERY] != 0:
@@ -384,7 +384,7 @@ def backward_rows(example, about, first, last):
                         grad_query[row * n_features + f] = 0
             elif kinds[row] == FAR:
                 far.query_side(example, about, b, i, i + 1, rows, means, grad_w)
-            elif moments:
+            elif offset_sums:
                 total = sums[r, 0]
                 mean = sums[r, 1] / total
                 through_lse = lse_gradient(example, about, row)

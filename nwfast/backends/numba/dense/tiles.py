@@ -361,7 +361,7 @@ def minus(x, y):
 
 
 @njit(**SUMS)
-def tile_moments(p, v, k, q, reference, n):
+def tile_offset_sums(p, v, k, q, reference, n):
     """Sums of p u, p u v, p z, p z v with u = d - d_ref, z = d^2 - d_ref^2, for d = q - k and d_ref = q - reference."""
     by_u = by_uv = by_z = by_zv = p[0] - p[0]
     for j in range(n):
