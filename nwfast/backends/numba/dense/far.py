@@ -43,7 +43,7 @@ from ..base import (
     pointer,
 )  # fmt: skip
 from ..exp2 import exp2_double
-from ..scores import both_distances, limited, lse_of, relative_score, row_terms
+from ..scores import both_distances, limited, lse_of, minus, relative_score, row_terms
 
 CLAMP = 1000.0  # of exponents in base 2
 
@@ -59,12 +59,6 @@ def centre_of(value, at, step, n):
     if low > high:
         return 0.0
     return low if low > 0.0 else (high if high < 0.0 else 0.0)
-
-
-@njit(**EXACT)
-def minus(x, y):
-    """Return x - y, kept out of the reach of reassociation."""
-    return x - y
 
 
 @njit(**SUMS)
@@ -99,26 +93,6 @@ def bandwidths(about, given):
 
 
 @njit(**EXACT)
-def terms_of_row(about, given, q, w, skip, terms):
-    """`row_terms` of all keys but `skip`."""
-    return row_terms(
-        q,
-        w,
-        given.key,
-        given.at_key,
-        about[KEY_N],
-        about[KEY_D],
-        about[N],
-        given.weight,
-        given.at_weight,
-        about[WEIGHT_N],
-        about[WEIGHT] != 0,
-        skip,
-        terms,
-    )
-
-
-@njit(**EXACT)
 def forward_rows(example, about, unit, first, last):
     """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
     n, n_features, n_channels = about[N], about[D], about[C]
@@ -136,7 +110,7 @@ def forward_rows(example, about, unit, first, last):
         row = unit * about[M] + i
         load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, _, shift, total = terms_of_row(about, given, q, w, skip, terms)
+        origin, _, shift, total = row_terms(about, given, q, w, skip, terms)
         state[2 * row], state[2 * row + 1] = shift, total
         lse[row] = lse_of(total, shift)
         if origin < 0:
@@ -186,7 +160,7 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
         row = unit * about[M] + i
         load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, top, _, total = terms_of_row(about, given, q, w, skip, terms)
+        origin, top, _, total = row_terms(about, given, q, w, skip, terms)
         rows[3 * row], rows[3 * row + 1], rows[3 * row + 2] = origin, top, total
         pull[:] = 0.0
         for c in range(n_channels):
@@ -221,11 +195,12 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
 
 
 @njit(**EXACT)
-def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad_value, grad_weight):
+def key_side(example, about, unit, first, last, rows, means, far, gradients):
     """Add the gradients of the keys first..last from the rows listed in `far`.
 
-    Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
+    gradients, all float64: key (D, last - first), value (C, last - first) and weight (last - first,).
     """
+    grad_key, grad_value, grad_weight = gradients
     n_features, n_channels = about[D], about[C]
     given = inputs_of(example, about, unit)
     value, at_value = given.value, given.at_value

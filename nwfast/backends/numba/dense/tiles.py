@@ -29,6 +29,7 @@ from ..base import (
     double,
 )  # fmt: skip
 from ..exp2 import gauss
+from ..scores import minus
 
 TILE = 512
 FEATURES = 15  # summed at once, a multiple of 3
@@ -352,12 +353,6 @@ def products4(p, a, b, c, d, n):
 def product_of_differences(u, q, k, reference):
     """d_j^2 - (q - reference)^2 for u = reference - k: no cancellation."""
     return u * ((q - k) + (q - reference))
-
-
-@njit(**EXACT)
-def minus(x, y):
-    """Return x - y, kept out of the reach of reassociation."""
-    return x - y
 
 
 @njit(**SUMS)

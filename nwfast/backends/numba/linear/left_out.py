@@ -91,7 +91,7 @@ def _by_rows(
     # Shifts that differ by their rounding are those of one key.
     apart[np.abs(apart) <= 2.0**-49 * np.abs(state[rows, 0])] = 0.0
     base = apart - data.exponent - np.log2(state[rows, 1])
-    about = left_out.rows_of(
+    given = left_out.rows_of(
         x[:, None],
         key[star][:, None],
         base,
@@ -105,7 +105,7 @@ def _by_rows(
         own = places_among(rows, data.count)[which]
     found = np.zeros(len(which))
     keys = parts[1][which].double().numpy()[:, None], parts[2][which].double().numpy()
-    run_units(lambda first, last: left_out.weights(*about, *keys, own, found, first, last), len(which))
+    run_units(lambda first, last: left_out.weights(given, *keys, own, found, first, last), len(which))
     result = np.zeros(data.count)
     result[which] = found
     return result
