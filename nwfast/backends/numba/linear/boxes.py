@@ -37,6 +37,33 @@ class Boxes(NamedTuple):
     start: np.ndarray
 
 
+class Errors(NamedTuple):
+    """What the plan says of boxes by how far they are apart, of all beyond its reach, and what error to accept."""
+
+    error: np.ndarray  # relative to the mass of a box
+    least_kernel: np.ndarray
+    largest_kernel: np.ndarray
+    tail: float
+    accept: float
+
+
+class Choice(NamedTuple):
+    """Which boxes of rows get a series, which boxes of keys they need, and the reach and the error of each."""
+
+    chosen: np.ndarray  # (boxes of rows)
+    needed: np.ndarray  # (boxes of keys)
+    reaches: np.ndarray  # (boxes of rows): how many boxes away sources count
+    bound: np.ndarray  # (boxes of rows): of the error of a total
+
+
+class Series(NamedTuple):
+    """Power series of some boxes, and the totals from which on they serve a row."""
+
+    scale: float  # of marks: 2 / width
+    series: np.ndarray  # (boxes, columns, terms)
+    least: np.ndarray  # (boxes), or of length 0
+
+
 class Pieces(NamedTuple):
     """Parts of boxes that one task takes."""
 
@@ -103,19 +130,18 @@ def cut_points(x, inverse, number, start):
 
 
 @entry
-def choose_boxes(
-    queries, keys, mass, terms, columns, error, least_kernel, largest_kernel, tail, accept, chosen, needed, reaches,
-    bound
-):  # fmt: skip
+def choose_boxes(queries, keys, mass, terms, columns, errors, choice):
     """Mark boxes of rows that are worth a series and boxes of keys that they need; bound the errors of their totals.
 
-    reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
-    least total that a row of the box can have, and part of the bound.
+    What lies beyond the reach of a box of rows is negligible beside the least total that a row of it can have, and part
+    of the bound.
 
     By a count of nanoseconds: a pair costs about one, a far row some more beside, a
     translation an eighth for each entry of its matrix.
     """
     rows, row_start, number, start = queries.number, queries.start, keys.number, keys.start
+    error, least_kernel, largest_kernel, tail, accept = errors
+    chosen, needed, reaches, bound = choice
     reach = len(error) // 2
     low = 0
     for box in range(len(rows)):

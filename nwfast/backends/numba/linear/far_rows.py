@@ -34,16 +34,6 @@ LARGEST = 1000.0  # of exponents in base 2: an own key in a crowded box may be m
 LEAST_LEFT = 0.02  # share of a total that is left without the own key: with less the digits are gone
 
 
-class Sources(NamedTuple):
-    """Sorted keys, their charges (columns, N), and what tells how they count."""
-
-    key: np.ndarray
-    charge: np.ndarray
-    w: float
-    exponent: float  # weights have been scaled by 2^-exponent
-    log_span: float  # keys count whose score is at most so much below the largest
-
-
 class Crowds(NamedTuple):
     """Boxes of many keys in the windows of far rows, sorted by level; by_level (levels + 1) or empty."""
 
@@ -156,9 +146,13 @@ def sum_keys(key, charge, start, stop, row, factor, orders, strip, sums, i):
 
 
 @njit(**EXACT)
-def sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
-    """Add the keys low .. high, those in crowded boxes through the nodes; whether the own key was added with them."""
+def sum_crowded(key, charge, crowds, window, row, factor, orders, strip, sums, i):
+    """Add the keys of a window, those in crowded boxes through the nodes; whether the own key was added with them.
+
+    window: the first key, one past the last, the level of boxes.
+    """
     box_start, box_stop, box_centre, box_half, by_level, node, box_charge = crowds
+    low, high, level = window
     term, offset, score = strip
     box, end = by_level[level], by_level[level + 1]
     box = box_after(box_stop, box, end, low)
@@ -191,11 +185,12 @@ def subtract_own(key, charge, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_window(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
+def sum_window(key, charge, crowds, window, row, factor, orders, strip, sums, i):
     """Set the sums of row i of a block, which are 0, to those over its crowded window."""
-    with_own = sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i)
+    with_own = sum_crowded(key, charge, crowds, window, row, factor, orders, strip, sums, i)
     if with_own and not subtract_own(key, charge, row, factor, sums, i):
         clear(sums, i)
+        low, high, _ = window
         sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
 
 
@@ -281,9 +276,8 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                 ):  # not in a function of both: most windows are small, and a call would show
                     sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
                 else:
-                    sum_window(
-                        key, charge, crowds, low, high, levels[index], row, factor, orders, strip, sums, i
-                    )
+                    window = low, high, levels[index]
+                    sum_window(key, charge, crowds, window, row, factor, orders, strip, sums, i)
             finish_rows(rows, place_of, n, whole, w, sources.exponent, distance, logarithm, sums)
 
 

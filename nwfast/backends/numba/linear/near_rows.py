@@ -17,6 +17,16 @@ HELD = 512  # rows of some boxes that get their results together
 LEAST_TOTAL = 2.3e-308  # a normal number
 
 
+class Sources(NamedTuple):
+    """Sorted keys, their charges (columns, N), and what tells how they count."""
+
+    key: np.ndarray
+    charge: np.ndarray
+    w: float
+    exponent: float  # weights have been scaled by 2^-exponent
+    log_span: float  # keys count whose score is at most so much below the largest
+
+
 class Rows(NamedTuple):
     """What a row reads and writes beside its sums; arrays of length 0 are absent. Sorted row r is row order[r]."""
 
@@ -207,14 +217,13 @@ def finish_held(rows, place, least, n, far, w, exponent, distance, logarithm, su
 
 
 @entry
-def near_rows(
-    rows, x, key, charge, pieces, scale, series, bound, accept, w, exponent, orders, far, first, last
-):  # fmt: skip
+def near_rows(rows, x, sources, pieces, field, orders, far, first, last):
     """Finish the rows of groups of pieces as far as the series serve them, and mark these as not far.
 
-    pieces.box: the place of each piece among the series (box, column, term) and their bounds.
+    pieces.box: the place of each piece among the series. Sources are read where rows leave their own keys out.
     """
     box, start, stop, centre, group = pieces
+    (scale, series, least_total), (key, charge, w, exponent, _) = field, sources
     count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
     sums, values = np.zeros((3, columns, size)), np.empty((count, size))
     marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
@@ -222,7 +231,7 @@ def near_rows(
     for unit in range(first, last):
         held = int64(0)
         for piece in range(unit * group, min((unit + 1) * group, len(box))):
-            own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
+            own_series, own_least = series[box[piece]], max(least_total[box[piece]], LEAST_TOTAL)
             for at in range(start[piece], stop[piece], HELD):
                 n = min(HELD, stop[piece] - at)
                 if held + n > HELD:
