@@ -43,7 +43,7 @@ struct Call {
     int64_t sizes[kMaxRank + 2] = {0};
     if (!wanted) {
       if (form == Form::kCanonical) return empty(sizes, 1, dtype);
-      if (!nothing) nothing = empty(sizes, 1, dtype);  // direct calls share it, to save time
+      if (!nothing) nothing = empty(sizes, 1, dtype);  // calls on the short way share it, to save time
       return *nothing;
     }
     int64_t ndim = 0;
@@ -339,7 +339,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
 // Prepared keys. The schemas, to be defined in Python:
 //   native_fgt_compress(Tensor key, Tensor value, Tensor w, Tensor? key_weight)
 //       -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-//   native_fgt_predict(Tensor query, Tensor key, Tensor value, Tensor key_weight, Tensor cells, Tensor moments,
+//   native_fgt_predict(Tensor query, Tensor key, Tensor value, Tensor key_weight, Tensor boxes, Tensor moments,
 //       Tensor matrices, Tensor numbers) -> (Tensor out, Tensor lse)
 // key (N,), value (N,) or (N, C), w of one element, query (M,); all of one dtype. The seven tensors of the first, in
 // order, are the last seven arguments of the second: keys sorted, without those of weight 0, in the arithmetic dtype;

@@ -172,7 +172,7 @@ NWFAST_INLINE void pull_slots(const PullTask<T>& task) {
   for (int64_t begin = 0; begin < task.targets; begin += kD) {
     const DVec u = load_up_to(task.target + begin, task.targets - begin);
     double* const out = task.sums + begin;
-    DVec total = {}, pulled = {}, moment = {};
+    DVec total = {}, pulled = {}, by_offset = {};
     for (int64_t i = 0; i < task.sources; ++i) {
       const double x = task.source[i];
       DVec exponent = MirroredSource(x, task.reference[i]).score(u) * factor;
@@ -191,12 +191,12 @@ NWFAST_INLINE void pull_slots(const PullTask<T>& task) {
       }
       pull = pull * weight;
       pulled += pull;
-      if (kOffsets) moment += pull * (splat(x) - u);
+      if (kOffsets) by_offset += pull * (splat(x) - u);
     }
     double* const next = out + task.channels * task.sums_pitch;
     if (kSingle) store<double>(out, load(out) + total);
     store<double>(next, load(next) + pulled);
-    if (kOffsets) store<double>(next + task.sums_pitch, load(next + task.sums_pitch) + moment);
+    if (kOffsets) store<double>(next + task.sums_pitch, load(next + task.sums_pitch) + by_offset);
   }
 }
 

@@ -21,7 +21,7 @@ NWFAST_INLINE void near_pull_vector(const NearPullTask<T>& task, int64_t first, 
   WideSum<T> sums[3];
   for (int64_t i = begin; i < end;) {
     const int64_t stop = end - i < kNearFlush ? end : i + kNearFlush;
-    Vec<T> total = {}, pulled = {}, moment = {};
+    Vec<T> total = {}, pulled = {}, by_offset = {};
 #pragma GCC unroll 2
     for (; i < stop; ++i) {
       const T reference = task.reference[i], apart = task.source[i] - reference;
@@ -34,11 +34,11 @@ NWFAST_INLINE void near_pull_vector(const NearPullTask<T>& task, int64_t first, 
       const Vec<T> pull = (splat(task.grad[i]) * (value - splat(task.mean[i])) + splat(task.lse_grad[i])) * weight;
       total += weight * splat(task.grad[i]);
       pulled += pull;
-      if (kOffsets) moment += pull * ((difference + splat(apart)) * w);
+      if (kOffsets) by_offset += pull * ((difference + splat(apart)) * w);
     }
     sums[0].add(total);
     sums[1].add(pulled);
-    if (kOffsets) sums[2].add(moment);
+    if (kOffsets) sums[2].add(by_offset);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < WideSum<T>::kParts; ++i) {

@@ -135,12 +135,12 @@ NWFAST_INLINE void store_sums(const NearTask<T>& task, Vec<T> apart, const WideS
       const DVec sum = sums[0][column].part[i] * weight;
       store<double>(out, sum);
       if (kOffsets) {
-        const DVec moment = sums[1][column].part[i] * weight + moved * sum;
-        store<double>(out + 2 * task.sums_pitch, moment / task.scale);
+        const DVec shifted = sums[1][column].part[i] * weight + moved * sum;
+        store<double>(out + 2 * task.sums_pitch, shifted / task.scale);
       }
       if (kScores) {
-        const DVec moment = sums[kScore][column].part[i] * weight + moved * moved * sum;
-        store<double>(out + 2 * kScore * task.sums_pitch, moment / (task.scale * task.scale));
+        const DVec shifted = sums[kScore][column].part[i] * weight + moved * moved * sum;
+        store<double>(out + 2 * kScore * task.sums_pitch, shifted / (task.scale * task.scale));
       }
     }
   }
