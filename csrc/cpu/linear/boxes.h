@@ -118,7 +118,7 @@ class Boxes {
     int64_t i = std::upper_bound(boxes_.begin(), boxes_.end(), begin,
                                  [](int64_t place, const Box& box) { return place < box.end; }) -
                 boxes_.begin();
-    std::vector<double> charge(columns_ * kBlock);
+    std::vector<double> charge(columns_ * kHeldPoints);
     int64_t loaded = -1;
     for (; i < count() && boxes_[i].begin < end; ++i) {
       const Box& box = boxes_[i];
@@ -126,9 +126,9 @@ class Boxes {
       std::fill(moments, moments + size_, 0.0);
       const int64_t stop = std::min(box.end, end);
       for (int64_t p = std::max(box.begin, begin); p < stop;) {
-        const int64_t block = p / kBlock * kBlock, next = std::min(stop, block + kBlock);
+        const int64_t block = p / kHeldPoints * kHeldPoints, next = std::min(stop, block + kHeldPoints);
         if (block != loaded) {
-          load(block, std::min(n_, block + kBlock) - block, charge.data(), kBlock);
+          load(block, std::min(n_, block + kHeldPoints) - block, charge.data(), kHeldPoints);
           loaded = block;
         }
         MomentsTask<R> task;
@@ -137,7 +137,7 @@ class Boxes {
         task.centre = plan.centre(box.number);
         task.scale = plan.to_local();
         task.charge = charge.data() + (p - block);
-        task.pitch = kBlock;
+        task.pitch = kHeldPoints;
         task.columns = columns_;
         task.unit = unit;
         task.terms = plan.terms;
@@ -208,7 +208,7 @@ class Expansion {
       for (int64_t o = 0; o <= reach; ++o) least += mass(o) * plan_.least_kernel[o];
       for (; reach > 0; --reach) {
         const double more = mass(reach) * plan_.largest_kernel[reach];
-        if (!(left_out + more <= kNegligible * Accuracy<R>::kAccept * least)) break;
+        if (!(left_out + more <= kNegligibleShare * Accuracy<R>::kAccept * least)) break;
         left_out += more;
       }
       *error += left_out;
@@ -240,7 +240,7 @@ class Expansion {
   }
 
  private:
-  static constexpr double kNegligible = 0.1;  // share of the accepted error for boxes that are left out
+  static constexpr double kNegligibleShare = 0.1;  // share of the accepted error for boxes that are left out
 
   double mass(int64_t o) const { return lower_[o][0] + higher_[o][0]; }
 

@@ -117,8 +117,8 @@ class KeyPass {
     std::vector<char> served(chunks, 1);
     parallel_blocks(chunks, serial_, [&](int64_t chunk) {
       const int64_t end = std::min(data_.queries, (chunk + 1) * kChunk);
-      for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
-        served[chunk] &= read(begin, std::min(kBlock, end - begin), far[chunk]);
+      for (int64_t begin = chunk * kChunk; begin < end; begin += kHeldPoints) {
+        served[chunk] &= read(begin, std::min(kHeldPoints, end - begin), far[chunk]);
       }
     });
     all_far.clear();
@@ -134,7 +134,7 @@ class KeyPass {
   }
 
   bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
-    double total[kBlock], shift[kBlock], plain[kBlock], share[kBlock], mean[kBlock];
+    double total[kHeldPoints], shift[kHeldPoints], plain[kHeldPoints], share[kHeldPoints], mean[kHeldPoints];
     double *const charges = charge_.get() + begin, *const sum = charges + channels_ * data_.queries;
     if (gradients_.read_totals(begin, n, total, shift)) {
       for (int64_t k = 0; k < n; ++k) {
@@ -193,7 +193,7 @@ class KeyPass {
 
   bool read_near_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
     int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[begin]));
-    double total[kBlock], shift[kBlock], grad[kBlock], mean[kBlock], lse_grad[kBlock];
+    double total[kHeldPoints], shift[kHeldPoints], grad[kHeldPoints], mean[kHeldPoints], lse_grad[kHeldPoints];
     gradients_.read_totals(begin, n, total, shift);
     gradients_.read_grads(begin, n, 0, grad);
     gradients_.read_lse_grads(begin, n, lse_grad);
@@ -248,8 +248,8 @@ class KeyPass {
       std::memset(sums.far.get(), 0, (channels_ + slots_) * pitch * sizeof(double));
     }
     if (!far_rows_.empty()) far_rows_.add(targets, begin, end, sums);
-    for (int64_t first = begin; first < end; first += kBlock) {
-      finish(targets, first, std::min(kBlock, end - first), sums);
+    for (int64_t first = begin; first < end; first += kHeldPoints) {
+      finish(targets, first, std::min(kHeldPoints, end - first), sums);
     }
   }
 
@@ -369,7 +369,7 @@ class KeyPass {
   void finish(const Targets<R>& targets, int64_t first, int64_t n, const KeySums& sums) const {
     const int64_t start = first - sums.begin, pitch = sums.pitch;
     const bool far = near_ || !far_rows_.empty();
-    double weight[kBlock], result[kBlock];
+    double weight[kHeldPoints], result[kHeldPoints];
     for (int64_t k = 0; targets.weighted && k < n; ++k) weight[k] = data_.weight_of(first + k);
     for (int c = 0; targets.weighted && task_.grad_value && c < channels_; ++c) {
       const double* const near = near_ ? nullptr : sums.near.get() + c * pitch + start;

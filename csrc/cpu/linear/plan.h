@@ -71,11 +71,11 @@
 namespace nwfast {
 namespace linear {
 
-constexpr int64_t kChunk = 8192;      // points of one task
-constexpr int64_t kBlock = 1024;      // points whose charges are held at once
-constexpr int64_t kCrowd = 8;         // points from which on a box has moments
-constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
-constexpr double kLevelZero = 2;      // distance to the nearest key, in bandwidths, up to which no shift is needed
+constexpr int64_t kChunk = 8192;       // points of one task
+constexpr int64_t kHeldPoints = 1024;  // points whose charges are held at once
+constexpr int64_t kCrowd = 8;          // points from which on a box has moments
+constexpr int64_t kDirectKeys = 256;   // sources that a single target visits one by one
+constexpr double kLevelZero = 2;       // distance to the nearest key, in bandwidths, up to which no shift is needed
 constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
 // Products of two coordinates and a value, of w and two coordinates and the like stay within the range of double.
 constexpr double kMostCoordinate = 1e60, kLeastCoordinate = 1e-100, kMostScale = 1e60, kMostValue = 1e100;

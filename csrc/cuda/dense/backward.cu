@@ -212,16 +212,7 @@ __global__ void __launch_bounds__(kSingleTile, 3)
     total = task.state[2 * place + 1];
   }
   KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0, 0};
-  unsigned relative = __ballot_sync(kAllLanes, i < m && !own.skip && shift != 0);
-  for (; relative; relative &= relative - 1) {
-    const int lane = __ffs(static_cast<int>(relative)) - 1;
-    Row row(problem, b, i - lane_number() + lane);
-    row.find_nearest();
-    if (lane == lane_number()) {
-      own.nearest = row.nearest;
-      own.lift = row.lift;
-    }
-  }
+  find_nearest_keys(problem, b, i, i < m && !own.skip && shift != 0, own);
   if (!fast_rows) {
     if (i < m) rows[place] = own;
     return;
@@ -249,11 +240,7 @@ __global__ void __launch_bounds__(kSingleTile, 3)
     rows[place] = own;
     fast_rows[place] = fast;
   }
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  }
+  warp_bounds(low, high);
   const unsigned far = __ballot_sync(kAllLanes, own.far);
   if (lane_number() == 0) {
     edges[3 * warp_number()] = low;

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "../../../common/host_device.h"
 #include "../../dense/kernels.h"
 
 namespace nwfast {
@@ -24,6 +25,12 @@ struct MomentsTask {
 
 constexpr int kMostTerms = 24;     // of an expansion
 constexpr double kNearAlways = 3;  // bandwidths from the nearest key up to which rounded differences do (windows.h)
+
+// Whether differences of coordinates between these are exact, so that scores are exact enough in T (windows.h).
+template <typename T>
+NWFAST_HOST_DEVICE bool exact_differences(T bottom, T top) {
+  return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
+}
 
 // Adds to the local expansion of a box what boxes below and above it send, for each column. Boxes that lie equally far
 // on either side share a matrix K: from above the entry for terms n and m is sign (-1)^(n + m) K[n][m], so that even

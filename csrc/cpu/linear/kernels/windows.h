@@ -133,12 +133,6 @@ NWFAST_INLINE bool few_beyond(const NearTask<T>& task, int64_t begin, int64_t en
   return (below < 0 || task.key[below] < low) && (above >= task.keys || task.key[above] > high);
 }
 
-// Whether scores are exact enough in T for coordinates between these (see the top of the file).
-template <typename T>
-NWFAST_INLINE bool exact_differences(T bottom, T top) {
-  return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
-}
-
 // A vector of rows, their nearest keys and their common window.
 template <typename T>
 struct RowVector {

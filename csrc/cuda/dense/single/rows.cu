@@ -122,11 +122,7 @@ __global__ void __launch_bounds__(kSingleThreads)
   // The window of the block's queries, and the part of it that this block sums.
   float* const edges = reinterpret_cast<float*>(shared);
   int64_t* const window = reinterpret_cast<int64_t*>(shared + 2 * kSingleThreads / kWarp * sizeof(float));
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  }
+  warp_bounds(low, high);
   if (lane_number() == 0) {
     edges[2 * warp_number()] = low;
     edges[2 * warp_number() + 1] = high;

@@ -42,10 +42,8 @@ from ..base import (
     lse_gradient,
     pointer,
 )  # fmt: skip
-from ..exp2 import exp2_double
+from ..exp2 import MOST_EXPONENT, exp2_double
 from ..scores import both_distances, limited, lse_of, minus, relative_score, row_terms
-
-CLAMP = 1000.0  # of exponents in base 2
 
 
 @njit(**EXACT)
@@ -226,7 +224,7 @@ def key_side(example, about, unit, first, last, rows, means, far, gradients):
             if rows[3 * row] >= 0:
                 origin_at = at_key + int(rows[3 * row]) * about[KEY_N]
                 score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
-                p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
+                p = mantissa * exp2_double(min(score + exponent, MOST_EXPONENT)) / total
             pull = lse_gradient(example, about, row)
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c])
@@ -238,7 +236,7 @@ def key_side(example, about, unit, first, last, rows, means, far, gradients):
                     )
             if wanted:
                 # Of a key that is near and of little weight the second is exact where the first overflows.
-                by_weight = exp2_double(score) / total * pull if score < CLAMP else p * pull / a
+                by_weight = exp2_double(score) / total * pull if score < MOST_EXPONENT else p * pull / a
                 grad_weight[j - first] += limited(by_weight)
                 if p != 0.0:
                     for f in range(n_features):

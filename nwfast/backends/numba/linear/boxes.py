@@ -13,7 +13,7 @@ from ..base import EXACT, SUMS, entry
 
 BLOCK = 256  # points at once, so that what is held of them stays in the first cache
 PAD = 16  # vector loops have no rest where their lengths are multiples of this
-HELD = 1024  # points whose charges are loaded at once
+HELD_POINTS = 1024  # points whose charges are loaded at once
 PIECE = 4096  # points of one box that one task takes at most
 GROUP = 32  # boxes that are translated at once: a constant, so that loops over them have no rests
 NEGLIGIBLE = 0.1  # share of the accepted error for boxes that are left out
@@ -287,7 +287,7 @@ def piece_moments(x, charges, pieces, scale, result, first, last):
     start, stop, centre, group = pieces.start, pieces.stop, pieces.centre, pieces.group
     columns, terms = result.shape[1], result.shape[2]
     doubled, p, q = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    charge = np.zeros((columns, HELD + PAD))
+    charge = np.zeros((columns, HELD_POINTS + PAD))
     for unit in range(first, last):
         begin, end = unit * group, min((unit + 1) * group, len(start))
         held, held_stop = 0, 0  # points whose charges are loaded
@@ -296,7 +296,7 @@ def piece_moments(x, charges, pieces, scale, result, first, last):
             for at in range(start[piece], stop[piece], BLOCK):
                 n = min(BLOCK, stop[piece] - at)
                 if held_stop < at + n:
-                    held, held_stop = at, min(at + HELD, stop[end - 1])
+                    held, held_stop = at, min(at + HELD_POINTS, stop[end - 1])
                     load_charges(charges, held, held_stop - held, charge)
                 size = padded(n)
                 for column in range(0, columns, 2):

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
-from ..exp2 import exp2_double
+from ..exp2 import MOST_EXPONENT, exp2_double
 from .boxes import BLOCK, evaluate, lower_bound, to_marks
 from .far_rows import CHUNK, DIRECT, box_after
 from .windows import (
@@ -26,7 +26,9 @@ from .windows import (
     window_stop,
 )
 
-LARGEST = 350.0 / LN2  # of exponents above the row's total: a key left out may be nearer than all others
+MOST_ABOVE_TOTAL = (
+    350.0 / LN2
+)  # of exponents above the row's total: a key left out may be nearer than all others
 
 
 class Senders(NamedTuple):
@@ -104,7 +106,9 @@ def total_relative_to(key, weight, w, row):
     total = 0.0
     for j in range(len(key)):
         if j != row.own:
-            total += weight[j] * exp2_double(min(-HALF_LOG2E * w * w * score_of(row, key[j]), LARGEST))
+            total += weight[j] * exp2_double(
+                min(-HALF_LOG2E * w * w * score_of(row, key[j]), MOST_ABOVE_TOTAL)
+            )
     return total
 
 
@@ -121,7 +125,7 @@ def factor_to(key, weight, w, exponent, row, shift, total):
     if abs(apart) <= 8 * unit:
         return 1.0
     if unit < 1e-13:
-        return exp2_double(min(apart, 1000.0))
+        return exp2_double(min(apart, MOST_EXPONENT))
     return total_relative_to(key, weight, w, row) / total
 
 
@@ -167,7 +171,7 @@ def give(key, part, row, square, charge, index, values, slopes, term, pull):
     if stop <= start:
         return
     for j in range(start, stop):
-        term[j - start] = exp2_double(min(-HALF_LOG2E * square * score_of(row, key[j]), LARGEST))
+        term[j - start] = exp2_double(min(-HALF_LOG2E * square * score_of(row, key[j]), MOST_ABOVE_TOTAL))
         pull[j - start] = square * (row.x - key[j])
     if start <= row.own < stop:
         term[row.own - start] = 0.0
@@ -236,7 +240,7 @@ def crowd_keys(keys, x, senders, index_of, crowds, node_charge, w, sums, first, 
             a, b = row.nearest - middle, (row.number - middle) + row.rest
             for k in range(terms):
                 y = half * node[k]
-                term[k] = exp2_double(min((a - y) * (b - y) * factor, LARGEST))
+                term[k] = exp2_double(min((a - y) * (b - y) * factor, MOST_ABOVE_TOTAL))
             for c in range(columns):
                 moved = charge[c, index] * (q - middle)
                 for k in range(terms):
@@ -265,7 +269,7 @@ def crowd_keys(keys, x, senders, index_of, crowds, node_charge, w, sums, first, 
                     continue
                 d = x[owner[j]] - key[j]
                 row = row_at(x[owner[j]], -1, nearest[index])
-                own = exp2_double(min(score_of(row, key[j]) * factor, LARGEST))
+                own = exp2_double(min(score_of(row, key[j]) * factor, MOST_ABOVE_TOTAL))
                 for c in range(columns):
                     values[c, j] -= own * charge[c, index]
                     slopes[c, j] -= own * charge[c, index] * (w * d) * w

@@ -13,7 +13,7 @@ from .. import left_out
 from ..base import HALF_LOG2E
 from ..dense.call import run_units
 from ..scores import mirrored
-from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double, places_among
+from .data import LARGEST_NUMBER, MOST_BANDWIDTHS, Data, as_double, places_among
 from .key_side import Targets, key_side
 from .plan import Accuracy, make_plan
 
@@ -28,8 +28,8 @@ def fill(
     _, key, value, _, key_weight = parts
     which = ((key_weight == 0) & left_out.finite(key[:, None], value)).numpy().nonzero()[0]
     x = as_double(key.numpy()[which])
-    large = ~(np.abs(x) < min(LARGEST, MOST_BANDWIDTHS / abs(data.w) if data.w else LARGEST))
-    large |= ~(value[which].abs().amax(1).double().numpy() < LARGEST)
+    large = ~(np.abs(x) < min(LARGEST_NUMBER, MOST_BANDWIDTHS / abs(data.w) if data.w else LARGEST_NUMBER))
+    large |= ~(value[which].abs().amax(1).double().numpy() < LARGEST_NUMBER)
     alone = large | (_largest_exponent(data, x) > STEEP)
     for some, sums in ((which[~alone], _by_key_side), (which[alone], _by_rows)):
         if len(some):

@@ -21,7 +21,7 @@ from .plan import DOUBLE, FLOAT, Accuracy, Plan, make_plan, no_plan
 from .query_side import cut, decline_drowned, moments_of, sum_far_rows, translated
 
 FEW = 96  # keys within reach up to which a box gets no series
-ROWS = 4096  # queries of a task
+TASK_QUERIES = 4096  # queries of a task
 # Places in the first tensor: what is not an array.
 USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, IS_FLOAT, TABLE_START = range(9)
 
@@ -42,7 +42,7 @@ def lookup(query, grid, field, exponent, centre, out, lse, far, first, last):
     (width, origin, one_box, table_start, table), (scale, series, least) = grid, field
     columns, terms = series.shape[1], series.shape[2]
     inverse, sums = 1.0 / width, np.empty(columns)
-    for i in range(first * ROWS, min(last * ROWS, len(query))):
+    for i in range(first * TASK_QUERIES, min(last * TASK_QUERIES, len(query))):
         q = query[i]
         far[i] = False
         if not abs(q) < np.inf:
@@ -173,7 +173,7 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
     def run(first: int, last: int) -> None:
         lookup(x, grid, field, about[EXPONENT], centre, out, lse, far, first, last)
 
-    run_units(run, -(-len(x) // ROWS))
+    run_units(run, -(-len(x) // TASK_QUERIES))
     which = far.nonzero()[0]
     if len(which) and not len(keys):
         out[which], lse[which] = np.nan, -np.inf
