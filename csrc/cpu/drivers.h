@@ -53,7 +53,7 @@ void tiled_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void tiled_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// One feature, in linear time (linear/drivers.cpp, linear/keys.cpp); false where the dense drivers have to serve:
+// One feature, in linear time (linear/drivers.cpp, linear/keys/keys.cpp); false where the dense drivers have to serve:
 // coordinates, values or weights that are not finite, or scales beyond what boxes can hold.
 template <typename T>
 bool linear_forward(const Problem& problem, const ForwardResult<T>& result);

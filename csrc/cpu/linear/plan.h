@@ -45,7 +45,7 @@
 // Leave-one-out: the own key is subtracted from what was expanded, with less than 3 digits lost or else the row is
 // summed again, and skipped in direct sums.
 //
-// The key side of the backward pass (keys.cpp) is the same with the roles exchanged: rows whose total is at least
+// The key side of the backward pass (keys/keys.cpp) is the same with the roles exchanged: rows whose total is at least
 // kSmallTotal of the largest weight are sources with charges g_i / S_i in boxes, keys are targets. Other rows are
 // gathered by each key one by one, or, many rows of a gap with many keys, summed at the compressed keys of an edge and
 // handed on by the transposed interpolation.

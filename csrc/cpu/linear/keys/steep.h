@@ -4,8 +4,8 @@
 
 #pragma once
 
-#include "nearest.h"
-#include "row_gradients.h"
+#include "../nearest.h"
+#include "../row_gradients.h"
 
 namespace nwfast {
 namespace linear {

@@ -12,10 +12,10 @@
 // sums, and adds to them in a fixed order.
 //
 // One class, for all that the ways of a block share: its rows' charges, what it has read of left-out keys, and the
-// order in which the ways add to its sums. The ways themselves are in keys_near.h, keys_far.h and keys_steep.h.
+// order in which the ways add to its sums. The ways themselves are in near.h, far.h and steep.h.
 
-#include "keys_far.h"
-#include "keys_near.h"
+#include "far.h"
+#include "near.h"
 
 namespace nwfast {
 namespace linear {

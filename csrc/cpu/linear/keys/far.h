@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "keys_steep.h"
+#include "steep.h"
 
 namespace nwfast {
 namespace linear {

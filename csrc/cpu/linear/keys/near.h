@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "rows/near.h"
+#include "../rows/near.h"
 
 namespace nwfast {
 namespace linear {
