@@ -1,7 +1,7 @@
 // The forward pass: which kernels run, and what becomes of their sums.
 //
 // Every row is either summed in float32 and finished here by one lane, or computed in double by the whole warp
-// (rows.cuh): all rows of problems that have no float32 kernel, and of others those that lie far from all keys.
+// (rows.cuh): all rows of problems that have no float32 kernel, and of others the far rows.
 
 #include "forward.cuh"
 

@@ -9,8 +9,8 @@
 // shift of the row's state as much larger. Values are taken relative to the nearest key's, which makes one-hot rows
 // exact.
 //
-// This is the path of float64, of small problems and of keys of their own for each query, and the fallback for the rows
-// that the float32 kernels leave out. Lanes share the keys; every lane ends up with the same sums.
+// So go all rows of float64, of small problems and of keys of their own for each query, and of others the far rows,
+// which the float32 kernels leave out. Lanes share the keys; every lane ends up with the same sums.
 
 #pragma once
 
