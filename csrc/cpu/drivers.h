@@ -45,7 +45,7 @@ void single_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void single_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// Any number of both (tiled.cpp).
+// Any number of both (dense/tiled_forward.cpp, dense/tiled_backward.cpp).
 template <typename T>
 void tiled_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
