@@ -152,7 +152,7 @@ def nadaraya_watson(
     """
     check_method(method)
     if backend == "auto" or backend == "native":
-        result = call.direct(query, key, value, w, key_weight, exclude_self, method, return_lse)
+        result = call.short_way(query, key, value, w, key_weight, exclude_self, method, return_lse)
         if result is not None:
             return result
     form = canonical(query, key, value, w, key_weight, exclude_self)

@@ -22,10 +22,10 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-1
 FAR = 64.0
 # Below it float16 rounds as it does there.
 SMALL_HALVES = Real(2.0) ** -14
-# What fgt interpolates over, in bandwidths.
+# What linear time interpolates over, in bandwidths.
 BOXES = 4.0
-# The share of the nearest key's term that all keys beyond fgt's windows may add: docs/linear-time.md. A single one of N
-# is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64.
+# The share of the nearest key's term that all keys beyond the windows of linear time may add: docs/linear-time.md. A
+# single one of N is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64.
 BEYOND = {torch.float64: 2.5e-14, torch.float32: 5e-9}
 SHRUNK = 64
 
@@ -72,8 +72,8 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, share=0.
     """Results and gradients of one batch element: (M, D), (N, D), (N, C), (D,), (N,), (M, C), (M,) in long double.
 
     `g` and `gl` are the cotangents of out and lse; `unit` and `tiny` the unit roundoff and the smallest normal number
-    of the arithmetic; `share` BEYOND of it where fgt may compute, or 0; `halves` the unit roundoff of weights that are
-    rounded for products, or 0; `plain` whether sums are products of matrices, which may add term by term.
+    of the arithmetic; `share` BEYOND of it where linear time may compute, or 0; `halves` the unit roundoff of weights
+    that are rounded for products, or 0; `plain` whether sums are products of matrices, which may add term by term.
     """
     (m, d), (n, c) = q.shape, v.shape
     out, lse = Bounded.zeros(m, c), Bounded.zeros(m)
@@ -205,7 +205,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     grow_m = (8 + (m if plain else np.sqrt(Real(m)))) * (1 + boxes)
     term = p * pulled
     size = p * pulled_size
-    # fgt sums what comes from values and from outputs apart.
+    # Linear time sums what comes from values and from outputs apart.
     lost_size = pulled_size + values_size[moved] if boxes else pulled_size
     error = size * off + (p + lost) * pulled_bound + lost * lost_size
     ended = least * pulled_size
@@ -259,7 +259,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
 
 
 def _beyond(terms, of, reference, share):
-    """Those terms that fgt leaves out: so small a share of the nearest key's."""
+    """Those terms that linear time leaves out: so small a share of the nearest key's."""
     nearest = np.take_along_axis(terms, reference[:, None], 1)
     return np.where(of & (terms <= nearest * (share / min(terms.shape[1], SHRUNK))), terms, 0)
 
@@ -329,8 +329,8 @@ def solve(
     """Every result by name: out, lse, and the gradients of query, key, value, w and (if given) key_weight.
 
     For all accepted shapes; `grad_out` and `grad_lse` (None for zeros) are the cotangents. With `plain` the bounds
-    are those of plain PyTorch in float64, whatever the dtype. `boxes` is BOXES where fgt may compute: distances are
-    known to rounding of such a length there, and sums to that many more units. With `half_products` products of
+    are those of plain PyTorch in float64, whatever the dtype. `boxes` is BOXES where linear time may compute: distances
+    are known to rounding of such a length there, and sums to that many more units. With `half_products` products of
     matrices may take their weights in the dtype of the inputs.
     """
     dtype = query.dtype

@@ -190,10 +190,10 @@ def features(results: Results, size: Callable[[int], int]) -> None:
     """Several features and channels, where the work is a matrix product's."""
     ours = [problems.backend(name) for name in results.backends]
     wide = problem(results.device, size(MIDDLE), 3, 64, torch.float16)
-    single = problem(results.device, size(MIDDLE), 3, 1)
+    one_channel = problem(results.device, size(MIDDLE), 3, 1)
     with question("several features", results) as clocks:
         time_problem(wide, [*ours, problems.attention(), problems.flex_attention()], results, clocks)
-        time_problem(single, [*ours, problems.attention(), problems.keops()], results, clocks, 3)
+        time_problem(one_channel, [*ours, problems.attention(), problems.keops()], results, clocks, 3)
     for name in results.backends:
         results.add_ratio(
             f"{name}, {wide.name}, against SDPA", 1, results.rate(wide.name, name),

@@ -41,7 +41,7 @@ KERNELS = (
         _TO_W,
         "native",
         {"AVX-512": 14, "AVX2": 20},
-        "as before, and the moments 3",
+        "as before, and the offset sums 3",
     ),
     Kernel(
         "native, one feature, key side",
@@ -77,7 +77,7 @@ KERNELS = (
         _TO_W,
         "numba",
         {"AVX-512": 20, "AVX2": 20},
-        "as before, and the moments 3",
+        "as before, and the offset sums 3",
     ),
     Kernel(
         "numba, D = 3, C = 1, forward",

@@ -21,14 +21,14 @@ constexpr double kDenseRow = 40;  // of a query, whatever its window
 template <typename T>
 constexpr double kDirectRow = sizeof(T) == 4 ? 70 : 80;  // of a query that takes its keys one by one, in linear time
 constexpr double kDirectPair = 1.6;
-// Of one channel, by vectors of rows, where a vector's window holds at most kNearKeys.
+// Of one channel, by vectors of rows, where a vector's window holds at most kNearWindow.
 template <typename T>
 constexpr double kNearRow = sizeof(T) == 4 ? 6 : 12;
 template <typename T>
 constexpr double kNearPair = sizeof(T) == 4 ? 0.45 : 1.8;
 template <typename T>
 constexpr double kNearRows = sizeof(T) == 4 ? 8 : 4;
-constexpr double kNearKeys = 90;
+constexpr double kNearWindow = 90;
 constexpr double kSeriesRow = 14;  // of a query that is expanded
 template <typename T>
 constexpr double kTranslation =
@@ -104,7 +104,7 @@ bool linear_is_faster(const Problem& problem) {
   const double dense = kDenseRow + visited * (wide ? kDensePair<double> : kDensePair<float>);
   const double near = window + (wide ? kNearRows<double> : kNearRows<float>)*spacing;
   const double direct =
-      near <= kNearKeys
+      near <= kNearWindow
           ? (wide ? kNearRow<double> + kNearPair<double> * near : kNearRow<float> + kNearPair<float> * near)
           : (wide ? kDirectRow<double> : kDirectRow<float>)+kDirectPair * (window + 4 + 4 * spacing);
   const double queries_of_a_box = m * std::fmin(1, window / n / 6);

@@ -45,7 +45,7 @@ void single_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void single_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// Any number of both (tiled.cpp).
+// Any number of both (dense/tiled_forward.cpp, dense/tiled_backward.cpp).
 template <typename T>
 void tiled_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
@@ -53,14 +53,14 @@ void tiled_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void tiled_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
-// One feature, in linear time (linear/drivers.cpp, linear/keys.cpp); false where the dense drivers have to serve:
+// One feature, in linear time (linear/drivers.cpp, linear/keys/keys.cpp); false where the dense drivers have to serve:
 // coordinates, values or weights that are not finite, or scales beyond what boxes can hold.
 template <typename T>
-bool fgt_forward(const Problem& problem, const ForwardResult<T>& result);
+bool linear_forward(const Problem& problem, const ForwardResult<T>& result);
 template <typename T>
-bool fgt_query_backward(const Problem& problem, const BackwardTask<T>& task);
+bool linear_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
-bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task);
+bool linear_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
 // Whether that is expected to be faster than the drivers above (choose.cpp).
 bool linear_is_faster(const Problem& problem);
@@ -68,13 +68,13 @@ bool linear_is_faster(const Problem& problem);
 // Keys prepared for a fixed w (linear/prepared.cpp): sorted, with the moments of crowded boxes and the matrices between
 // boxes. All that a prediction needs, in plain arrays.
 template <typename T>
-struct FgtPrepared {
+struct PreparedKeys {
   std::vector<T> key, value, weight;  // (keys), (keys, channels), (keys) or empty where all are 1
   std::vector<int64_t> boxes;         // (boxes, 3): number, first key, last key + 1
   std::vector<double> moments, matrices, numbers;
 };
 template <typename T>
-struct FgtPreparedView {
+struct PreparedKeysView {
   const T *key, *value, *weight;  // weight may be null
   int64_t keys, channels;
   const int64_t* boxes;
@@ -86,10 +86,10 @@ struct FgtPreparedView {
 };
 // False where the dense drivers have to serve.
 template <typename T>
-bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared);
+bool linear_compress(const Problem& problem, PreparedKeys<T>& prepared);
 // out and lse of the result alone.
 template <typename T>
-bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t queries,
-                 const ForwardResult<T>& result);
+bool linear_predict(const PreparedKeysView<T>& prepared, const View& query, int64_t queries,
+                    const ForwardResult<T>& result);
 
 }  // namespace nwfast

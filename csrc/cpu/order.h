@@ -35,10 +35,10 @@ typename RadixBits<T>::Type ordered_bits(T x) {
 
 template <typename T>
 bool ascending(const T* x, int64_t n) {
-  constexpr int64_t kChunk = 64;  // checked without branches
+  constexpr int64_t kChecked = 64;  // checked without branches
   if (n > 0 && x[0] != x[0]) return false;
-  for (int64_t i = 1; i < n; i += kChunk) {
-    const int64_t end = i + kChunk < n ? i + kChunk : n;
+  for (int64_t i = 1; i < n; i += kChecked) {
+    const int64_t end = i + kChecked < n ? i + kChecked : n;
     bool in_order = true;
     for (int64_t j = i; j < end; ++j) in_order &= x[j - 1] <= x[j];
     if (!in_order) return false;

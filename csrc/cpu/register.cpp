@@ -43,7 +43,7 @@ struct Call {
     int64_t sizes[kMaxRank + 2] = {0};
     if (!wanted) {
       if (form == Form::kCanonical) return empty(sizes, 1, dtype);
-      if (!nothing) nothing = empty(sizes, 1, dtype);  // direct calls share it, to save time
+      if (!nothing) nothing = empty(sizes, 1, dtype);  // calls on the short way share it, to save time
       return *nothing;
     }
     int64_t ndim = 0;
@@ -155,12 +155,12 @@ T* data(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-enum class Method { kDense, kFgt, kAuto };
+enum class Method { kDense, kLinear, kAuto };
 
 bool is_linear(Method method, const Problem& problem) {
-  STD_TORCH_CHECK(method != Method::kFgt || problem.features == 1,
+  STD_TORCH_CHECK(method != Method::kLinear || problem.features == 1,
                   "nwfast: the fast Gauss transform is for one feature");
-  return method == Method::kFgt || (method == Method::kAuto && linear_is_faster(problem));
+  return method == Method::kLinear || (method == Method::kAuto && linear_is_faster(problem));
 }
 
 template <typename T>
@@ -169,7 +169,7 @@ void run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
   const ForwardResult<T> result{data<T>(std::get<0>(outputs)), data<T>(std::get<1>(outputs)),
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
-  if (linear && fgt_forward(problem, result)) return;
+  if (linear && linear_forward(problem, result)) return;
   problem.single() ? single_forward(problem, result) : tiled_forward(problem, result);
 }
 
@@ -244,13 +244,13 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 
 template <typename T>
 void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && fgt_query_backward(problem, task)) return;
+  if (linear && linear_query_backward(problem, task)) return;
   problem.single() ? single_query_backward(problem, task) : tiled_query_backward(problem, task);
 }
 
 template <typename T>
 void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && fgt_key_backward(problem, task)) return;
+  if (linear && linear_key_backward(problem, task)) return;
   problem.single() ? single_key_backward(problem, task) : tiled_key_backward(problem, task);
 }
 
@@ -339,7 +339,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
 // Prepared keys. The schemas, to be defined in Python:
 //   native_fgt_compress(Tensor key, Tensor value, Tensor w, Tensor? key_weight)
 //       -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-//   native_fgt_predict(Tensor query, Tensor key, Tensor value, Tensor key_weight, Tensor cells, Tensor moments,
+//   native_fgt_predict(Tensor query, Tensor key, Tensor value, Tensor key_weight, Tensor boxes, Tensor moments,
 //       Tensor matrices, Tensor numbers) -> (Tensor out, Tensor lse)
 // key (N,), value (N,) or (N, C), w of one element, query (M,); all of one dtype. The seven tensors of the first, in
 // order, are the last seven arguments of the second: keys sorted, without those of weight 0, in the arithmetic dtype;
@@ -361,8 +361,8 @@ Tensor tensor_of(const std::vector<V>& from, int64_t columns) {
 
 template <typename T>
 Seven compress_as(const Problem& problem) {
-  FgtPrepared<T> prepared;
-  if (!fgt_compress(problem, prepared)) prepared = FgtPrepared<T>();
+  PreparedKeys<T> prepared;
+  if (!linear_compress(problem, prepared)) prepared = PreparedKeys<T>();
   return {tensor_of(prepared.key, 0),     tensor_of(prepared.value, problem.channels),
           tensor_of(prepared.weight, 0),  tensor_of(prepared.boxes, 3),
           tensor_of(prepared.moments, 0), tensor_of(prepared.matrices, 0),
@@ -379,7 +379,7 @@ Seven compress(const Tensor& key, const Tensor& value, const Tensor& w, const st
 
 template <typename T>
 void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& out, const Tensor& lse) {
-  FgtPreparedView<T> view;
+  PreparedKeysView<T> view;
   view.key = data<T>(prepared[0]);
   view.value = data<T>(prepared[1]);
   view.weight = data<T>(prepared[2]);
@@ -394,7 +394,7 @@ void predict_as(const Tensor& query, const Tensor (&prepared)[7], const Tensor& 
   view.numbers_size = prepared[6].size(0);
   const View rows = view_of(query, Batch(), 0, 0, -1);
   if (query.size(0) == 0) return;
-  STD_TORCH_CHECK(fgt_predict<T>(view, rows, query.size(0), {data<T>(out), data<T>(lse), nullptr, nullptr, nullptr}),
+  STD_TORCH_CHECK(linear_predict<T>(view, rows, query.size(0), {data<T>(out), data<T>(lse), nullptr, nullptr, nullptr}),
                   "nwfast: queries beyond what prepared keys can serve");
 }
 
@@ -422,9 +422,9 @@ STABLE_TORCH_LIBRARY_IMPL(nwfast, CPU, m) {
   m.impl("native_forward", TORCH_BOX(&nwfast::forward<Method::kDense>));
   m.impl("native_backward", TORCH_BOX(&nwfast::backward<Method::kDense>));
   m.impl("native_output", TORCH_BOX(&nwfast::output<Method::kDense>));
-  m.impl("native_fgt_forward", TORCH_BOX(&nwfast::forward<Method::kFgt>));
-  m.impl("native_fgt_backward", TORCH_BOX(&nwfast::backward<Method::kFgt>));
-  m.impl("native_fgt_output", TORCH_BOX(&nwfast::output<Method::kFgt>));
+  m.impl("native_fgt_forward", TORCH_BOX(&nwfast::forward<Method::kLinear>));
+  m.impl("native_fgt_backward", TORCH_BOX(&nwfast::backward<Method::kLinear>));
+  m.impl("native_fgt_output", TORCH_BOX(&nwfast::output<Method::kLinear>));
   m.impl("native_auto_forward", TORCH_BOX(&nwfast::forward<Method::kAuto>));
   m.impl("native_auto_backward", TORCH_BOX(&nwfast::backward<Method::kAuto>));
   m.impl("native_auto_output", TORCH_BOX(&nwfast::output<Method::kAuto>));

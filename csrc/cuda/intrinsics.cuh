@@ -122,4 +122,13 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
+// The least and the greatest over a warp, in every lane.
+__device__ __forceinline__ void warp_bounds(float& low, float& high) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
+    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
+  }
+}
+
 }  // namespace nwfast

@@ -7,6 +7,8 @@
 
 namespace nwfast {
 
+constexpr float kWeightRange = 0x1p60f;  // of key weights; beyond, float32 does not hold the powers that leave them out
+
 constexpr int kMaxDims = 12;  // of the batch, after dimensions that go together were merged
 
 using Batch = BatchOf<kMaxDims>;

@@ -26,8 +26,8 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
   the backward pass for w and query a product. Not asked for: an empty tensor of shape (0,).
 * grad_lse may be None. needs is a sum of NEEDS flags; a gradient not asked for is an empty tensor of shape (0,).
   backward uses the tangents it is given unless grad_lse is not None, which they do not cover.
-* fgt kernels (see `operators`) take D = 1 alone.
-* The native operators also take the one-feature forms of the public function as they are (`nwfast.op.call.direct`).
+* linear kernels (see `operators`) take D = 1 alone.
+* The native operators also take the one-feature forms of the public function as they are (`nwfast.op.call.short_way`).
 * Rows without any key left (all weights 0) give out NaN, lse -inf, and add nothing to any gradient.
 """
 

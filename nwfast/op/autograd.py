@@ -54,7 +54,7 @@ def formula(ctx: Any, backward: Callable, grad_out: Tensor | None, grad_lse: Ten
 def _reduce_to(gradient: Tensor, tensor: Tensor) -> Tensor:
     """Sum the gradient over the leading dimensions in which the input was broadcast."""
     if gradient.shape != tensor.shape:
-        if gradient.numel() == tensor.numel():  # of a direct call, in canonical form
+        if gradient.numel() == tensor.numel():  # of a call on the short way, in canonical form
             gradient = gradient.reshape(tensor.shape)
         else:
             gradient = gradient.sum_to_size(tensor.shape)
@@ -74,7 +74,7 @@ def _reduce_weights(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _canonical_views(grad_out, grad_lse, query, key, value, w, key_weight, out, *computed_and_flags):
-    """The arguments of a backward operator in canonical form, from those of a direct call."""
+    """The arguments of a backward operator in canonical form, from those of a call on the short way."""
     *computed, exclude_self, needs = computed_and_flags
     query = query.unsqueeze(-1) if key.ndim == 1 else query[:, None, None]
     value = value.unsqueeze(-1) if value.ndim == key.ndim else value
@@ -128,7 +128,7 @@ def functions_around(
         @staticmethod
         def forward(ctx, query, key, value, w, key_weight, exclude_self, return_lse, drop):
             need_query, need_key, need_value, need_w, need_weight, *_ = ctx.needs_input_grad
-            tangents = not return_lse and is_scalar(query, key, value)
+            tangents = not return_lse and is_single(query, key, value)
             inputs = query, key, value, w, key_weight, exclude_self
             with torch._C._AutoDispatchBelowAutograd():
                 if stateless and tangents and not (need_key or need_value or need_weight):
@@ -255,11 +255,11 @@ def drop_last(result: Tensor, dims: int) -> Tensor:
     return result.squeeze(-1) if dims == 1 else result.reshape(result.shape[:-2])
 
 
-def is_scalar(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_single(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tangents have a value for each feature and channel: worth their memory for one of each.
 
     They are derivatives of out alone, so a call that returns lse too goes without.
     """
-    if query.ndim == 1:  # of a direct call
+    if query.ndim == 1:  # of a call on the short way
         return value.ndim == key.ndim
     return query.shape[-1] == 1 and value.shape[-1] == 1

@@ -8,7 +8,7 @@ One call is routed by what surrounds it:
 * compiling otherwise: the operator, which carries a fake and an autograd formula (`schema`);
 * eager, nothing to differentiate: the operator, below autograd;
 * eager, reverse mode: an autograd.Function around the same operators (`autograd`), at half the cost of the operator's
-  own formula; both of these take small calls in one feature a short way past the canonical form, see `direct`;
+  own formula; both of these take small calls in one feature a short way past the canonical form, see `short_way`;
 * eager, inside functorch transforms (grad, vmap): an autograd.Function with a rule for vmap, which costs more a call.
 """
 
@@ -22,7 +22,7 @@ from .. import backends
 from ..backends import is_captured, reference
 from ..constants import CHOICE_PAIRS
 from . import by_reference
-from .autograd import drop_last, is_scalar
+from .autograd import drop_last, is_single
 from .schema import KERNELS
 
 
@@ -57,14 +57,14 @@ def nadaraya_watson(
         or (key_weight is not None and key_weight.requires_grad)
     )
     if functorch:  # a wrapped tensor may hide that it needs a gradient
-        tangents = not return_lse and is_scalar(query, key, value)
+        tangents = not return_lse and is_single(query, key, value)
         out, lse = kernels.transformable.apply(
             query, key, value, w, key_weight, exclude_self, tangents, tangents
         )[:2]
     elif compiling:
         # What torch.jit.trace writes down serves with and without gradients.
         differentiate = differentiate and torch.compiler.is_compiling()
-        tangents = differentiate and not return_lse and is_scalar(query, key, value)
+        tangents = differentiate and not return_lse and is_single(query, key, value)
         tangent_w, tangent_q = tangents and w.requires_grad, tangents and query.requires_grad
         out, lse = kernels.forward(query, key, value, w, key_weight, exclude_self, tangent_w, tangent_q)[:2]
     elif differentiate:
@@ -121,7 +121,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _REFUSED = "nwfast: operators take"
 
 
-def direct(
+def short_way(
     query: Any,
     key: Any,
     value: Any,

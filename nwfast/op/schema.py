@@ -169,7 +169,7 @@ def _implementation(name: str, function: str) -> Callable:
     return run
 
 
-_COMPRESSED = ("key", "value", "key_weight", "cells", "moments", "matrices", "numbers")
+_COMPRESSED = ("key", "value", "key_weight", "boxes", "moments", "matrices", "numbers")
 torch.library.define(
     "nwfast::native_fgt_compress",
     f"(Tensor key, Tensor value, Tensor w, Tensor? key_weight) -> ({', '.join(['Tensor'] * len(_COMPRESSED))})",

@@ -308,7 +308,7 @@ def test_what_the_own_key_holds(backend, where, held, batch, features, channels,
 
         clean, found = run(key, value), run(spoilt_key, spoilt_value)
         scale = 64 * torch.finfo(dtype).eps
-        # Of Numba's fgt clean data take the series, right to 1e-12, the other the dense kernels.
+        # In Numba's linear time clean data take the series, right to 1e-12, the other the dense kernels.
         if (backend, method) == ("numba", "fgt"):
             scale = max(scale, 1e-12)
         torch.testing.assert_close(found[0][..., 7, :], clean[0][..., 7, :], rtol=scale, atol=scale)

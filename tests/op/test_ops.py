@@ -469,7 +469,7 @@ def test_opcheck(backend, form):
     (query, key, value, w, key_weight), exclude_self = inputs(form)
     canonical = list(nwfast.validation.canonical(query, key, value, w, key_weight, exclude_self)[:5])
     kernels = schema.KERNELS[backend]
-    scalar = query.ndim == 1
+    single = query.ndim == 1
     batch = nwfast.backends.batch_shape(*canonical[:3])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         own = [tensor.detach().to(dtype).requires_grad_() for tensor in canonical]
@@ -477,7 +477,7 @@ def test_opcheck(backend, form):
             canonical[3].detach().to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_()
         )
         for weight in (own[4], None):
-            arguments = (*own[:4], weight, exclude_self, scalar, scalar)
+            arguments = (*own[:4], weight, exclude_self, single, single)
             # Autograd of outputs that are not differentiable is tested above by gradcheck.
             tests = (
                 "test_schema",
@@ -489,7 +489,7 @@ def test_opcheck(backend, form):
             with torch.no_grad():
                 out, lse, state, tangent_w, tangent_q = kernels.forward(*arguments)
             if kernels.stateless is not None:
-                only = (*own[:4], weight, exclude_self, not scalar, scalar, scalar)
+                only = (*own[:4], weight, exclude_self, not single, single, single)
                 torch.library.opcheck(kernels.stateless, only, test_utils=("test_schema", "test_faketensor"))
             assert out.shape == (*batch, *canonical[0].shape[-2:-1], canonical[2].shape[-1])
             for needs, grad_lse in (

@@ -13,14 +13,14 @@ namespace nwfast {
 namespace avx512 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
-extern const FgtKernels<float> kFloatFgtKernels;
-extern const FgtKernels<double> kDoubleFgtKernels;
+extern const LinearKernels<float> kFloatLinearKernels;
+extern const LinearKernels<double> kDoubleLinearKernels;
 }  // namespace avx512
 namespace avx2 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
-extern const FgtKernels<float> kFloatFgtKernels;
-extern const FgtKernels<double> kDoubleFgtKernels;
+extern const LinearKernels<float> kFloatLinearKernels;
+extern const LinearKernels<double> kDoubleLinearKernels;
 }  // namespace avx2
 #endif
 
@@ -62,13 +62,13 @@ const Kernels<double>& kernels<double>() {
 }
 
 template <>
-const FgtKernels<float>& fgt_kernels<float>() {
-  return NWFAST_TABLE(kFloatFgtKernels);
+const LinearKernels<float>& linear_kernels<float>() {
+  return NWFAST_TABLE(kFloatLinearKernels);
 }
 
 template <>
-const FgtKernels<double>& fgt_kernels<double>() {
-  return NWFAST_TABLE(kDoubleFgtKernels);
+const LinearKernels<double>& linear_kernels<double>() {
+  return NWFAST_TABLE(kDoubleLinearKernels);
 }
 
 }  // namespace nwfast

@@ -25,12 +25,12 @@ extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();
 
 template <typename T>
-constexpr FgtKernels<T> fgt_table() {
-  return {fgt_moments<T>, fgt_translate, fgt_evaluate<T>,  fgt_direct<T>, fgt_near<T>,
-          fgt_gather<T>,  fgt_pull<T>,   fgt_near_pull<T>, fgt_finish<T>};
+constexpr LinearKernels<T> linear_table() {
+  return {linear::moments<T>, linear::translate, linear::evaluate<T>,  linear::direct<T>, linear::near<T>,
+          linear::gather<T>,  linear::pull<T>,   linear::near_pull<T>, linear::finish<T>};
 }
-extern constexpr FgtKernels<float> kFloatFgtKernels = fgt_table<float>();
-extern constexpr FgtKernels<double> kDoubleFgtKernels = fgt_table<double>();
+extern constexpr LinearKernels<float> kFloatLinearKernels = linear_table<float>();
+extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<double>();
 
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -5,7 +5,7 @@
 #include "plan.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // A crowded box: its number on the axis, and its points.
 struct Box {
@@ -113,12 +113,12 @@ class Boxes {
 
   template <typename Load>
   void sum_chunk(const Plan& plan, int64_t chunk, bool unit, const Load& load) {
-    const FgtKernels<R>& table = fgt_kernels<R>();
+    const LinearKernels<R>& table = linear_kernels<R>();
     const int64_t begin = chunk * kChunk, end = std::min(n_, begin + kChunk);
     int64_t i = std::upper_bound(boxes_.begin(), boxes_.end(), begin,
                                  [](int64_t place, const Box& box) { return place < box.end; }) -
                 boxes_.begin();
-    std::vector<double> charge(columns_ * kBlock);
+    std::vector<double> charge(columns_ * kHeldPoints);
     int64_t loaded = -1;
     for (; i < count() && boxes_[i].begin < end; ++i) {
       const Box& box = boxes_[i];
@@ -126,18 +126,18 @@ class Boxes {
       std::fill(moments, moments + size_, 0.0);
       const int64_t stop = std::min(box.end, end);
       for (int64_t p = std::max(box.begin, begin); p < stop;) {
-        const int64_t block = p / kBlock * kBlock, next = std::min(stop, block + kBlock);
+        const int64_t block = p / kHeldPoints * kHeldPoints, next = std::min(stop, block + kHeldPoints);
         if (block != loaded) {
-          load(block, std::min(n_, block + kBlock) - block, charge.data(), kBlock);
+          load(block, std::min(n_, block + kHeldPoints) - block, charge.data(), kHeldPoints);
           loaded = block;
         }
-        FgtMoments<R> task;
+        MomentsTask<R> task;
         task.x = x_ + p;
         task.n = next - p;
         task.centre = plan.centre(box.number);
         task.scale = plan.to_local();
         task.charge = charge.data() + (p - block);
-        task.pitch = kBlock;
+        task.pitch = kHeldPoints;
         task.columns = columns_;
         task.unit = unit;
         task.terms = plan.terms;
@@ -208,14 +208,14 @@ class Expansion {
       for (int64_t o = 0; o <= reach; ++o) least += mass(o) * plan_.least_kernel[o];
       for (; reach > 0; --reach) {
         const double more = mass(reach) * plan_.largest_kernel[reach];
-        if (!(left_out + more <= kNegligible * Accuracy<R>::kAccept * least)) break;
+        if (!(left_out + more <= kNegligibleShare * Accuracy<R>::kAccept * least)) break;
         left_out += more;
       }
       *error += left_out;
       for (int64_t o = 0; o <= reach; ++o) *error += mass(o) * plan_.error[o];
     }
     std::fill(local_.begin(), local_.end(), 0.0);
-    const FgtKernels<R>& table = fgt_kernels<R>();
+    const LinearKernels<R>& table = linear_kernels<R>();
     for (int order = 0; order < plan_.orders; ++order) {
       int64_t pairs = 0;
       for (int64_t o = 0; o <= reach; ++o) {
@@ -224,7 +224,7 @@ class Expansion {
         below_[pairs] = lower_[o];
         above_[pairs++] = higher_[o];
       }
-      FgtTranslate task;
+      TranslateTask task;
       task.terms = plan_.terms;
       task.pitch = plan_.pitch;
       task.columns = columns_;
@@ -240,7 +240,7 @@ class Expansion {
   }
 
  private:
-  static constexpr double kNegligible = 0.1;  // share of the accepted error for boxes that are left out
+  static constexpr double kNegligibleShare = 0.1;  // share of the accepted error for boxes that are left out
 
   double mass(int64_t o) const { return lower_[o][0] + higher_[o][0]; }
 
@@ -282,7 +282,7 @@ class Expansion {
     for (int64_t p = begin; p < end; p += kCrowd) {
       const int64_t n = std::min(kCrowd, end - p);
       load_(p, n, charge_.data(), kCrowd);
-      FgtMoments<R> task;
+      MomentsTask<R> task;
       task.x = x_ + p;
       task.n = n;
       task.centre = plan_.centre(box);
@@ -293,7 +293,7 @@ class Expansion {
       task.unit = unit_;
       task.terms = plan_.terms;
       task.moments = moments;
-      fgt_kernels<R>().moments(task);
+      linear_kernels<R>().moments(task);
     }
     return moments;
   }
@@ -313,5 +313,5 @@ class Expansion {
   std::vector<int64_t> raw_box_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

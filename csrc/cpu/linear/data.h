@@ -7,7 +7,7 @@
 #include "plan.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 bool native(const View& view) {
@@ -34,7 +34,7 @@ Range scan(const R* x, int64_t n, bool serial, bool* in_order) {
       ranges[part].include(x + end - 1, 1);
       return;
     }
-    for (int64_t i = begin; i < end; i += kBlock) ranges[part].include(x + i, std::min(kBlock, end - i));
+    for (int64_t i = begin; i < end; i += kHeldPoints) ranges[part].include(x + i, std::min(kHeldPoints, end - i));
   });
   Range all;
   if (in_order) *in_order = true;
@@ -265,9 +265,9 @@ class Data {
       if (row_stride == 1) {
         values[c] = scan(value + c * column_stride, keys, serial_, nullptr);
       } else {
-        R block[kBlock];
-        for (int64_t begin = 0; begin < keys; begin += kBlock) {
-          const int64_t n = std::min(kBlock, keys - begin);
+        R block[kHeldPoints];
+        for (int64_t begin = 0; begin < keys; begin += kHeldPoints) {
+          const int64_t n = std::min(kHeldPoints, keys - begin);
           for (int64_t j = 0; j < n; ++j) block[j] = value[(begin + j) * row_stride + c * column_stride];
           values[c].include(block, n);
         }
@@ -335,5 +335,5 @@ class Data {
   Buffer<int64_t> excluded_, excluding_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -4,7 +4,7 @@
 #include "row_gradients.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 namespace {
 
 template <typename R>
@@ -84,21 +84,22 @@ bool query_element(const Problem& problem, const BackwardTask<R>& task, int64_t 
 
 }  // namespace
 
-}  // namespace fgt
+}  // namespace linear
 
 template <typename T>
-bool fgt_forward(const Problem& problem, const ForwardResult<T>& result) {
-  return fgt::over_batch(problem,
-                         [&](int64_t b, bool serial) { return fgt::forward_element(problem, result, b, serial); });
+bool linear_forward(const Problem& problem, const ForwardResult<T>& result) {
+  return linear::over_batch(
+      problem, [&](int64_t b, bool serial) { return linear::forward_element(problem, result, b, serial); });
 }
-template bool fgt_forward<float>(const Problem&, const ForwardResult<float>&);
-template bool fgt_forward<double>(const Problem&, const ForwardResult<double>&);
+template bool linear_forward<float>(const Problem&, const ForwardResult<float>&);
+template bool linear_forward<double>(const Problem&, const ForwardResult<double>&);
 
 template <typename T>
-bool fgt_query_backward(const Problem& problem, const BackwardTask<T>& task) {
-  return fgt::over_batch(problem, [&](int64_t b, bool serial) { return fgt::query_element(problem, task, b, serial); });
+bool linear_query_backward(const Problem& problem, const BackwardTask<T>& task) {
+  return linear::over_batch(problem,
+                            [&](int64_t b, bool serial) { return linear::query_element(problem, task, b, serial); });
 }
-template bool fgt_query_backward<float>(const Problem&, const BackwardTask<float>&);
-template bool fgt_query_backward<double>(const Problem&, const BackwardTask<double>&);
+template bool linear_query_backward<float>(const Problem&, const BackwardTask<float>&);
+template bool linear_query_backward<double>(const Problem&, const BackwardTask<double>&);
 
 }  // namespace nwfast

@@ -9,7 +9,7 @@
 #include "data.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 struct EdgeBox {
   int64_t begin, end;   // keys
@@ -166,5 +166,5 @@ class Edge {
   std::vector<double> position_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

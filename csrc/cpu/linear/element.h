@@ -5,7 +5,7 @@
 #include "rows/rows.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // Data, boxes and moments.
 template <typename R>
@@ -38,9 +38,9 @@ struct Element {
 
 // One channel: a kernel, through a block where rows go back to another place.
 template <typename R>
-void finish_rows(const FgtKernels<R>& table, const Plan& plan, const Data<R>& data, const ForwardResult<R>& result,
+void finish_rows(const LinearKernels<R>& table, const Plan& plan, const Data<R>& data, const ForwardResult<R>& result,
                  int64_t base, int64_t first, int64_t n, const double* sums, int64_t pitch, const double* apart) {
-  FgtFinish<R> task;
+  FinishTask<R> task;
   const int offsets = 2, scores = 2 * (1 + plan.offsets);
   task.centre = data.centre[0];
   task.low = data.values[0].low;
@@ -105,7 +105,7 @@ void forward_rows(const Element<R>& element, const ForwardResult<R>& result, int
   const Data<R>& data = element.data;
   const int channels = data.channels;
   const double w = data.w, unit = 1 / data.weight_factor;
-  const FgtKernels<R>& table = fgt_kernels<R>();
+  const LinearKernels<R>& table = linear_kernels<R>();
   const Plan& plan = element.plan;
   element.rows(serial, [&](int64_t first, int64_t n, const double* sums, int64_t pitch, const double* apart) {
     if (channels == 1) {
@@ -133,5 +133,5 @@ void forward_rows(const Element<R>& element, const ForwardResult<R>& result, int
   });
 }
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

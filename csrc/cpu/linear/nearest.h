@@ -6,7 +6,7 @@
 #include "edge.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // The nearest key that counts for a row.
 struct Nearest {
@@ -83,5 +83,5 @@ inline int level_of(double distance) {
   return distance <= kLevelZero ? 0 : static_cast<int>(std::ceil(std::log2(distance / kLevelZero)));
 }
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

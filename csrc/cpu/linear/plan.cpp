@@ -3,7 +3,7 @@
 #include "plan.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 namespace {
 
 constexpr double kPi = 3.14159265358979323846;
@@ -150,5 +150,5 @@ void fill_matrices(Plan& plan) {
   }
 }
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

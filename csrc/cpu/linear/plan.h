@@ -17,7 +17,7 @@
 // chunks of kChunk; a box may span chunks, whose parts are added in order, so that the bits do not depend on the
 // threads. Translate (Expansion): boxes lie on a grid, so the field of one in another is a fixed matrix for each number
 // of boxes between them, computed once a call (fill_matrices: Chebyshev coefficients of the kernel on both boxes,
-// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (FgtTranslate). Keys in boxes
+// turned into powers): local_m = sum_n K_o[n][m] moment_n. Boxes on either side share it (TranslateTask). Keys in boxes
 // that are not crowded get moments on the spot. With factors d and d^2 in the kernel the same moments give the sums
 // that the derivatives by q and w need. Evaluate: Horner's scheme at the queries of the box. Directly
 // (rows/direct.h): where a query's window holds few keys, or a box few queries, pairs are summed one by one, lanes
@@ -45,7 +45,7 @@
 // Leave-one-out: the own key is subtracted from what was expanded, with less than 3 digits lost or else the row is
 // summed again, and skipped in direct sums.
 //
-// The key side of the backward pass (keys.cpp) is the same with the roles exchanged: rows whose total is at least
+// The key side of the backward pass (keys/keys.cpp) is the same with the roles exchanged: rows whose total is at least
 // kSmallTotal of the largest weight are sources with charges g_i / S_i in boxes, keys are targets. Other rows are
 // gathered by each key one by one, or, many rows of a gap with many keys, summed at the compressed keys of an edge and
 // handed on by the transposed interpolation.
@@ -69,13 +69,13 @@
 #include "kernels/tasks.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
-constexpr int64_t kChunk = 8192;      // points of one task
-constexpr int64_t kBlock = 1024;      // points whose charges are held at once
-constexpr int64_t kCrowd = 8;         // points from which on a box has moments
-constexpr int64_t kDirectKeys = 256;  // sources that a single target visits one by one
-constexpr double kLevelZero = 2;      // distance to the nearest key, in bandwidths, up to which no shift is needed
+constexpr int64_t kChunk = 8192;       // points of one task
+constexpr int64_t kHeldPoints = 1024;  // points whose charges are held at once
+constexpr int64_t kCrowd = 8;          // points from which on a box has moments
+constexpr int64_t kDirectKeys = 256;   // sources that a single target visits one by one
+constexpr double kLevelZero = 2;       // distance to the nearest key, in bandwidths, up to which no shift is needed
 constexpr int64_t kMostBoxes = int64_t{1} << 44;  // beyond so many boxes from 0 their edges are no longer exact
 // Products of two coordinates and a value, of w and two coordinates and the like stay within the range of double.
 constexpr double kMostCoordinate = 1e60, kLeastCoordinate = 1e-100, kMostScale = 1e60, kMostValue = 1e100;
@@ -220,5 +220,5 @@ bool over_batch(const Problem& problem, const Run& run) {
   return true;
 }
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -5,7 +5,7 @@
 namespace nwfast {
 namespace {
 
-// Places in FgtPrepared::numbers; centres, lowest and highest values by channel and the plan's errors follow.
+// Places in PreparedKeys::numbers; centres, lowest and highest values by channel and the plan's errors follow.
 enum Number {
   kW,
   kScale,
@@ -26,20 +26,20 @@ constexpr double kLeastScale = 1e-60;  // weighs as 0 does, and boxes still have
 }  // namespace
 
 template <typename T>
-bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared) {
-  fgt::Element<T> element;
-  fgt::Data<T>& data = element.data;
+bool linear_compress(const Problem& problem, PreparedKeys<T>& prepared) {
+  linear::Element<T> element;
+  linear::Data<T>& data = element.data;
   if (!data.prepare(problem, 0, false)) return false;
   const int channels = data.channels;
   if (data.keys > 0) {
-    fgt::Extent extent = data.extent(channels + 1, false, false);
+    linear::Extent extent = data.extent(channels + 1, false, false);
     extent.anywhere = true;
     extent.queries = extent.keys;
     extent.scale = std::fmax(extent.scale, kLeastScale);
-    fgt::make_plan<T>(extent, element.plan);
+    linear::make_plan<T>(extent, element.plan);
     element.compress(false);
   }
-  const fgt::Plan& plan = element.plan;
+  const linear::Plan& plan = element.plan;
   prepared.key.assign(data.key, data.key + data.keys);
   prepared.value.resize(data.keys * channels);
   for (int64_t j = 0; j < data.keys; ++j) {
@@ -50,7 +50,7 @@ bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared) {
   if (data.weight) prepared.weight.assign(data.weight, data.weight + data.keys);
   const int64_t size = (channels + 1) * plan.terms;
   for (int64_t i = 0; i < element.boxes.count(); ++i) {
-    const fgt::Box& box = element.boxes[i];
+    const linear::Box& box = element.boxes[i];
     prepared.boxes.insert(prepared.boxes.end(), {box.number, box.begin, box.end});
     prepared.moments.insert(prepared.moments.end(), element.boxes.moments(i), element.boxes.moments(i) + size);
   }
@@ -75,11 +75,11 @@ bool fgt_compress(const Problem& problem, FgtPrepared<T>& prepared) {
 }
 
 template <typename T>
-bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t queries,
-                 const ForwardResult<T>& result) {
-  fgt::Element<T> element;
-  fgt::Data<T>& data = element.data;
-  fgt::Plan& plan = element.plan;
+bool linear_predict(const PreparedKeysView<T>& prepared, const View& query, int64_t queries,
+                    const ForwardResult<T>& result) {
+  linear::Element<T> element;
+  linear::Data<T>& data = element.data;
+  linear::Plan& plan = element.plan;
   const double* const numbers = prepared.numbers;
   const int channels = static_cast<int>(prepared.channels);
   data.channels = channels;
@@ -103,11 +103,11 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
     data.key_range.low = data.key[0];
     data.key_range.high = data.key[data.keys - 1];
   }
-  const bool serial = queries < fgt::kChunk / 4;
+  const bool serial = queries < linear::kChunk / 4;
   if (!data.prepare_queries(query, 0, queries, serial)) return false;
   if (data.keys == 0) {
-    for (int64_t i = 0; i < queries; ++i) fgt::empty_row(result, channels, i, -INFINITY, 0);
-    fgt::finish_odd_rows(data, result, 0);
+    for (int64_t i = 0; i < queries; ++i) linear::empty_row(result, channels, i, -INFINITY, 0);
+    linear::finish_odd_rows(data, result, 0);
     return true;
   }
   plan.scale = numbers[kScale];
@@ -119,22 +119,23 @@ bool fgt_predict(const FgtPreparedView<T>& prepared, const View& query, int64_t 
   plan.window = numbers[kWindow];
   plan.log_span = numbers[kLogSpan];
   plan.tail_error = numbers[kTailError];
-  fgt::fill_bounds(plan);
+  linear::fill_bounds(plan);
   plan.matrices.assign(prepared.matrices, prepared.matrices + prepared.matrices_size);
   element.expanded = numbers[kExpanded] != 0;
-  std::vector<fgt::Box> boxes(prepared.box_count);
+  std::vector<linear::Box> boxes(prepared.box_count);
   for (int64_t i = 0; i < prepared.box_count; ++i) {
     boxes[i] = {prepared.boxes[3 * i], prepared.boxes[3 * i + 1], prepared.boxes[3 * i + 2], i};
   }
   element.boxes.adopt(std::move(boxes), prepared.moments, static_cast<int64_t>(channels + 1) * plan.terms);
-  fgt::forward_rows(element, result, 0, serial);
-  fgt::finish_odd_rows(data, result, 0);
+  linear::forward_rows(element, result, 0, serial);
+  linear::finish_odd_rows(data, result, 0);
   return true;
 }
 
-template bool fgt_compress<float>(const Problem&, FgtPrepared<float>&);
-template bool fgt_compress<double>(const Problem&, FgtPrepared<double>&);
-template bool fgt_predict<float>(const FgtPreparedView<float>&, const View&, int64_t, const ForwardResult<float>&);
-template bool fgt_predict<double>(const FgtPreparedView<double>&, const View&, int64_t, const ForwardResult<double>&);
+template bool linear_compress<float>(const Problem&, PreparedKeys<float>&);
+template bool linear_compress<double>(const Problem&, PreparedKeys<double>&);
+template bool linear_predict<float>(const PreparedKeysView<float>&, const View&, int64_t, const ForwardResult<float>&);
+template bool linear_predict<double>(const PreparedKeysView<double>&, const View&, int64_t,
+                                     const ForwardResult<double>&);
 
 }  // namespace nwfast

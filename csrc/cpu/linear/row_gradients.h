@@ -5,7 +5,7 @@
 #include "data.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // Rows are numbered as in the data; outputs are centred.
 template <typename R>
@@ -120,5 +120,5 @@ class RowGradients {
   const int64_t b_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

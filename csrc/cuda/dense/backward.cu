@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // A warp owns `each` consecutive rows of a batch element.
 __global__ void __launch_bounds__(kThreads, 3)
-    exact_queries(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task,
-                  const int64_t element_warps, const int64_t each, double* grad_w) {
+    queries_in_double(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task,
+                      const int64_t element_warps, const int64_t each, double* grad_w) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_number();
   const int64_t b = warp / element_warps, first = warp % element_warps * each;
   if (b >= problem.batch.count) return;
@@ -168,7 +168,7 @@ void query_side(const Problem& problem, const Device& device, const BackwardTask
     }
   } else if (has_single_kernels(problem)) {
     const RowPlan plan =
-        plan_rows(problem, device.multiprocessors, task.grad_query.data ? Moments::kAll : Moments::kSquares);
+        plan_rows(problem, device.multiprocessors, task.grad_query.data ? OffsetSums::kAll : OffsetSums::kSquares);
     const int64_t warps = blocks_for(m, kWarp);
     take(warps);
     Survey* const surveys = arena.take<Survey>(count);
@@ -186,7 +186,7 @@ void query_side(const Problem& problem, const Device& device, const BackwardTask
     const int64_t each = m > 4096 ? 16 : 1, warps = blocks_for(m, each);
     take(warps);
     if (!arena.counting()) {
-      launch(exact_queries, blocks_for(count * warps, kThreads / kWarp), kThreads, 0, device.stream, problem, task,
+      launch(queries_in_double, blocks_for(count * warps, kThreads / kWarp), kThreads, 0, device.stream, problem, task,
              warps, each, partial);
     }
   }
@@ -212,16 +212,7 @@ __global__ void __launch_bounds__(kSingleTile, 3)
     total = task.state[2 * place + 1];
   }
   KeyRow own{-1, i >= m || total == 0 || RowGrad(problem, task, b, i).unused(problem, task), 0, 0};
-  unsigned relative = __ballot_sync(kAllLanes, i < m && !own.skip && shift != 0);
-  for (; relative; relative &= relative - 1) {
-    const int lane = __ffs(static_cast<int>(relative)) - 1;
-    Row row(problem, b, i - lane_number() + lane);
-    row.find_nearest();
-    if (lane == lane_number()) {
-      own.nearest = row.nearest;
-      own.lift = row.lift;
-    }
-  }
+  find_nearest_keys(problem, b, i, i < m && !own.skip && shift != 0, own);
   if (!fast_rows) {
     if (i < m) rows[place] = own;
     return;
@@ -249,11 +240,7 @@ __global__ void __launch_bounds__(kSingleTile, 3)
     rows[place] = own;
     fast_rows[place] = fast;
   }
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  }
+  warp_bounds(low, high);
   const unsigned far = __ballot_sync(kAllLanes, own.far);
   if (lane_number() == 0) {
     edges[3 * warp_number()] = low;
@@ -276,7 +263,8 @@ __global__ void __launch_bounds__(kSingleTile, 3)
 // A warp, or a thread, for each key.
 template <bool kShared>
 __global__ void __launch_bounds__(kThreads, 3)
-    exact_keys(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task, const KeyRow* rows) {
+    keys_in_double(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task,
+                   const KeyRow* rows) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t key = kShared ? thread / kWarp : thread, n = problem.keys;
   if (key < problem.batch.count * n) key_gradient<kShared>(problem, task, rows, key / n, key % n, false);
@@ -347,10 +335,10 @@ void key_side(const Problem& problem, const Device& device, const BackwardTask& 
            task, plan, static_cast<const Survey*>(surveys), static_cast<const KeyRow*>(rows),
            static_cast<const int*>(tile_far), static_cast<const float*>(partial));
   } else if (m < kWarp / 2 || count * n >= int64_t{1} << 17) {
-    launch(exact_keys<false>, blocks_for(count * n, kThreads), kThreads, 0, device.stream, problem, task,
+    launch(keys_in_double<false>, blocks_for(count * n, kThreads), kThreads, 0, device.stream, problem, task,
            static_cast<const KeyRow*>(rows));
   } else {
-    launch(exact_keys<true>, blocks_for(count * n, kThreads / kWarp), kThreads, 0, device.stream, problem, task,
+    launch(keys_in_double<true>, blocks_for(count * n, kThreads / kWarp), kThreads, 0, device.stream, problem, task,
            static_cast<const KeyRow*>(rows));
   }
 }

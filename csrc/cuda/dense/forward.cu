@@ -1,7 +1,7 @@
 // The forward pass: which kernels run, and what becomes of their sums.
 //
 // Every row is either summed in float32 and finished here by one lane, or computed in double by the whole warp
-// (rows.cuh): all rows of problems that have no float32 kernel, and of others those that lie far from all keys.
+// (rows.cuh): all rows of problems that have no float32 kernel, and of others the far rows.
 
 #include "forward.cuh"
 
@@ -12,7 +12,7 @@ constexpr int kThreads = 128;
 
 // A warp for each row.
 __global__ void __launch_bounds__(kThreads, 3)
-    exact_rows(const __grid_constant__ Problem problem, const __grid_constant__ ForwardResult result) {
+    rows_in_double(const __grid_constant__ Problem problem, const __grid_constant__ ForwardResult result) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_number();
   if (row < problem.batch.count * problem.queries)
     forward_row(problem, result, row / problem.queries, row % problem.queries);
@@ -87,12 +87,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   result.state[2 * place + 1] = unshifted.total;
 }
 
-Moments moments_of(const ForwardResult& result) {
-  return result.tangent_q.data ? Moments::kAll : result.tangent_w.data ? Moments::kSquares : Moments::kNone;
+OffsetSums offset_sums_of(const ForwardResult& result) {
+  return result.tangent_q.data ? OffsetSums::kAll : result.tangent_w.data ? OffsetSums::kSquares : OffsetSums::kNone;
 }
 
 void forward_single(const Problem& problem, const Device& device, const ForwardResult& result, Arena& arena) {
-  const RowPlan plan = plan_rows(problem, device.multiprocessors, moments_of(result));
+  const RowPlan plan = plan_rows(problem, device.multiprocessors, offset_sums_of(result));
   Survey* const surveys = arena.take<Survey>(problem.batch.count);
   float* const partial = arena.take<float>(problem.batch.count * plan.parts * plan.sums * problem.queries);
   if (arena.counting()) return;
@@ -120,8 +120,8 @@ void forward(const Problem& problem, const Device& device, const ForwardResult& 
   if (has_single_kernels(problem)) return forward_single(problem, device, result, arena);
   if (has_tiled_kernels(problem)) return forward_tiled(problem, device, result, arena);
   if (arena.counting()) return;
-  launch(exact_rows, blocks_for(problem.batch.count * problem.queries, kThreads / kWarp), kThreads, 0, device.stream,
-         problem, result);
+  launch(rows_in_double, blocks_for(problem.batch.count * problem.queries, kThreads / kWarp), kThreads, 0,
+         device.stream, problem, result);
 }
 
 }  // namespace

@@ -23,6 +23,20 @@ struct KeyRow {
   double lift;      // see rows.cuh
 };
 
+// Fills in the nearest keys of those rows of a warp, a lane for each, that are relative to them: all lanes for each.
+__device__ __forceinline__ void find_nearest_keys(const Problem& problem, int64_t b, int64_t i, bool relative,
+                                                  KeyRow& own) {
+  for (unsigned left = __ballot_sync(kAllLanes, relative); left; left &= left - 1) {
+    const int lane = __ffs(static_cast<int>(left)) - 1;
+    Row row(problem, b, i - lane_number() + lane);
+    row.find_nearest();
+    if (lane == lane_number()) {
+      own.nearest = row.nearest;
+      own.lift = row.lift;
+    }
+  }
+}
+
 constexpr double kLargestTerm = 0x1p980;  // sums of so many stay finite
 constexpr double kKeyLift = 512, kLargestExponent = 1e300;
 // A sum of terms x 2^exponent, each of which may be beyond all numbers: relative to the largest exponent.
@@ -86,8 +100,8 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
     add_far ? result.add(at, x) : result.write(at, x);
   };
   const int64_t passes = features > channels ? features : channels;
-  for (int64_t first = 0; first < passes; first += kChunk) {
-    double values[kChunk] = {}, offsets[kChunk] = {}, weights = 0;
+  for (int64_t first = 0; first < passes; first += kAtOnce) {
+    double values[kAtOnce] = {}, offsets[kAtOnce] = {}, weights = 0;
     PowerSum steep;
     for (int64_t i = lane; i < m; i += kShared ? kWarp : 1) {
       const KeyRow info = rows[b * m + i];
@@ -108,7 +122,7 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
       double e = row.power(j) / grad.total;
       if (e == 0) continue;  // the key's offset may be infinite
 #pragma unroll
-      for (int r = 0; r < kChunk; ++r) {
+      for (int r = 0; r < kAtOnce; ++r) {
         if (first + r < channels) values[r] += e * grad.out(task, first + r);
       }
       if (!inner || first >= features) continue;
@@ -116,12 +130,12 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
       if (fabs(u) > kLargestTerm) u = copysign(kLargestTerm, u);
       weights += u;
 #pragma unroll
-      for (int r = 0; r < kChunk; ++r) {
+      for (int r = 0; r < kAtOnce; ++r) {
         if (first + r < features) offsets[r] += u * (row.query(first + r) - row.key(j, first + r));
       }
     }
 #pragma unroll
-    for (int r = 0; r < kChunk; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       if (task.grad_value.data && first + r < channels) {
         const double total = sum(values[r]);
         give(task.grad_value, place * channels + first + r, left_out ? 0 : lifted * total);

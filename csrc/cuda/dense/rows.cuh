@@ -9,8 +9,8 @@
 // shift of the row's state as much larger. Values are taken relative to the nearest key's, which makes one-hot rows
 // exact.
 //
-// This is the path of float64, of small problems and of keys of their own for each query, and the fallback for the rows
-// that the float32 kernels leave out. Lanes share the keys; every lane ends up with the same sums.
+// So go all rows of float64, of small problems and of keys of their own for each query, and of others the far rows,
+// which the float32 kernels leave out. Lanes share the keys; every lane ends up with the same sums.
 
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr double kRoundedScore = 0x1p30;  // from here on the rounding of a squa
 constexpr double kTinyWeight = 0x1p-500;  // below it sums of terms may leave the normal numbers
 constexpr double kMostLift = 1000;
 constexpr int kMostSteps = 8;  // from a key to a nearer one: each is exact to the rounding of the step before
-constexpr int kChunk = 4;      // channels, or features, whose sums a lane holds at once
+constexpr int kAtOnce = 4;     // channels, or features, whose sums a lane holds at once
 
 class Row {
  public:
@@ -212,11 +212,11 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
   const bool empty = row.nearest < 0;
   const bool tangents = result.tangent_w.data || result.tangent_q.data;
   double total = empty && row.is_nan ? NAN : 0;
-  for (int64_t first = 0; first<channels; first += channels> kChunk ? kChunk * kWarp : kChunk) {
-    double sums[kChunk] = {}, square = 0, square_value = 0, offset = 0, offset_value = 0, centre[kChunk];
-    const bool wide = channels > kChunk;  // lanes own channels
+  for (int64_t first = 0; first<channels; first += channels> kAtOnce ? kAtOnce * kWarp : kAtOnce) {
+    double sums[kAtOnce] = {}, square = 0, square_value = 0, offset = 0, offset_value = 0, centre[kAtOnce];
+    const bool wide = channels > kAtOnce;  // lanes own channels
 #pragma unroll
-    for (int r = 0; r < kChunk; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       const int64_t c = wide ? first + lane + r * kWarp : first + r;
       const double value = !empty && c < channels ? row.value(row.nearest, c) : 0;
       centre[r] = isfinite(value) ? value : 0;
@@ -232,7 +232,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
           for (int64_t l = 0; l < kWarp && begin + l < n; ++l) {
             const double other = __shfl_sync(kAllLanes, p, static_cast<int>(l));
 #pragma unroll
-            for (int r = 0; r < kChunk; ++r) {
+            for (int r = 0; r < kAtOnce; ++r) {
               const int64_t c = first + lane + r * kWarp;
               if (c < channels && row.counts(begin + l)) sums[r] += other * (row.value(begin + l, c) - centre[r]);
             }
@@ -241,7 +241,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
         }
         if (j >= n || !row.counts(j)) continue;
 #pragma unroll
-        for (int r = 0; r < kChunk; ++r) {
+        for (int r = 0; r < kAtOnce; ++r) {
           if (first + r < channels) sums[r] += p * (row.value(j, first + r) - centre[r]);
         }
         if (tangents && p != 0) {  // else the offset may be infinite
@@ -256,7 +256,7 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
       total = warp_sum(total);
     }
 #pragma unroll
-    for (int r = 0; r < kChunk; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       const int64_t c = wide ? first + lane + r * kWarp : first + r;
       if (!wide && c >= channels) continue;
       const double mean = (wide ? sums[r] : warp_sum(sums[r])) / total;
@@ -337,15 +337,15 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
   }
   Row row(problem, b, i);
   if (grad.shift != 0) row.find_nearest();  // else the total is of powers that are not relative to any key
-  for (int64_t first = 0; first < features; first += kChunk) {
-    double offset[kChunk] = {}, square[kChunk] = {};
+  for (int64_t first = 0; first < features; first += kAtOnce) {
+    double offset[kAtOnce] = {}, square[kAtOnce] = {};
     for (int64_t j = lane_number(); j < problem.keys; j += kWarp) {
       if (!row.counts(j)) continue;
       const double p = row.weight(j) * row.power(j) / grad.total;
       if (p == 0) continue;  // its offset may be infinite
       const double u = p * (grad.pull(problem, task, row, j) + grad.lse);
 #pragma unroll
-      for (int r = 0; r < kChunk; ++r) {
+      for (int r = 0; r < kAtOnce; ++r) {
         const int64_t f = first + r;
         if (f >= features) continue;
         const double k = row.key(j, f), q = row.query(f), origin = row.base(f);
@@ -355,7 +355,7 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
       }
     }
 #pragma unroll
-    for (int r = 0; r < kChunk; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       const int64_t f = first + r;
       if (f >= features) continue;
       const double w = row.w(f), from = row.query(f) - row.base(f);

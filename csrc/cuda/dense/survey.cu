@@ -14,7 +14,6 @@ __device__ float join(int which, float a, float b) {
 
 constexpr float kLargest = 0x1p48f, kSmallest = 0x1p-48f;  // of coordinates other than 0
 constexpr double kLargestScore = 0x1p100;
-constexpr float kWeightRange = 0x1p60f;
 
 }  // namespace
 

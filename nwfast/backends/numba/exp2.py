@@ -8,6 +8,9 @@ from ...constants import EXP2_FLOOR_DOUBLE, EXP2_FLOOR_FLOAT, HALF_LOG2E
 from .base import EXACT
 
 ROUND = 6755399441055744.0  # 1.5 * 2^52
+MOST_EXPONENT = (
+    1000.0  # in base 2: where larger ones may occur they are cut off here, so that powers stay finite
+)
 
 # 2^f on [0, 1), from the constant term on.
 _D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11 = EXP2_FLOOR_DOUBLE

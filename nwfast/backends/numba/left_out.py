@@ -8,17 +8,30 @@ than all others, and nothing of what it held reaches a result. Its gradients are
 which is summed here, in float64 and relative to the largest exponent, since the key may be nearer than all that count.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
 from .base import EXACT, ROOT, entry
-from .exp2 import exp2_double
+from .exp2 import MOST_EXPONENT, exp2_double
 from .scores import limited, parts_of_score, sum_of_score
 
-ROWS = 1024  # whose exponents are held at once
-MOST_STEP = 1000.0  # of exponents in base 2, whose power is finite
+HELD_EXPONENTS = 1024  # whose exponents are held at once
+
+
+class Givers(NamedTuple):
+    """Givers that may give to keys left out. Their exponents are those relative to `reference`, plus base."""
+
+    query: np.ndarray  # (M, D)
+    reference: np.ndarray  # (M, D)
+    base: np.ndarray  # (M)
+    grad_out: np.ndarray  # (M, C)
+    pull: np.ndarray  # (M): what comes through lse
+    out: np.ndarray  # (M, C)
+    w: np.ndarray  # (D), times ROOT
 
 
 def places(key_weight: Tensor | None) -> Tensor | None:
@@ -64,24 +77,22 @@ def _exponent(q, k, reference, w, base):
 def scaled(x, exponent):
     """X 2^exponent, at most the largest finite number."""
     while exponent > 0.0 and x != 0.0 and abs(x) < np.inf:
-        step = min(exponent, MOST_STEP)
+        step = min(exponent, MOST_EXPONENT)
         x *= exp2_double(step)
         exponent -= step
     return limited(x) if exponent > 0.0 else limited(x * exp2_double(exponent))
 
 
 @entry
-def weights(query, reference, base, grad_out, pull, out, w, key, value, own, result, first, last):
-    """Fill result (keys first .. last). Of each row: its exponents are those relative to `reference`, plus base.
-
-    pull (rows): what comes through lse. own (keys): the row that leaves the key out, or -1.
-    """
-    exponents = np.empty(ROWS)
-    rows, channels = len(query), grad_out.shape[1]
+def weights(rows, key, value, own, result, first, last):
+    """Fill result (keys first .. last); own (keys): the row that leaves the key out, or -1."""
+    query, reference, base, grad_out, pull, out, w = rows
+    exponents = np.empty(HELD_EXPONENTS)
+    count, channels = len(query), grad_out.shape[1]
     for j in range(first, last):
         total, top = 0.0, -np.inf
-        for begin in range(0, rows, ROWS):
-            end, here = min(begin + ROWS, rows), -np.inf
+        for begin in range(0, count, HELD_EXPONENTS):
+            end, here = min(begin + HELD_EXPONENTS, count), -np.inf
             for i in range(begin, end):
                 exponent = _exponent(query[i], key[j], reference[i], w, base[i])
                 exponents[i - begin] = exponent
@@ -106,8 +117,8 @@ def weights(query, reference, base, grad_out, pull, out, w, key, value, own, res
 def rows_of(
     query: np.ndarray, reference: np.ndarray, base: np.ndarray, grad_out: np.ndarray, grad_lse: np.ndarray | None,
     out: np.ndarray, w: np.ndarray
-) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """The rows' arguments of `weights`; all arrays with one row for each."""
+) -> Givers:  # fmt: skip
+    """The rows as `weights` takes them; w as the caller has it."""
     pull = np.zeros(len(query)) if grad_lse is None else grad_lse
     parts = query, reference, base, grad_out, pull, out, w * ROOT
-    return tuple(np.ascontiguousarray(part, dtype=np.float64) for part in parts)
+    return Givers(*(np.ascontiguousarray(part, dtype=np.float64) for part in parts))

@@ -15,13 +15,19 @@ import math
 import numpy as np
 from numba import njit
 
-from .base import EXACT, LN2, SUMS, double
+from .base import EXACT, KEY_D, KEY_N, LN2, SUMS, WEIGHT, WEIGHT_N, N, double
 from .exp2 import exp2_double
 
 MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
 HUGE = 1e300  # scores beyond are as good as infinite
 SMALL = 2.0**-520  # of its square all products of two finite numbers are finite
 LEAST_DISTANCE = 4e307  # sums of four coordinates below stay finite
+
+
+@njit(**EXACT)
+def minus(x, y):
+    """Return x - y, kept out of the reach of reassociation."""
+    return x - y
 
 
 @njit(**EXACT)
@@ -165,13 +171,15 @@ def blocked_sum(x, n):
 
 
 @njit(**EXACT)
-def row_terms(q, w, key, at, key_n, key_d, n, weight, weight_at, weight_n, weighted, skip, terms):
-    """Fill terms with a_j 2^(score_j - top); return (index of k*, top, shift, total).
+def row_terms(about, given, q, w, skip, terms):
+    """Fill terms of all keys but `skip` with a_j 2^(score_j - top); return (index of k*, top, shift, total).
 
     k* is the nearest key, told by comparisons that do not round two distances to one. total is 0 for a row without
     keys, or infinitely far from all, and NaN where there is a number that makes the row NaN; then k* is -1.
     """
-    n_features = len(q)
+    n, n_features, weighted = about[N], len(q), about[WEIGHT] != 0
+    key, at, key_n, key_d = given.key, given.at_key, about[KEY_N], about[KEY_D]
+    weight, weight_at, weight_n = given.weight, given.at_weight, about[WEIGHT_N]
     valid, infinite = True, False
     for f in range(n_features):
         valid &= abs(w[f]) < np.inf and q[f] == q[f]

@@ -79,7 +79,7 @@ def sums_over(sources, crowds, x, own, level, orders):
     if level < 0:
         sum_keys(key, sources.charge, 0, len(key), row, factor, orders, strip, sums, 2)
     else:
-        sum_window(key, sources.charge, crowds, 0, len(key), level, row, factor, orders, strip, sums, 2)
+        sum_window(key, sources.charge, crowds, (0, len(key), level), row, factor, orders, strip, sums, 2)
     assert not sums[:, :, [0, 1, 3]].any()
     return key[star], sums[:, :, 2]
 
@@ -91,7 +91,7 @@ def test_sums_over_a_window_with_and_without_crowds(x, own, orders, columns):
     generator = np.random.default_rng(5)
     key = np.sort(generator.random(1000))
     charge = np.stack([np.ones(1000), *generator.normal(size=(columns - 1, 1000))])
-    sources = far_rows.Sources(key, charge, 1.0, 0.0, 30.0)
+    sources = query_side.Sources(key, charge, 1.0, 0.0, 30.0)
     nearest, alone = sums_over(sources, query_side.NO_CROWDS, x, own, -1, orders)
     z = scores_of(key, x, nearest)
     term = np.exp(-z / 2)
@@ -118,7 +118,7 @@ def test_an_own_key_that_is_nearly_all_of_a_crowd_is_not_subtracted():
     key = np.concatenate([np.linspace(0, 1e-3, 400), np.linspace(0.5, 0.501, 100)])
     charge = np.ones((2, 500))
     charge[:, 450] = 1e8
-    sources = far_rows.Sources(key, charge, 30.0, 0.0, 60.0)
+    sources = query_side.Sources(key, charge, 30.0, 0.0, 60.0)
     _, alone = sums_over(sources, query_side.NO_CROWDS, 3.0, 450, -1, 0)
     level = level_of(2.5, 30.0, 0.0)
     crowds = query_side.crowded_boxes(

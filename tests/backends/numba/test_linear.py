@@ -9,9 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fgt_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 
 from nwfast import backends
 from nwfast.backends import reference

@@ -8,6 +8,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 constexpr double kMinusHalfLog2E = -kHalfLog2E;
 
@@ -37,7 +38,7 @@ NWFAST_INLINE const double* as_double(const float* x, int64_t n, double* block) 
 }
 
 template <typename T, int kColumns, bool kOffsets, bool kScores>
-NWFAST_INLINE void direct_columns(const FgtDirect<T>& task, int column) {
+NWFAST_INLINE void direct_columns(const DirectTask<T>& task, int column) {
   constexpr int kSlots = 1 + kOffsets + kScores;
   const DVec factor = splat(kMinusHalfLog2E * task.scale * task.scale);
   double block[sizeof(T) == sizeof(double) ? 1 : kSourceBlock];
@@ -92,7 +93,7 @@ NWFAST_INLINE void direct_columns(const FgtDirect<T>& task, int column) {
 }
 
 template <typename T, int kColumns>
-void direct_moments(const FgtDirect<T>& task, int column) {
+void direct_slots(const DirectTask<T>& task, int column) {
   if (task.offsets && task.scores) {
     direct_columns<T, kColumns, true, true>(task, column);
   } else if (task.offsets) {
@@ -105,10 +106,10 @@ void direct_moments(const FgtDirect<T>& task, int column) {
 }
 
 template <typename T>
-void fgt_direct(const FgtDirect<T>& task) {
+void direct(const DirectTask<T>& task) {
   int column = 0;
-  for (; column + 2 <= task.columns; column += 2) direct_moments<T, 2>(task, column);
-  if (column < task.columns) direct_moments<T, 1>(task, column);
+  for (; column + 2 <= task.columns; column += 2) direct_slots<T, 2>(task, column);
+  if (column < task.columns) direct_slots<T, 1>(task, column);
 }
 
 // (x - u)^2 - (x - reference)^2 for each u, to a few roundings of itself.
@@ -123,7 +124,7 @@ struct MirroredSource {
 };
 
 template <typename T, int kColumns, bool kOffsets>
-NWFAST_INLINE void gather_columns(const FgtGather<T>& task, int column) {
+NWFAST_INLINE void gather_columns(const GatherTask<T>& task, int column) {
   const DVec factor = splat(kMinusHalfLog2E * task.scale * task.scale);
   for (int64_t begin = 0; begin < task.targets; begin += kD) {
     const DVec u = load_up_to(task.target + begin, task.targets - begin);
@@ -151,7 +152,7 @@ NWFAST_INLINE void gather_columns(const FgtGather<T>& task, int column) {
 }
 
 template <typename T>
-void fgt_gather(const FgtGather<T>& task) {
+void gather(const GatherTask<T>& task) {
   int column = 0;
   for (; column < task.columns; column += 2) {
     const bool pair = column + 2 <= task.columns;
@@ -165,13 +166,13 @@ void fgt_gather(const FgtGather<T>& task) {
 
 // One channel has its sums in registers.
 template <typename T, bool kOffsets, bool kSingle>
-NWFAST_INLINE void pull(const FgtPull<T>& task) {
+NWFAST_INLINE void pull_slots(const PullTask<T>& task) {
   const DVec factor = splat(kMinusHalfLog2E * task.scale * task.scale);
   const IntVec<double> lanes = lane_numbers<double>();
   for (int64_t begin = 0; begin < task.targets; begin += kD) {
     const DVec u = load_up_to(task.target + begin, task.targets - begin);
     double* const out = task.sums + begin;
-    DVec total = {}, pulled = {}, moment = {};
+    DVec total = {}, pulled = {}, by_offset = {};
     for (int64_t i = 0; i < task.sources; ++i) {
       const double x = task.source[i];
       DVec exponent = MirroredSource(x, task.reference[i]).score(u) * factor;
@@ -190,23 +191,24 @@ NWFAST_INLINE void pull(const FgtPull<T>& task) {
       }
       pull = pull * weight;
       pulled += pull;
-      if (kOffsets) moment += pull * (splat(x) - u);
+      if (kOffsets) by_offset += pull * (splat(x) - u);
     }
     double* const next = out + task.channels * task.sums_pitch;
     if (kSingle) store<double>(out, load(out) + total);
     store<double>(next, load(next) + pulled);
-    if (kOffsets) store<double>(next + task.sums_pitch, load(next + task.sums_pitch) + moment);
+    if (kOffsets) store<double>(next + task.sums_pitch, load(next + task.sums_pitch) + by_offset);
   }
 }
 
 template <typename T>
-void fgt_pull(const FgtPull<T>& task) {
+void pull(const PullTask<T>& task) {
   if (task.channels == 1) {
-    task.offsets ? pull<T, true, true>(task) : pull<T, false, true>(task);
+    task.offsets ? pull_slots<T, true, true>(task) : pull_slots<T, false, true>(task);
   } else {
-    task.offsets ? pull<T, true, false>(task) : pull<T, false, false>(task);
+    task.offsets ? pull_slots<T, true, false>(task) : pull_slots<T, false, false>(task);
   }
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -6,6 +6,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 typedef float HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 NWFAST_INLINE void store_as(double* p, DVec v, int64_t count) {
@@ -54,7 +55,7 @@ NWFAST_INLINE DVec logarithm(DVec x) {
 }
 
 template <typename T>
-void fgt_finish(const FgtFinish<T>& task) {
+void finish(const FinishTask<T>& task) {
   constexpr int kTerms = sizeof(T) == 4 ? 6 : 11;
   const DVec not_a_number = splat(static_cast<double>(std::numeric_limits<double>::quiet_NaN()));
   const DVec low = splat(task.low), high = splat(task.high);
@@ -102,5 +103,6 @@ void fgt_finish(const FgtFinish<T>& task) {
   }
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

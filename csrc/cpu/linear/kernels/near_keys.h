@@ -1,6 +1,6 @@
 // Gradients of keys whose windows hold few rows, one channel: the transposed sums one by one, in the precision of the
 // input. A vector of ascending keys (one a lane) visits the rows of a common range; see windows.h for how exact
-// scores are, and FgtPull for the sums.
+// scores are, and PullTask for the sums.
 
 #pragma once
 
@@ -8,9 +8,10 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 template <typename T, bool kOffsets, bool kMasked>
-NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t begin, int64_t end) {
+NWFAST_INLINE void near_pull_vector(const NearPullTask<T>& task, int64_t first, int64_t begin, int64_t end) {
   const int64_t left = task.targets - first;
   const Vec<T> u = load_strided(task.target + first, 1, left);
   const Vec<T> value = load_strided(task.value + first * task.value_stride, task.value_stride, left) - task.centre;
@@ -20,7 +21,7 @@ NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t 
   WideSum<T> sums[3];
   for (int64_t i = begin; i < end;) {
     const int64_t stop = end - i < kNearFlush ? end : i + kNearFlush;
-    Vec<T> total = {}, pulled = {}, moment = {};
+    Vec<T> total = {}, pulled = {}, by_offset = {};
 #pragma GCC unroll 2
     for (; i < stop; ++i) {
       const T reference = task.reference[i], apart = task.source[i] - reference;
@@ -33,11 +34,11 @@ NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t 
       const Vec<T> pull = (splat(task.grad[i]) * (value - splat(task.mean[i])) + splat(task.lse_grad[i])) * weight;
       total += weight * splat(task.grad[i]);
       pulled += pull;
-      if (kOffsets) moment += pull * ((difference + splat(apart)) * w);
+      if (kOffsets) by_offset += pull * ((difference + splat(apart)) * w);
     }
     sums[0].add(total);
     sums[1].add(pulled);
-    if (kOffsets) sums[2].add(moment);
+    if (kOffsets) sums[2].add(by_offset);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < WideSum<T>::kParts; ++i) {
@@ -49,17 +50,17 @@ NWFAST_INLINE void near_pull(const FgtNearPull<T>& task, int64_t first, int64_t 
 }
 
 template <typename T, bool kOffsets, bool kMasked>
-void near_pull_all(const FgtNearPull<T>& task) {
+void near_pull_all(const NearPullTask<T>& task) {
   for (int64_t group = 0; group < task.targets; group += kNearTargets) {
     const int64_t* const range = task.ranges + 2 * (group / kNearTargets);
     for (int64_t first = group; first < group + kNearTargets && first < task.targets; first += kLanes<T>) {
-      near_pull<T, kOffsets, kMasked>(task, first, range[0], range[1]);
+      near_pull_vector<T, kOffsets, kMasked>(task, first, range[0], range[1]);
     }
   }
 }
 
 template <typename T>
-void fgt_near_pull(const FgtNearPull<T>& task) {
+void near_pull(const NearPullTask<T>& task) {
   if (task.offsets) {
     task.excluded ? near_pull_all<T, true, true>(task) : near_pull_all<T, true, false>(task);
   } else {
@@ -67,5 +68,6 @@ void fgt_near_pull(const FgtNearPull<T>& task) {
   }
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

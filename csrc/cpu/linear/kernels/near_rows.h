@@ -9,6 +9,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 // 2^t for t <= 0, about the least normal number where t is far below; anything for t far above 0. Short chains of
 // operations: a few of them have to fit into the processor's schedule at a time.
@@ -77,7 +78,7 @@ struct NearSums {
 
 // A vector of rows over the keys of a window.
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
-NWFAST_INLINE void sum_together(const FgtNear<T>& task, int64_t begin, int64_t end, Vec<T> x, Vec<T> reference,
+NWFAST_INLINE void sum_together(const NearTask<T>& task, int64_t begin, int64_t end, Vec<T> x, Vec<T> reference,
                                 IntVec<T> excluded, WideSum<T> (*sums)[2]) {
   const Vec<T> apart = x - reference, twice = apart + apart, w = splat(static_cast<T>(task.scale));
   const Vec<T> factor = splat(static_cast<T>(kMinusHalfLog2E * task.scale * task.scale));
@@ -115,7 +116,7 @@ NWFAST_INLINE Vec<T> load_strided(const T* x, int64_t stride, int64_t count) {
 // Writes sums that are relative to the nearest key, whose weight is exactly 1, in user units; rows near to that key are
 // to be relative to themselves.
 template <typename T, bool kOffsets, bool kScores>
-NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
+NWFAST_INLINE void store_sums(const NearTask<T>& task, Vec<T> apart, const WideSum<T> (*sums)[2], int64_t row,
                               int parts) {
   constexpr int kScore = 1 + kOffsets;
   T lanes[kLanes<T>];
@@ -134,12 +135,12 @@ NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSu
       const DVec sum = sums[0][column].part[i] * weight;
       store<double>(out, sum);
       if (kOffsets) {
-        const DVec moment = sums[1][column].part[i] * weight + moved * sum;
-        store<double>(out + 2 * task.sums_pitch, moment / task.scale);
+        const DVec shifted = sums[1][column].part[i] * weight + moved * sum;
+        store<double>(out + 2 * task.sums_pitch, shifted / task.scale);
       }
       if (kScores) {
-        const DVec moment = sums[kScore][column].part[i] * weight + moved * moved * sum;
-        store<double>(out + 2 * kScore * task.sums_pitch, moment / (task.scale * task.scale));
+        const DVec shifted = sums[kScore][column].part[i] * weight + moved * moved * sum;
+        store<double>(out + 2 * kScore * task.sums_pitch, shifted / (task.scale * task.scale));
       }
     }
   }
@@ -147,8 +148,8 @@ NWFAST_INLINE void store_sums(const FgtNear<T>& task, Vec<T> apart, const WideSu
 
 // Sums a vector of rows over their common window.
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
-NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows, int64_t first,
-                            RowVector<T>& found) {
+NWFAST_INLINE bool together(const NearTask<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows,
+                            int64_t first, RowVector<T>& found) {
   if (!find_together<T, kMasked>(task, spans, row, rows, first, found)) return false;
   WideSum<T> sums[3][2];
   sum_together<T, kOffsets, kScores, kMasked>(task, found.window.begin, found.window.end, found.x, found.reference,
@@ -159,7 +160,7 @@ NWFAST_INLINE bool together(const FgtNear<T>& task, const NearSpans<T>& spans, i
 
 // Sums one row, its keys in the lanes.
 template <typename T, bool kOffsets, bool kScores>
-NWFAST_ONE_COPY void sum_alone(const FgtNear<T>& task, const LoneRow<T>& found, int64_t row) {
+NWFAST_ONE_COPY void sum_alone(const NearTask<T>& task, const LoneRow<T>& found, int64_t row) {
   constexpr int64_t kKeys = kLanes<T>;
   const T* const key = task.key;
   const T x = found.x, reference = found.reference;
@@ -197,7 +198,7 @@ NWFAST_ONE_COPY void sum_alone(const FgtNear<T>& task, const LoneRow<T>& found, 
 }
 
 template <typename T, bool kOffsets, bool kScores, bool kMasked>
-NWFAST_INLINE int64_t near_rows(const FgtNear<T>& task) {
+NWFAST_INLINE int64_t near_rows(const NearTask<T>& task) {
   const NearSpans<T> spans(task);
   int64_t place = task.place, singly = 0;  // rows before `singly` are summed alone
   RowVector<T> found;
@@ -226,7 +227,7 @@ NWFAST_INLINE int64_t near_rows(const FgtNear<T>& task) {
 }
 
 template <typename T, bool kMasked>
-int64_t near_slots(const FgtNear<T>& task) {
+int64_t near_slots(const NearTask<T>& task) {
   if (task.offsets && task.scores) return near_rows<T, true, true, kMasked>(task);
   if (task.offsets) return near_rows<T, true, false, kMasked>(task);
   if (task.scores) return near_rows<T, false, true, kMasked>(task);
@@ -234,9 +235,10 @@ int64_t near_slots(const FgtNear<T>& task) {
 }
 
 template <typename T>
-int64_t fgt_near(const FgtNear<T>& task) {
+int64_t near(const NearTask<T>& task) {
   return task.exclude ? near_slots<T, true>(task) : near_slots<T, false>(task);
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

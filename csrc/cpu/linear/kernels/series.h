@@ -9,6 +9,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 // out[i] += the sum of the lanes of v[i], in a fixed order.
 NWFAST_INLINE void add_horizontal_sums(const DVec (&v)[4], double* out) {
@@ -46,7 +47,7 @@ NWFAST_INLINE void moments_of_block(const DVec* t, DVec* power, const DVec (*cha
 }
 
 template <typename T>
-void fgt_moments(const FgtMoments<T>& task) {
+void moments(const MomentsTask<T>& task) {
   constexpr int64_t kVectors = 64;
   const DVec centre = splat(task.centre), scale = splat(task.scale);
   const DVec one = splat(1.0);
@@ -113,7 +114,7 @@ NWFAST_INLINE DVec splat_pair(const double* pair) {
 }
 
 template <int kVectors, int kColumns>
-void translate(const FgtTranslate& task, int column) {
+void translate_columns(const TranslateTask& task, int column) {
   // All loops over sums are unrolled: an array that is indexed by a variable stays in memory.
   DVec sums[kColumns][kVectors];
 #pragma GCC unroll 2
@@ -148,32 +149,32 @@ void translate(const FgtTranslate& task, int column) {
 }
 
 template <int kVectors>
-void translate_columns(const FgtTranslate& task) {
+void translate_all(const TranslateTask& task) {
   int column = 0;
-  for (; column + 2 <= task.columns; column += 2) translate<kVectors, 2>(task, column);
-  if (column < task.columns) translate<kVectors, 1>(task, column);
+  for (; column + 2 <= task.columns; column += 2) translate_columns<kVectors, 2>(task, column);
+  if (column < task.columns) translate_columns<kVectors, 1>(task, column);
 }
 
-inline void fgt_translate(const FgtTranslate& task) {
+inline void translate(const TranslateTask& task) {
   switch ((task.terms + kD - 1) / kD) {
     case 1:
-      return translate_columns<1>(task);
+      return translate_all<1>(task);
     case 2:
-      return translate_columns<2>(task);
+      return translate_all<2>(task);
     case 3:
-      return translate_columns<3>(task);
+      return translate_all<3>(task);
     case 4:
-      return translate_columns<4>(task);
+      return translate_all<4>(task);
     case 5:
-      return translate_columns<5>(task);
+      return translate_all<5>(task);
     case 6:
-      return translate_columns<6>(task);
+      return translate_all<6>(task);
     case 8:
-      return translate_columns<8>(task);
+      return translate_all<8>(task);
     case 10:
-      return translate_columns<10>(task);
+      return translate_all<10>(task);
     default:
-      return translate_columns<12>(task);
+      return translate_all<12>(task);
   }
 }
 
@@ -202,7 +203,7 @@ NWFAST_INLINE void horner(const double* local, int pitch, int terms, const DVec*
 }
 
 template <typename T>
-void fgt_evaluate(const FgtEvaluate<T>& task) {
+void evaluate(const EvaluateTask<T>& task) {
   constexpr int kVectors = 4;
   const DVec centre = splat(task.centre), scale = splat(task.scale);
   for (int64_t begin = 0; begin < task.n; begin += kVectors * kD) {
@@ -224,5 +225,6 @@ void fgt_evaluate(const FgtEvaluate<T>& task) {
   }
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -4,13 +4,14 @@
 
 #pragma once
 
+#include "../../../common/host_device.h"
 #include "../../dense/kernels.h"
 
 namespace nwfast {
 
 // Adds to the power moments of a box, sum_j charge_j t_j^n for n < terms, for each column of charges.
 template <typename T>
-struct FgtMoments {
+struct MomentsTask {
   const T* x;
   int64_t n;
   double centre, scale;
@@ -25,10 +26,16 @@ struct FgtMoments {
 constexpr int kMostTerms = 24;     // of an expansion
 constexpr double kNearAlways = 3;  // bandwidths from the nearest key up to which rounded differences do (windows.h)
 
+// Whether differences of coordinates between these are exact, so that scores are exact enough in T (windows.h).
+template <typename T>
+NWFAST_HOST_DEVICE bool exact_differences(T bottom, T top) {
+  return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
+}
+
 // Adds to the local expansion of a box what boxes below and above it send, for each column. Boxes that lie equally far
 // on either side share a matrix K: from above the entry for terms n and m is sign (-1)^(n + m) K[n][m], so that even
 // m take K[n][m] (below_n + s above_n) and odd m K[n][m] (below_n - s above_n), s = sign (-1)^n.
-struct FgtTranslate {
+struct TranslateTask {
   int terms, pitch;  // matrices are (terms of the source, pitch of the target); terms is a multiple of 4
   int columns;
   double sign;  // 1 for an even kernel, -1 for an odd one
@@ -40,7 +47,7 @@ struct FgtTranslate {
 
 // Power series at the points of a box: sum_m local_m s_i^m.
 template <typename T>
-struct FgtEvaluate {
+struct EvaluateTask {
   const T* x;
   int64_t n;
   double centre, scale;
@@ -54,7 +61,7 @@ struct FgtEvaluate {
 // (x_i - u_j)^2 - (x_i - r_i)^2: sum_j charge_j exp(-scale^2 z / 2), and, if asked for, the same with factors
 // (r_i - u_j) and z. With r_i = x_i these are plain distances.
 template <typename T>
-struct FgtDirect {
+struct DirectTask {
   const T* target;
   const double* reference;
   const int64_t* excluded;  // (targets) place among the sources that is left out, or null
@@ -74,7 +81,7 @@ struct FgtDirect {
 // together, or singly where more than `spread` keys lie between them, until a window holds more than `most` (or
 // `most_alone`) keys, or T is not precise enough.
 template <typename T>
-struct FgtNear {
+struct NearTask {
   const T* x;
   int64_t rows, first_row;  // the number of x[0] among all rows
   const T* key;             // ascending
@@ -89,14 +96,14 @@ struct FgtNear {
   double scale, log_span, near_span, level_zero;
   int64_t most, most_alone, spread, few;
   bool offsets, scores;
-  double *sums, *apart;  // as in FgtDirect, padded; x - r
+  double *sums, *apart;  // as in DirectTask, padded; x - r
   int64_t sums_pitch;
 };
 
 // The transpose: for each target u_j, over sources x_i with references r_i and the same z:
 // sum_i charge_i exp(-scale^2 z / 2), and, if asked for, the same with factor (x_i - u_j).
 template <typename T>
-struct FgtGather {
+struct GatherTask {
   const T* target;
   int64_t targets;
   const double *source, *reference;
@@ -114,7 +121,7 @@ struct FgtGather {
 // sum_i e grad_i for each channel, sum_i e u, and, if asked for, sum_i e u (x_i - u_j). Differences are taken first: a
 // row whose output is the value of its nearest key adds exactly nothing.
 template <typename T>
-struct FgtPull {
+struct PullTask {
   const T* target;
   int64_t targets;
   const double* value;  // (channels, value_pitch)
@@ -137,7 +144,7 @@ constexpr int64_t kNearTargets = 8;
 // The same for one channel with few sources around each target, in T, written and not added. Each kNearTargets targets
 // have a range of sources.
 template <typename T>
-struct FgtNearPull {
+struct NearPullTask {
   const T* target;
   int64_t targets;
   const T* value;
@@ -154,11 +161,11 @@ struct FgtNearPull {
   int64_t sums_pitch;
 };
 
-// Results of rows of one channel from their sums (FgtDirect): with total S_0 and value S_1,
+// Results of rows of one channel from their sums (DirectTask): with total S_0 and value S_1,
 //   out = centre + S_1 / S_0, within [low, high],   lse = log(unit S_0) - (w apart)^2 / 2,
 //   state = ((w apart)^2 log2(e) / 2, unit S_0),   tangents as asked for. A row with S_0 = 0 gets NaN, -infinity, 0.
 template <typename T>
-struct FgtFinish {
+struct FinishTask {
   int64_t rows;
   const double *total, *value;
   const double *offset_total, *offset_value, *score_total, *score_value;  // null where there is no tangent
@@ -169,20 +176,20 @@ struct FgtFinish {
 };
 
 template <typename T>
-struct FgtKernels {
-  void (*moments)(const FgtMoments<T>&);
-  void (*translate)(const FgtTranslate&);
-  void (*evaluate)(const FgtEvaluate<T>&);
-  void (*direct)(const FgtDirect<T>&);
-  int64_t (*near)(const FgtNear<T>&);  // returns how many rows it summed
-  void (*gather)(const FgtGather<T>&);
-  void (*pull)(const FgtPull<T>&);
-  void (*near_pull)(const FgtNearPull<T>&);
-  void (*finish)(const FgtFinish<T>&);
+struct LinearKernels {
+  void (*moments)(const MomentsTask<T>&);
+  void (*translate)(const TranslateTask&);
+  void (*evaluate)(const EvaluateTask<T>&);
+  void (*direct)(const DirectTask<T>&);
+  int64_t (*near)(const NearTask<T>&);  // returns how many rows it summed
+  void (*gather)(const GatherTask<T>&);
+  void (*pull)(const PullTask<T>&);
+  void (*near_pull)(const NearPullTask<T>&);
+  void (*finish)(const FinishTask<T>&);
 };
 
 // The table for the best instruction set that this processor has.
 template <typename T>
-const FgtKernels<T>& fgt_kernels();
+const LinearKernels<T>& linear_kernels();
 
 }  // namespace nwfast

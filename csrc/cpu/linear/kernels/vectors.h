@@ -6,6 +6,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 typedef Vec<double> DVec;
 constexpr int kD = kLanes<double>;
@@ -65,5 +66,6 @@ NWFAST_INLINE bool any_lane(IntVec<double> mask) {
 #endif
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

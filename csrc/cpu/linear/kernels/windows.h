@@ -5,7 +5,7 @@
 // at most `few` of them lie nearer than that, already those from near_span on do.
 //
 // Coordinates are subtracted before they are scaled. For x and r far from a key beside their distance from each other,
-// the difference of squares z (FgtDirect) has a relative error of a rounding only if the three differences are exact.
+// the difference of squares z (DirectTask) has a relative error of a rounding only if the three differences are exact.
 // Where the window's coordinates lie within a factor of 2, they are (Sterbenz); else z is off by (w d)^2 roundings at a
 // distance d, which is harmless near the row and not trusted beyond kNearAlways bandwidths from the nearest key.
 
@@ -15,6 +15,7 @@
 
 namespace nwfast {
 namespace NWFAST_ISA {
+namespace linear {
 
 // How many of the lanes are set.
 template <typename T>
@@ -81,7 +82,7 @@ NWFAST_INLINE float least_lane<float>(Vec<float> v) {
 
 // Places of the keys that the lanes leave out, counted from `origin`.
 template <typename T>
-NWFAST_INLINE IntVec<T> excluded_lanes(const FgtNear<T>& task, int64_t row, int64_t rows, int64_t origin) {
+NWFAST_INLINE IntVec<T> excluded_lanes(const NearTask<T>& task, int64_t row, int64_t rows, int64_t origin) {
   constexpr int64_t kNowhere = int64_t{1} << 30;
   IntVec<T> excluded;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
@@ -117,7 +118,7 @@ template <typename T>
 struct NearSpans {
   T wide, narrow, farther;
 
-  explicit NearSpans(const FgtNear<T>& task)
+  explicit NearSpans(const NearTask<T>& task)
       : wide(static_cast<T>(2 * task.log_span / (task.scale * task.scale))),
         narrow(static_cast<T>(2 * task.near_span / (task.scale * task.scale))),
         farther(static_cast<T>((std::sqrt(2 * task.log_span) - std::sqrt(2 * task.near_span)) / task.scale)) {}
@@ -127,15 +128,9 @@ constexpr T kSlack = 4 * std::numeric_limits<T>::epsilon();  // what rounding ta
 
 // Whether few keys lie between the narrow window, keys [begin, end) or more, and the wide one.
 template <typename T>
-NWFAST_INLINE bool few_beyond(const FgtNear<T>& task, int64_t begin, int64_t end, T low, T high) {
+NWFAST_INLINE bool few_beyond(const NearTask<T>& task, int64_t begin, int64_t end, T low, T high) {
   const int64_t below = begin - task.few / 2 - 1, above = end + task.few / 2;
   return (below < 0 || task.key[below] < low) && (above >= task.keys || task.key[above] > high);
-}
-
-// Whether scores are exact enough in T for coordinates between these (see the top of the file).
-template <typename T>
-NWFAST_INLINE bool exact_differences(T bottom, T top) {
-  return (bottom > 0 && top <= 2 * bottom) || (top < 0 && bottom >= 2 * top);
 }
 
 // A vector of rows, their nearest keys and their common window.
@@ -149,7 +144,7 @@ struct RowVector {
 // The first key not below the rows is `first`; the window moves on from the last one's. False if it holds too many
 // keys, or T is not precise enough.
 template <typename T, bool kMasked>
-NWFAST_ONE_COPY bool find_together(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows,
+NWFAST_ONE_COPY bool find_together(const NearTask<T>& task, const NearSpans<T>& spans, int64_t row, int64_t rows,
                                    int64_t first, RowVector<T>& found) {
   NearWindow<T>& window = found.window;
   const T* const key = task.key;
@@ -204,7 +199,7 @@ struct LoneRow {
 // The window is vectors of keys upwards and downwards from the row, to the first that reaches beyond what counts. False
 // as above.
 template <typename T, bool kMasked>
-NWFAST_ONE_COPY bool find_alone(const FgtNear<T>& task, const NearSpans<T>& spans, int64_t row, int64_t first,
+NWFAST_ONE_COPY bool find_alone(const NearTask<T>& task, const NearSpans<T>& spans, int64_t row, int64_t first,
                                 LoneRow<T>& found) {
   constexpr int64_t kKeys = kLanes<T>;
   const T* const key = task.key;
@@ -238,5 +233,6 @@ NWFAST_ONE_COPY bool find_alone(const FgtNear<T>& task, const NearSpans<T>& span
   return true;
 }
 
+}  // namespace linear
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -6,7 +6,7 @@
 #include "task.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 constexpr int64_t kGroup = 8;  // rows that are summed together directly
 
@@ -90,7 +90,7 @@ class DirectRows {
     for (int64_t part = begin; part < end; part += kDirectKeys) {
       const int64_t n = std::min(kDirectKeys, end - part);
       rows_.data.load(part, n, charge_.data(), kDirectKeys);
-      FgtDirect<R> task;
+      DirectTask<R> task;
       task.target = rows_.data.query + first;
       task.reference = reference;
       for (int64_t k = 0; rows_.data.exclude && k < rows; ++k) excluded[k] = rows_.data.excluded(first + k) - part;
@@ -118,5 +118,5 @@ class DirectRows {
   bool placed_ = false;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

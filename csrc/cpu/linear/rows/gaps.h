@@ -6,7 +6,7 @@
 #include "direct.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 class GapRows {
@@ -119,7 +119,7 @@ class GapRows {
       apart[k] = std::fabs(static_cast<double>(rows_.data.query[rows[group.begin + k]]) -
                            static_cast<double>(rows_.data.key[group.edge]));
     }
-    FgtDirect<double> task;
+    DirectTask<double> task;
     task.target = apart.data();
     task.reference = reference.data();
     task.excluded = nullptr;
@@ -134,7 +134,7 @@ class GapRows {
     task.scores = rows_.plan.scores;
     task.sums = block.data();
     task.sums_pitch = pitch;
-    fgt_kernels<double>().direct(task);
+    linear_kernels<double>().direct(task);
     double* const out = sums + group.side * rows_.slots * rows_.columns * count + group.begin;
     for (int slot = 0; slot < rows_.slots; ++slot) {
       // Distances behind the edge are against the direction of x on the side above.
@@ -149,5 +149,5 @@ class GapRows {
   const RowTask<R>& rows_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

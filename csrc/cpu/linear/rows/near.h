@@ -6,7 +6,7 @@
 #include "direct.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 constexpr int64_t kNearKeys = 64;       // keys in the common window of a vector of rows that are summed one by one
 constexpr int64_t kNearSpread = 48;     // keys between the rows of a vector from which on rows are summed singly
@@ -65,7 +65,7 @@ class NearRowPass {
 
   // Sums rows one by one as long as few keys count for them; returns how many it summed.
   int64_t sum(int64_t begin, int64_t end, int64_t place) {
-    FgtNear<R> task;
+    NearTask<R> task;
     task.x = rows_.data.query + begin;
     task.rows = end - begin;
     task.first_row = begin;
@@ -102,5 +102,5 @@ class NearRowPass {
   std::vector<double> sums_, apart_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

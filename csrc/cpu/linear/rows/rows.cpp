@@ -6,7 +6,7 @@
 #include "series.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 namespace {
 
 template <typename R>
@@ -100,5 +100,5 @@ void sum_rows(const Data<R>& data, const Plan& plan, const Boxes<R>& boxes, bool
 template void sum_rows<float>(const Data<float>&, const Plan&, const Boxes<float>&, bool, const RowFinish&, bool);
 template void sum_rows<double>(const Data<double>&, const Plan&, const Boxes<double>&, bool, const RowFinish&, bool);
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

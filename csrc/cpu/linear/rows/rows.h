@@ -12,7 +12,7 @@
 #include "../data.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // The sums of a row: of exp(.) a_j and exp(.) a_j (v_j - centre), and of these times (r - k_j) and times
 // (x - k_j)^2 - (x - r)^2 where asked for.
@@ -41,5 +41,5 @@ template <typename R>
 void sum_rows(const Data<R>& data, const Plan& plan, const Boxes<R>& boxes, bool expanded, const RowFinish& finish,
               bool serial);
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

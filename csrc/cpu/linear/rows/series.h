@@ -5,7 +5,7 @@
 #include "direct.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 class SeriesRows {
@@ -19,7 +19,7 @@ class SeriesRows {
     if (begin_ == end_) begin_ = begin;
     end_ = end;
     double* const sums = sums_.data() + (begin - begin_);
-    FgtEvaluate<R> task;
+    EvaluateTask<R> task;
     task.x = rows_.data.query + begin;
     task.n = end - begin;
     task.centre = centre;
@@ -76,5 +76,5 @@ class SeriesRows {
   int64_t begin_ = 0, end_ = 0;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -5,7 +5,7 @@
 #include "rows.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 constexpr double kMostOwnValue = 32;              // times the sum of all others that an excluded key may have added
 constexpr int64_t kEvaluated = 512;               // rows whose results are written together
@@ -17,10 +17,10 @@ struct RowTask {
   const Plan& plan;
   const RowFinish& finish;
   const int columns, slots;
-  const FgtKernels<R>& table;
+  const LinearKernels<R>& table;
 
   RowTask(const Data<R>& from, const Plan& by, const RowFinish& to)
-      : data(from), plan(by), finish(to), columns(from.channels + 1), slots(by.orders), table(fgt_kernels<R>()) {}
+      : data(from), plan(by), finish(to), columns(from.channels + 1), slots(by.orders), table(linear_kernels<R>()) {}
 
   auto loader() const {
     return [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { data.load(begin, n, charge, pitch); };
@@ -93,5 +93,5 @@ struct RowTask {
   }
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

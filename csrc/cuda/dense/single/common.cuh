@@ -1,4 +1,4 @@
-// One feature, one channel, float32 arithmetic: the pieces that the two directions share.
+// One feature, one channel, float32 arithmetic: the pieces that sums for rows and sums for keys share.
 //
 // Scores are taken as they are, t_ij = -c (x_i - k_j)^2 with c = w^2 log2(e) / 2: no running maximum, no shift. A row
 // whose total is then too small is far from all keys, and is computed again in double (rows.cuh). Since the weights of

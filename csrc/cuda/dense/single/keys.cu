@@ -70,11 +70,7 @@ __global__ void __launch_bounds__(kSingleThreads)
   }
 #pragma unroll
   for (auto& sum : sums.sums) sum.clear();
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  }
+  warp_bounds(low, high);
   if (lane_number() == 0) {
     edges[2 * warp_number()] = low;
     edges[2 * warp_number() + 1] = high;

@@ -15,10 +15,10 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 32;  // several waves, so that uneven windows even out
 constexpr int64_t kLeastPart = 4 * kSingleTile;   // keys
 
-template <Moments kMoments>
+template <OffsetSums kOffsetSums>
 struct Shape {
-  static constexpr int kRows = kMoments == Moments::kNone ? 8 : 4;  // queries of one thread
-  static constexpr int kSums = kMoments == Moments::kNone ? 2 : kMoments == Moments::kSquares ? 4 : 6;
+  static constexpr int kRows = kOffsetSums == OffsetSums::kNone ? 8 : 4;  // queries of one thread
+  static constexpr int kSums = kOffsetSums == OffsetSums::kNone ? 2 : kOffsetSums == OffsetSums::kSquares ? 4 : 6;
 };
 
 struct Tile {
@@ -34,11 +34,11 @@ __device__ __forceinline__ void stage(const View& view, int64_t at, float* slot)
   }
 }
 
-template <Moments kMoments, bool kCharged>
+template <OffsetSums kOffsetSums, bool kCharged>
 struct Accumulator {
-  static constexpr int kRows = Shape<kMoments>::kRows;
+  static constexpr int kRows = Shape<kOffsetSums>::kRows;
   float query[kRows];
-  Sums<kRows> sums[Shape<kMoments>::kSums];
+  Sums<kRows> sums[Shape<kOffsetSums>::kSums];
 
   template <bool kMasked>
   __device__ __forceinline__ void add(const Bandwidth& bandwidth, float key, float value, float weight,
@@ -46,7 +46,7 @@ struct Accumulator {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float d = query[r] - key, square = d * d;
-      const bool polynomial = kMoments == Moments::kNone && r % kPolynomialShare == kPolynomialShare - 1;
+      const bool polynomial = kOffsetSums == OffsetSums::kNone && r % kPolynomialShare == kPolynomialShare - 1;
       float p = polynomial ? polynomial_power(square, bandwidth.factor, bandwidth.most)
                            : exp2_approximate(square * bandwidth.factor);
       if (kMasked && first_row + r * kSingleThreads == j) p = 0;
@@ -54,11 +54,11 @@ struct Accumulator {
       if (kCharged) p *= weight;
       sums[kTotal].inner[r] += p;
       sums[kValue].inner[r] += pv;
-      if constexpr (kMoments != Moments::kNone) {
+      if constexpr (kOffsetSums != OffsetSums::kNone) {
         sums[kSquare].inner[r] += p * square;
         sums[kSquareValue].inner[r] += pv * square;
       }
-      if constexpr (kMoments == Moments::kAll) {
+      if constexpr (kOffsetSums == OffsetSums::kAll) {
         sums[kOffset].inner[r] += p * d;
         sums[kOffsetValue].inner[r] += pv * d;
       }
@@ -93,19 +93,19 @@ __device__ void find_window(const Problem& problem, const Survey& survey, int64_
   }
 }
 
-template <Moments kMoments, bool kCharged>
+template <OffsetSums kOffsetSums, bool kCharged>
 __global__ void __launch_bounds__(kSingleThreads)
     sum_rows(const __grid_constant__ Problem problem, const RowPlan plan, const Survey* surveys, float* partial) {
   NWFAST_SHARED(shared);
   Tile* const tiles = reinterpret_cast<Tile*>(shared);
-  constexpr int kRows = Shape<kMoments>::kRows;
+  constexpr int kRows = Shape<kOffsetSums>::kRows;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t part = blockIdx.x % plan.parts, group = blockIdx.x / plan.parts;
   const int64_t b = group / plan.query_blocks, m = problem.queries;
   const int64_t first_row = group % plan.query_blocks * plan.block_rows;
   const Survey survey = surveys[b];
   if (!survey.usable) return;  // all rows will be computed in double
-  Accumulator<kMoments, kCharged> sums;
+  Accumulator<kOffsetSums, kCharged> sums;
   const int64_t own_row = first_row + thread;
   float low = INFINITY, high = -INFINITY;
   const int64_t query = problem.query.offset(problem.batch, b);
@@ -122,11 +122,7 @@ __global__ void __launch_bounds__(kSingleThreads)
   // The window of the block's queries, and the part of it that this block sums.
   float* const edges = reinterpret_cast<float*>(shared);
   int64_t* const window = reinterpret_cast<int64_t*>(shared + 2 * kSingleThreads / kWarp * sizeof(float));
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(kAllLanes, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  }
+  warp_bounds(low, high);
   if (lane_number() == 0) {
     edges[2 * warp_number()] = low;
     edges[2 * warp_number() + 1] = high;
@@ -199,7 +195,7 @@ __global__ void __launch_bounds__(kSingleThreads)
   }
   wait_copies<0>();
 #pragma unroll
-  for (int s = 0; s < Shape<kMoments>::kSums; ++s) {
+  for (int s = 0; s < Shape<kOffsetSums>::kSums; ++s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = own_row + r * kSingleThreads;
@@ -208,32 +204,32 @@ __global__ void __launch_bounds__(kSingleThreads)
   }
 }
 
-template <Moments kMoments>
+template <OffsetSums kOffsetSums>
 void launch_with(const Problem& problem, const Device& device, const RowPlan& plan, const Survey* surveys,
                  float* partial) {
   const int64_t blocks = problem.batch.count * plan.query_blocks * plan.parts;
-  const auto kernel = problem.key_weight.data ? sum_rows<kMoments, true> : sum_rows<kMoments, false>;
+  const auto kernel = problem.key_weight.data ? sum_rows<kOffsetSums, true> : sum_rows<kOffsetSums, false>;
   launch(kernel, blocks, kSingleThreads, 2 * sizeof(Tile), device.stream, problem, plan, surveys, partial);
 }
 
 }  // namespace
 
-RowPlan plan_rows(const Problem& problem, int multiprocessors, Moments moments) {
+RowPlan plan_rows(const Problem& problem, int multiprocessors, OffsetSums offset_sums) {
   RowPlan plan;
-  plan.moments = moments;
+  plan.offset_sums = offset_sums;
   const auto shape = [&](auto of) {
     plan.sums = of.kSums;
     plan.block_rows = kSingleThreads * of.kRows;
   };
-  switch (moments) {
-    case Moments::kNone:
-      shape(Shape<Moments::kNone>());
+  switch (offset_sums) {
+    case OffsetSums::kNone:
+      shape(Shape<OffsetSums::kNone>());
       break;
-    case Moments::kSquares:
-      shape(Shape<Moments::kSquares>());
+    case OffsetSums::kSquares:
+      shape(Shape<OffsetSums::kSquares>());
       break;
     default:
-      shape(Shape<Moments::kAll>());
+      shape(Shape<OffsetSums::kAll>());
   }
   plan.query_blocks = blocks_for(problem.queries, plan.block_rows);
   const int64_t wanted =
@@ -245,13 +241,13 @@ RowPlan plan_rows(const Problem& problem, int multiprocessors, Moments moments) 
 
 void launch_row_sums(const Problem& problem, const Device& device, const RowPlan& plan, const Survey* surveys,
                      float* partial) {
-  switch (plan.moments) {
-    case Moments::kNone:
-      return launch_with<Moments::kNone>(problem, device, plan, surveys, partial);
-    case Moments::kSquares:
-      return launch_with<Moments::kSquares>(problem, device, plan, surveys, partial);
+  switch (plan.offset_sums) {
+    case OffsetSums::kNone:
+      return launch_with<OffsetSums::kNone>(problem, device, plan, surveys, partial);
+    case OffsetSums::kSquares:
+      return launch_with<OffsetSums::kSquares>(problem, device, plan, surveys, partial);
     default:
-      return launch_with<Moments::kAll>(problem, device, plan, surveys, partial);
+      return launch_with<OffsetSums::kAll>(problem, device, plan, surveys, partial);
   }
 }
 

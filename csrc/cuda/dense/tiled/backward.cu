@@ -11,7 +11,6 @@ namespace nwfast {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr float kWeightRange = 0x1p60f;  // of key weights; beyond, float32 does not hold the powers that leave them out
 
 // The weights of a batch element's keys.
 struct KeyWeights {
@@ -55,12 +54,12 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // A lane for each row; together to find the nearest keys of those that are left to the kernels in double. The query
-// side wants neither those (exact and block_far are null) nor the weights of keys, which are null too where there are
-// none.
+// side wants neither those (key_rows and block_far are null) nor the weights of keys, which are null too where there
+// are none.
 __global__ void __launch_bounds__(kThreads, 3)
     gather_tiles(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTask task,
-                 const Blocks blocks, const ValueRange* ranges, const KeyWeights* weights, TileRow* rows, KeyRow* exact,
-                 int* block_far) {
+                 const Blocks blocks, const ValueRange* ranges, const KeyWeights* weights, TileRow* rows,
+                 KeyRow* key_rows, int* block_far) {
   NWFAST_SHARED(shared);
   unsigned* const votes = reinterpret_cast<unsigned*>(shared);
   const int64_t b = blocks.element(), m = problem.queries, channels = problem.channels;
@@ -89,18 +88,9 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     rows[place] = row;
   }
-  if (!exact) return;
-  unsigned relative = __ballot_sync(kAllLanes, own.far && shift != 0);
-  for (; relative; relative &= relative - 1) {
-    const int lane = __ffs(static_cast<int>(relative)) - 1;
-    Row row(problem, b, i - lane_number() + lane);
-    row.find_nearest();
-    if (lane == lane_number()) {
-      own.nearest = row.nearest;
-      own.lift = row.lift;
-    }
-  }
-  if (i < m) exact[place] = own;
+  if (!key_rows) return;
+  find_nearest_keys(problem, b, i, own.far && shift != 0, own);
+  if (i < m) key_rows[place] = own;
   const unsigned vote = __ballot_sync(kAllLanes, own.far);
   if (lane_number() == 0) votes[warp_number()] = vote;
   __syncthreads();
@@ -230,7 +220,7 @@ void tiled_key_side(const Problem& problem, const Device& device, const Backward
   ValueRange* const ranges = arena.take<ValueRange>(count * problem.channels);
   KeyWeights* const weights = problem.key_weight.data ? arena.take<KeyWeights>(count) : nullptr;
   TileRow* const rows = arena.take<TileRow>(count * m);
-  KeyRow* const exact = arena.take<KeyRow>(count * m);
+  KeyRow* const key_rows = arena.take<KeyRow>(count * m);
   int* const block_far = arena.take<int>(count * blocks.of_element);
   float* const partial = arena.take<float>(count * plan.parts * n * columns);
   if (arena.counting()) return;
@@ -239,13 +229,13 @@ void tiled_key_side(const Problem& problem, const Device& device, const Backward
     launch(survey_weights, count, kThreads, 3 * kThreads / kWarp * sizeof(float), device.stream, problem, weights);
   }
   launch(gather_tiles, count * blocks.of_element, kThreads, kThreads / kWarp * sizeof(unsigned), device.stream, problem,
-         task, blocks, static_cast<const ValueRange*>(ranges), static_cast<const KeyWeights*>(weights), rows, exact,
+         task, blocks, static_cast<const ValueRange*>(ranges), static_cast<const KeyWeights*>(weights), rows, key_rows,
          block_far);
   launch_key_grads(problem, device, task, plan, ranges, rows, partial);
   launch(finish_key_grads, blocks_for(count * n * columns, kThreads), kThreads, 0, device.stream, problem, task, plan,
          columns, static_cast<const KeyWeights*>(weights), static_cast<const float*>(partial));
   launch(add_far_rows, blocks_for(count * n, kThreads / kWarp), kThreads, 0, device.stream, problem, task,
-         blocks.of_element, static_cast<const KeyRow*>(exact), static_cast<const int*>(block_far));
+         blocks.of_element, static_cast<const KeyRow*>(key_rows), static_cast<const int*>(block_far));
 }
 
 }  // namespace nwfast

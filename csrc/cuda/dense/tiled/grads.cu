@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int owned = part_of(owns, first_own, kTile);
   const int own = warp_number() * kWarpOwn + lane / 8, other = lane % 8;
 
-  float moments[kGradFeatures] = {}, weight_sum = 0, value_sums[4][8] = {};
+  float offset_sums[kGradFeatures] = {}, weight_sum = 0, value_sums[4][8] = {};
   // Lane l has the sums of its own number l % 4: of offsets and, on the query side from lane 4 on, of their squares.
   // The inner sums go to where the block's results are, which are the outer ones.
   bool flushed = false;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (f >= some_features || mine >= owns || (kKeys && lane % 8 >= 4)) break;
       add(kKeys ? (slot * n + mine) * columns + channels + first_feature + f
                 : ((slot * features + first_feature + f) * 2 + lane % 8 / 4) * m + mine,
-          moments[f]);
+          offset_sums[f]);
     }
     if (kKeys) {
       if (weights && mine < n && lane % 8 < 4) add((slot * n + mine) * columns + channels + features, weight_sum);
@@ -390,13 +390,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (kKeys) {
             sums[r] += product[r][c] * offset;
           } else {
-            const float moment = product[r][c] * offset;
-            sums[r] += moment;
-            sums[kOwn + r] += moment * offset;
+            const float term = product[r][c] * offset;
+            sums[r] += term;
+            sums[kOwn + r] += term * offset;
           }
         }
       }
-      moments[f] += sum_of_lanes(sums);
+      offset_sums[f] += sum_of_lanes(sums);
     }
     if (weights) {
       float sums[kOwn] = {};

@@ -38,6 +38,13 @@ constexpr size_t shared_bytes() {
   return sizeof(Shared) + values;
 }
 
+// Channel c of the value of key j, without the channel's centre.
+__device__ __forceinline__ float centred_value(const Problem& problem, int64_t value, int64_t j, int64_t c,
+                                               const ValueRange* ranges) {
+  return problem.value.read<float>(value + j * problem.value.row_stride + c * problem.value.column_stride) -
+         ranges[c].centre;
+}
+
 // The sums of a warp's 16 rows over values, one specialization for each product.
 template <Product kProduct>
 struct Values;
@@ -57,9 +64,7 @@ struct Values<Product::kFew> {
       const int j = at % kTile, c = at / kTile;
       float v = 0;
       if (j < count && c < channels && problem.keeps(weight, from + j)) {
-        v = problem.value.read<float>(value + (from + j) * problem.value.row_stride +
-                                      (first + c) * problem.value.column_stride) -
-            ranges[first + c].centre;
+        v = centred_value(problem, value, from + j, first + c, ranges);
       }
       staged[c * kPitch + j] = v;
     }
@@ -114,9 +119,7 @@ struct Values<Product::kMany> {
       const int c = at % kChannelChunk, j = at / kChannelChunk;
       float v = 0;
       if (j < count && c < channels && problem.keeps(weight, from + j)) {
-        v = problem.value.read<float>(value + (from + j) * problem.value.row_stride +
-                                      (first + c) * problem.value.column_stride) -
-            ranges[first + c].centre;
+        v = centred_value(problem, value, from + j, first + c, ranges);
       }
       staged[at] = v;
     }

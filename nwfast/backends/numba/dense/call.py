@@ -191,7 +191,7 @@ def _fill_left_out(
             base[far] = np.where(origin >= 0, -top - np.log2(total), np.nan)
             mean[far] = means[at][active[far]]
         through_lse = None if grad_lse is None else grad_lse[at].double().numpy()[active]
-        about = left_out_keys.rows_of(
+        active_rows = left_out_keys.rows_of(
             x,
             reference,
             base,
@@ -208,8 +208,8 @@ def _fill_left_out(
         result = np.empty(len(which))
         keys = key[at][which].double().numpy(), value[at][which].double().numpy()
 
-        def run(first: int, last: int, about=about, keys=keys, own=own, result=result) -> None:
-            left_out_keys.weights(*about, *keys, own, result, first, last)
+        def run(first: int, last: int, given=active_rows, keys=keys, own=own, result=result) -> None:
+            left_out_keys.weights(given, *keys, own, result, first, last)
 
         run_units(run, len(which), len(which) * len(active) * d < _SERIAL)
         grad_weight[at][which] = torch.from_numpy(result).clamp(-most, most).to(grad_weight.dtype)

@@ -42,10 +42,8 @@ from ..base import (
     lse_gradient,
     pointer,
 )  # fmt: skip
-from ..exp2 import exp2_double
-from ..scores import both_distances, limited, lse_of, relative_score, row_terms
-
-CLAMP = 1000.0  # of exponents in base 2
+from ..exp2 import MOST_EXPONENT, exp2_double
+from ..scores import both_distances, limited, lse_of, minus, relative_score, row_terms
 
 
 @njit(**EXACT)
@@ -59,12 +57,6 @@ def centre_of(value, at, step, n):
     if low > high:
         return 0.0
     return low if low > 0.0 else (high if high < 0.0 else 0.0)
-
-
-@njit(**EXACT)
-def minus(x, y):
-    """Return x - y, kept out of the reach of reassociation."""
-    return x - y
 
 
 @njit(**SUMS)
@@ -99,26 +91,6 @@ def bandwidths(about, given):
 
 
 @njit(**EXACT)
-def terms_of_row(about, given, q, w, skip, terms):
-    """`row_terms` of all keys but `skip`."""
-    return row_terms(
-        q,
-        w,
-        given.key,
-        given.at_key,
-        about[KEY_N],
-        about[KEY_D],
-        about[N],
-        given.weight,
-        given.at_weight,
-        about[WEIGHT_N],
-        about[WEIGHT] != 0,
-        skip,
-        terms,
-    )
-
-
-@njit(**EXACT)
 def forward_rows(example, about, unit, first, last):
     """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
     n, n_features, n_channels = about[N], about[D], about[C]
@@ -136,7 +108,7 @@ def forward_rows(example, about, unit, first, last):
         row = unit * about[M] + i
         load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, _, shift, total = terms_of_row(about, given, q, w, skip, terms)
+        origin, _, shift, total = row_terms(about, given, q, w, skip, terms)
         state[2 * row], state[2 * row + 1] = shift, total
         lse[row] = lse_of(total, shift)
         if origin < 0:
@@ -186,7 +158,7 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
         row = unit * about[M] + i
         load_row(given.query, given.at_query + i * about[QUERY_M], about[QUERY_D], q)
         skip = i if about[SELF] else -1
-        origin, top, _, total = terms_of_row(about, given, q, w, skip, terms)
+        origin, top, _, total = row_terms(about, given, q, w, skip, terms)
         rows[3 * row], rows[3 * row + 1], rows[3 * row + 2] = origin, top, total
         pull[:] = 0.0
         for c in range(n_channels):
@@ -221,11 +193,12 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
 
 
 @njit(**EXACT)
-def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad_value, grad_weight):
+def key_side(example, about, unit, first, last, rows, means, far, gradients):
     """Add the gradients of the keys first..last from the rows listed in `far`.
 
-    Into grad_key (D, last - first), grad_value (C, last - first) and grad_weight (last - first,), all float64.
+    gradients, all float64: key (D, last - first), value (C, last - first) and weight (last - first,).
     """
+    grad_key, grad_value, grad_weight = gradients
     n_features, n_channels = about[D], about[C]
     given = inputs_of(example, about, unit)
     value, at_value = given.value, given.at_value
@@ -251,7 +224,7 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
             if rows[3 * row] >= 0:
                 origin_at = at_key + int(rows[3 * row]) * about[KEY_N]
                 score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
-                p = mantissa * exp2_double(min(score + exponent, CLAMP)) / total
+                p = mantissa * exp2_double(min(score + exponent, MOST_EXPONENT)) / total
             pull = lse_gradient(example, about, row)
             for c in range(n_channels):
                 g = double(grad_out[row * n_channels + c])
@@ -263,7 +236,7 @@ def key_side(example, about, unit, first, last, rows, means, far, grad_key, grad
                     )
             if wanted:
                 # Of a key that is near and of little weight the second is exact where the first overflows.
-                by_weight = exp2_double(score) / total * pull if score < CLAMP else p * pull / a
+                by_weight = exp2_double(score) / total * pull if score < MOST_EXPONENT else p * pull / a
                 grad_weight[j - first] += limited(by_weight)
                 if p != 0.0:
                     for f in range(n_features):

@@ -221,9 +221,7 @@ def backward_keys(example, about, first, last):
             add_near(example, about, given, b, start, stop, found.exponent, bounds, kinds, whole)
         far_rows = rows_of_kind(about, b, kinds, FAR)
         if len(far_rows) > 0:
-            far.key_side(
-                example, about, b, start, stop, rows, means, far_rows, whole.key, whole.value, whole.weight
-            )
+            far.key_side(example, about, b, start, stop, rows, means, far_rows, whole)
         for j in range(start, stop):
             if about[GRAD_KEY] != 0:
                 for f in range(n_features):

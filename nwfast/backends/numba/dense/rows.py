@@ -42,6 +42,9 @@ from . import far
 from .tiles import (
     ABSENT,
     TILE,
+    Bounds,
+    Terms,
+    Tile,
     bounds_for,
     in_range,
     least_of,
@@ -54,7 +57,7 @@ from .tiles import (
     survey,
     terms_for,
     tile_for,
-    tile_moments,
+    tile_offset_sums,
     tile_scores,
     tile_terms_unshifted,
     total_and_product,
@@ -74,6 +77,32 @@ class Block(NamedTuple):
     w: np.ndarray
 
 
+class Room(NamedTuple):
+    """What rows meet: the bounds of all tiles, the tile of keys at hand, and the terms of a row with it."""
+
+    bounds: Bounds
+    tile: Tile
+    terms: Terms
+
+
+class Pull(NamedTuple):
+    """Gradients g of the outputs of a block's rows (rows, C), of length 0 where there are none, and levels (rows)."""
+
+    gradients: np.ndarray
+    levels: np.ndarray
+
+
+class RowSums(NamedTuple):
+    """Sums of the rows of a block, and the score (top) that each row's are relative to.
+
+    sum p; sum p v per channel, v centred; with offset sums, per feature, sum p d, p d v, p d^2, p d^2 v.
+    """
+
+    sums: np.ndarray
+    tops: np.ndarray
+    with_offsets: bool
+
+
 @njit(**EXACT)
 def block_of(unit, length, size):
     """Batch element, first and last row of a unit, by blocks of `size` of the rows of each element."""
@@ -87,6 +116,13 @@ def block_for(example, about, size):
     """Room for so many rows."""
     queries = np.empty((size, about[D]), example.dtype)
     return Block(queries, np.empty(size, np.bool_), np.empty(about[D], example.dtype))
+
+
+@njit(**EXACT)
+def room_for(example, about, bounds):
+    """Room for one tile."""
+    size = min(TILE, about[N])
+    return Room(bounds, tile_for(example, about, size), terms_for(example, size))
 
 
 @njit(**EXACT)
@@ -105,7 +141,7 @@ def load_block(example, about, given, start, stop, block):
 
 
 @njit(**EXACT)
-def row_terms(q, w, tile, n, mine, top, terms):
+def terms_of_tile(q, w, tile, n, mine, top, terms):
     """Terms p of one tile relative to the lower of `top` and the tile's least score, which is returned."""
     keys, weights, s, p = tile.keys, tile.weights, terms.s, terms.p
     absent, weighted = 0 <= mine < n, len(weights) > 0
@@ -143,23 +179,22 @@ def project(gradient, values, level, n, projected):
 
 
 @njit(**EXACT)
-def sum_rows(
-    example, about, given, start, count, block, exponent, bounds, buffer, terms, gradients, levels, moments, sums, tops
-):  # fmt: skip
-    """Fill, for fit rows, tops and sums: sum p; sum p v per channel; per feature, sum p d, p d v, p d^2, p d^2 v.
+def sum_rows(about, given, start, count, block, exponent, room, pull, row_sums):
+    """Fill the sums of the fit rows of a block, the first of which is `start`.
 
-    v is centred. With gradients (rows, C) there is one channel, <g, v> - level. Moments only if asked for.
+    With gradients there is one channel, <g, v> - level.
     """
-    queries, fit, w, low, high = block.queries, block.fit, block.w, bounds.low, bounds.high
+    queries, fit, w, (bounds, buffer, terms) = block.queries, block.fit, block.w, room
+    (gradients, levels), (sums, tops, offset_sums), low, high = pull, row_sums, bounds.low, bounds.high
     n, n_features, n_channels = about[N], about[D], about[C]
     weighted = about[WEIGHT] != 0
     through_gradients = len(gradients) > 0
     channels = 1 if through_gradients else n_channels
-    buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or moments)
-    skip = 180.0 if example.itemsize == 4 else 500.0
+    buffer_free = n_features == 1 and n_channels == 1 and not (weighted or through_gradients or offset_sums)
+    skip = 180.0 if queries.itemsize == 4 else 500.0
     size = min(n, TILE)
     keys, values, p = buffer.keys, buffer.values, terms.p
-    projected = np.empty(size if through_gradients else 0, example.dtype)
+    projected = np.empty(size if through_gradients else 0, queries.dtype)
     sums[:] = 0.0
     tops[:] = 0.0 if n_features == 1 else np.inf
     for tile in range((n + TILE - 1) // TILE):
@@ -179,7 +214,7 @@ def sum_rows(
                 row[0] += double(total)
                 row[1] += double(product)
                 continue
-            top = row_terms(q, w, buffer, size, mine, tops[r], terms)
+            top = terms_of_tile(q, w, buffer, size, mine, tops[r], terms)
             if top >= ABSENT:
                 continue
             if top < tops[r]:
@@ -197,10 +232,10 @@ def sum_rows(
                 total, product = double(total), double(product)
                 row[0] += total
                 row[1] += product
-                if moments:
+                if offset_sums:
                     for f in range(n_features):
                         reference = min(max(q[f], low[tile, f]), high[tile, f])
-                        by_u, by_uv, by_z, by_zv = tile_moments(p, column, keys[f], q[f], reference, size)
+                        by_u, by_uv, by_z, by_zv = tile_offset_sums(p, column, keys[f], q[f], reference, size)
                         d = double(q[f]) - double(reference)
                         at = 2 + 4 * f
                         row[at] += double(by_u) + d * total
@@ -243,17 +278,17 @@ def forward_rows(example, about, first, last):
     """Out, lse, state and tangents."""
     bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
     n_features, n_channels = about[D], about[C]
-    moments = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
+    offset_sums = about[TANGENT_W] != 0 or about[TANGENT_Q] != 0
     count = min(QUERY_BLOCK, about[M])
     block = block_for(example, about, count)
-    buffer = tile_for(example, about, min(TILE, about[N]))
-    terms = terms_for(example, min(TILE, about[N]))
+    room = room_for(example, about, bounds)
     fit, w = block.fit, block.w
-    sums, tops = np.empty((count, 1 + n_channels + (4 if moments else 0))), np.empty(count)
+    sums, tops = np.empty((count, 1 + n_channels + (4 if offset_sums else 0))), np.empty(count)
+    row_sums = RowSums(sums, tops, offset_sums)
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
     state = pointer(about[STATE], np.empty(0))
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-    no_gradients, no_levels = np.empty((0, 0), example.dtype), np.empty(0, example.dtype)
+    no_pull = Pull(np.empty((0, 0), example.dtype), np.empty(0, example.dtype))
     for unit in range(first, last):
         b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
         count, given = stop - start, inputs_of(example, about, b)
@@ -261,23 +296,7 @@ def forward_rows(example, about, first, last):
             found, surveyed = survey(example, about, given, bounds), b
         if found.ordinary:
             load_block(example, about, given, start, stop, block)
-            sum_rows(
-                example,
-                about,
-                given,
-                start,
-                count,
-                block,
-                found.exponent,
-                bounds,
-                buffer,
-                terms,
-                no_gradients,
-                no_levels,
-                moments,
-                sums,
-                tops,
-            )
+            sum_rows(about, given, start, count, block, found.exponent, room, no_pull, row_sums)
         for r in range(count):
             i = start + r
             row = b * about[M] + i
@@ -292,7 +311,7 @@ def forward_rows(example, about, first, last):
             lse[row] = LN2 * (np.log2(total) - shift)
             for c in range(n_channels):
                 out[row * n_channels + c] = double(bounds.centre[c]) + sums[r, 1 + c] / total
-            if moments:
+            if offset_sums:
                 bandwidth, mean = double(w[0]), sums[r, 1] / total
                 if about[TANGENT_W] != 0:
                     tangent_w[row] = -bandwidth * ((sums[r, 5] - mean * sums[r, 4]) / total)
@@ -307,19 +326,20 @@ def backward_rows(example, about, first, last):
     n_features, n_channels = about[D], about[C]
     is_float = example.itemsize == 4
     count = min(QUERY_BLOCK, about[M])
-    moments = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
+    offset_sums = about[GRAD_QUERY] != 0 or about[GRAD_W] != 0
     block = block_for(example, about, count)
-    buffer = tile_for(example, about, min(TILE, about[N]))
-    terms = terms_for(example, min(TILE, about[N]))
+    room = room_for(example, about, bounds)
     queries, fit, w = block.queries, block.fit, block.w
     gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
+    pull = Pull(gradients, levels)
     grad_out = pointer(about[GRAD_OUT], example)
     state = pointer(about[STATE], np.empty(0))
     grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
     sums, tops = (
-        np.empty((count if moments else 0, 2 + 4 * n_features)),
-        np.empty(count if moments else 0),
+        np.empty((count if offset_sums else 0, 2 + 4 * n_features)),
+        np.empty(count if offset_sums else 0),
     )
+    row_sums = RowSums(sums, tops, offset_sums)
     rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
     kinds = pointer(about[KINDS], np.empty(0, np.int8))
     unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
@@ -355,28 +375,12 @@ def backward_rows(example, about, first, last):
             empty = silent or state[2 * row + 1] == 0.0
             kinds[row] = EMPTY if empty else (NEAR if near else FAR)
             fit[r] = near and not empty
-        if moments and found.ordinary:
-            sum_rows(
-                example,
-                about,
-                given,
-                start,
-                count,
-                block,
-                found.exponent,
-                bounds,
-                buffer,
-                terms,
-                gradients,
-                levels,
-                moments,
-                sums,
-                tops,
-            )
+        if offset_sums and found.ordinary:
+            sum_rows(about, given, start, count, block, found.exponent, room, pull, row_sums)
         for r in range(count):
             i = start + r
             row = b * about[M] + i
-            if moments and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
+            if offset_sums and fit[r] and not row_trusted(sums[r], tops[r], n_features, is_float):
                 kinds[row] = FAR
             if kinds[row] == EMPTY:
                 if about[GRAD_QUERY] != 0:
@@ -384,7 +388,7 @@ def backward_rows(example, about, first, last):
                         grad_query[row * n_features + f] = 0
             elif kinds[row] == FAR:
                 far.query_side(example, about, b, i, i + 1, rows, means, grad_w)
-            elif moments:
+            elif offset_sums:
                 total = sums[r, 0]
                 mean = sums[r, 1] / total
                 through_lse = lse_gradient(example, about, row)

@@ -29,6 +29,7 @@ from ..base import (
     double,
 )  # fmt: skip
 from ..exp2 import gauss
+from ..scores import minus
 
 TILE = 512
 FEATURES = 15  # summed at once, a multiple of 3
@@ -354,14 +355,8 @@ def product_of_differences(u, q, k, reference):
     return u * ((q - k) + (q - reference))
 
 
-@njit(**EXACT)
-def minus(x, y):
-    """Return x - y, kept out of the reach of reassociation."""
-    return x - y
-
-
 @njit(**SUMS)
-def tile_moments(p, v, k, q, reference, n):
+def tile_offset_sums(p, v, k, q, reference, n):
     """Sums of p u, p u v, p z, p z v with u = d - d_ref, z = d^2 - d_ref^2, for d = q - k and d_ref = q - reference."""
     by_u = by_uv = by_z = by_zv = p[0] - p[0]
     for j in range(n):

@@ -13,7 +13,7 @@ from ..base import EXACT, SUMS, entry
 
 BLOCK = 256  # points at once, so that what is held of them stays in the first cache
 PAD = 16  # vector loops have no rest where their lengths are multiples of this
-HELD = 1024  # points whose charges are loaded at once
+HELD_POINTS = 1024  # points whose charges are loaded at once
 PIECE = 4096  # points of one box that one task takes at most
 GROUP = 32  # boxes that are translated at once: a constant, so that loops over them have no rests
 NEGLIGIBLE = 0.1  # share of the accepted error for boxes that are left out
@@ -35,6 +35,33 @@ class Boxes(NamedTuple):
 
     number: np.ndarray
     start: np.ndarray
+
+
+class Errors(NamedTuple):
+    """What the plan says of boxes by how far they are apart, of all beyond its reach, and what error to accept."""
+
+    error: np.ndarray  # relative to the mass of a box
+    least_kernel: np.ndarray
+    largest_kernel: np.ndarray
+    tail: float
+    accept: float
+
+
+class Choice(NamedTuple):
+    """Which boxes of rows get a series, which boxes of keys they need, and the reach and the error of each."""
+
+    chosen: np.ndarray  # (boxes of rows)
+    needed: np.ndarray  # (boxes of keys)
+    reaches: np.ndarray  # (boxes of rows): how many boxes away sources count
+    bound: np.ndarray  # (boxes of rows): of the error of a total
+
+
+class Series(NamedTuple):
+    """Power series of some boxes, and the totals from which on they serve a row."""
+
+    scale: float  # of marks: 2 / width
+    series: np.ndarray  # (boxes, columns, terms)
+    least: np.ndarray  # (boxes), or of length 0
 
 
 class Pieces(NamedTuple):
@@ -103,19 +130,18 @@ def cut_points(x, inverse, number, start):
 
 
 @entry
-def choose_boxes(
-    queries, keys, mass, terms, columns, error, least_kernel, largest_kernel, tail, accept, chosen, needed, reaches,
-    bound
-):  # fmt: skip
+def choose_boxes(queries, keys, mass, terms, columns, errors, choice):
     """Mark boxes of rows that are worth a series and boxes of keys that they need; bound the errors of their totals.
 
-    reaches: how many boxes away sources count for each box of rows. What lies beyond is negligible beside the
-    least total that a row of the box can have, and part of the bound.
+    What lies beyond the reach of a box of rows is negligible beside the least total that a row of it can have, and part
+    of the bound.
 
     By a count of nanoseconds: a pair costs about one, a far row some more beside, a
     translation an eighth for each entry of its matrix.
     """
     rows, row_start, number, start = queries.number, queries.start, keys.number, keys.start
+    error, least_kernel, largest_kernel, tail, accept = errors
+    chosen, needed, reaches, bound = choice
     reach = len(error) // 2
     low = 0
     for box in range(len(rows)):
@@ -261,7 +287,7 @@ def piece_moments(x, charges, pieces, scale, result, first, last):
     start, stop, centre, group = pieces.start, pieces.stop, pieces.centre, pieces.group
     columns, terms = result.shape[1], result.shape[2]
     doubled, p, q = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    charge = np.zeros((columns, HELD + PAD))
+    charge = np.zeros((columns, HELD_POINTS + PAD))
     for unit in range(first, last):
         begin, end = unit * group, min((unit + 1) * group, len(start))
         held, held_stop = 0, 0  # points whose charges are loaded
@@ -270,7 +296,7 @@ def piece_moments(x, charges, pieces, scale, result, first, last):
             for at in range(start[piece], stop[piece], BLOCK):
                 n = min(BLOCK, stop[piece] - at)
                 if held_stop < at + n:
-                    held, held_stop = at, min(at + HELD, stop[end - 1])
+                    held, held_stop = at, min(at + HELD_POINTS, stop[end - 1])
                     load_charges(charges, held, held_stop - held, charge)
                 size = padded(n)
                 for column in range(0, columns, 2):

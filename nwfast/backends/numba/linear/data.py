@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .boxes import Charges
 
-LARGEST = 1e100  # of coordinates, values and w: products of three stay finite
+LARGEST_NUMBER = 1e100  # of coordinates, values and w: products of three stay finite
 MOST_BANDWIDTHS = 1e145  # of coordinates: their squares are finite
 EVEN = 1e4  # values so many times as far from the middle as others elsewhere are no cause for care
 GROUP_OF_VALUES = 8
@@ -64,19 +64,19 @@ class Data:
         """False where the dense kernels have to serve: numbers that are not finite, or too large."""
         x, values = _array(key), _array(value)
         ordered, low, high = _order_and_bounds(x)
-        if not (abs(self.w) < LARGEST and self._within(low, high)):
+        if not (abs(self.w) < LARGEST_NUMBER and self._within(low, high)):
             return False
         self.channels = values.shape[1]
         # By channel: along the rows of a matrix with one column numpy is slow.
         columns = [values[:, channel] for channel in range(self.channels)]
         bounds = np.array([[column.min() for column in columns], [column.max() for column in columns]], float)
-        if not (np.abs(bounds) < LARGEST).all():
+        if not (np.abs(bounds) < LARGEST_NUMBER).all():
             return False
         weight, kept = x[:0], None
         if key_weight is not None:
             weight = _array(key_weight)
             least, most = float(weight.min()), float(weight.max())
-            if not (least >= 0 and most < LARGEST):
+            if not (least >= 0 and most < LARGEST_NUMBER):
                 return False
             if least == 0:
                 kept = weight > 0
@@ -105,7 +105,7 @@ class Data:
     def _within(self, low: float, high: float) -> bool:
         """Whether coordinates are small enough for sums and products of them."""
         largest = max(-low, high)
-        return largest < LARGEST and largest * abs(self.w) < MOST_BANDWIDTHS
+        return largest < LARGEST_NUMBER and largest * abs(self.w) < MOST_BANDWIDTHS
 
     def _compare_sizes(self, values: np.ndarray, middle: np.ndarray, bounds: np.ndarray) -> None:
         """Find channels whose largest values would drown others elsewhere: sizes of some neighbours, by groups."""

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from ..base import EXACT, HALF_LOG2E, SUMS, entry, int64
-from ..exp2 import exp2_double
+from ..exp2 import MOST_EXPONENT, exp2_double
 from .boxes import BLOCK, box_of, end_of_box
 from .near_rows import finish_rows
 from .windows import (
@@ -30,18 +30,7 @@ CHUNK = 1024  # rows of a task
 DIRECT = 384  # keys that a row visits one by one in any case
 CROWD = 48  # keys from which on a box is replaced by its nodes
 STRIP = 128  # keys at once
-LARGEST = 1000.0  # of exponents in base 2: an own key in a crowded box may be much nearer than k*
 LEAST_LEFT = 0.02  # share of a total that is left without the own key: with less the digits are gone
-
-
-class Sources(NamedTuple):
-    """Sorted keys, their charges (columns, N), and what tells how they count."""
-
-    key: np.ndarray
-    charge: np.ndarray
-    w: float
-    exponent: float  # weights have been scaled by 2^-exponent
-    log_span: float  # keys count whose score is at most so much below the largest
 
 
 class Crowds(NamedTuple):
@@ -72,12 +61,12 @@ def terms_of_keys(key, at, n, row, factor, term, offset, score):
         z = score_of(row, k)
         offset[j] = row.nearest - k
         score[j] = z
-        term[j] = exp2_double(min(z * factor, LARGEST))
+        term[j] = exp2_double(min(z * factor, MOST_EXPONENT))
 
 
 @njit(**EXACT)
 def terms_of_nodes(nodes, half, centre, row, factor, term, offset, score):
-    """The same for the nodes of a box."""
+    """The same for the nodes of a box, in which an own key may be much nearer than k*."""
     a, b = row.nearest - centre, (row.number - centre) + row.rest
     for j in range(len(nodes)):
         y = half * nodes[j]
@@ -85,7 +74,7 @@ def terms_of_nodes(nodes, half, centre, row, factor, term, offset, score):
         z = near * (b - y)
         offset[j] = near
         score[j] = z
-        term[j] = exp2_double(min(z * factor, LARGEST))
+        term[j] = exp2_double(min(z * factor, MOST_EXPONENT))
 
 
 @njit(**SUMS)
@@ -109,7 +98,7 @@ def add_sums(term, offset, score, charge, c, at, n, orders, sums, i):
 @njit(**EXACT)
 def term_of(k, row, factor):
     """exp(-w^2 z / 2) of one key."""
-    return exp2_double(min(score_of(row, k) * factor, LARGEST))
+    return exp2_double(min(score_of(row, k) * factor, MOST_EXPONENT))
 
 
 @njit(**SUMS)
@@ -156,9 +145,13 @@ def sum_keys(key, charge, start, stop, row, factor, orders, strip, sums, i):
 
 
 @njit(**EXACT)
-def sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
-    """Add the keys low .. high, those in crowded boxes through the nodes; whether the own key was added with them."""
+def sum_crowded(key, charge, crowds, window, row, factor, orders, strip, sums, i):
+    """Add the keys of a window, those in crowded boxes through the nodes; whether the own key was added with them.
+
+    window: the first key, one past the last, the level of boxes.
+    """
     box_start, box_stop, box_centre, box_half, by_level, node, box_charge = crowds
+    low, high, level = window
     term, offset, score = strip
     box, end = by_level[level], by_level[level + 1]
     box = box_after(box_stop, box, end, low)
@@ -182,7 +175,7 @@ def subtract_own(key, charge, row, factor, sums, i):
     """Take the own key off the sums of row i; whether enough is left."""
     before, k = sums[0, 0, i], key[row.own]
     near, z = row.nearest - k, score_of(row, k)
-    part = exp2_double(min(z * factor, LARGEST))
+    part = exp2_double(min(z * factor, MOST_EXPONENT))
     for c in range(len(charge)):
         sums[0, c, i] -= part * charge[c, row.own]
         sums[1, c, i] -= part * charge[c, row.own] * near
@@ -191,11 +184,12 @@ def subtract_own(key, charge, row, factor, sums, i):
 
 
 @njit(**EXACT)
-def sum_window(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i):
+def sum_window(key, charge, crowds, window, row, factor, orders, strip, sums, i):
     """Set the sums of row i of a block, which are 0, to those over its crowded window."""
-    with_own = sum_crowded(key, charge, crowds, low, high, level, row, factor, orders, strip, sums, i)
+    with_own = sum_crowded(key, charge, crowds, window, row, factor, orders, strip, sums, i)
     if with_own and not subtract_own(key, charge, row, factor, sums, i):
         clear(sums, i)
+        low, high, _ = window
         sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
 
 
@@ -281,9 +275,8 @@ def far_rows(rows, x, which, sources, orders, windows, crowds, first, last):
                 ):  # not in a function of both: most windows are small, and a call would show
                     sum_keys(key, charge, low, high, row, factor, orders, strip, sums, i)
                 else:
-                    sum_window(
-                        key, charge, crowds, low, high, levels[index], row, factor, orders, strip, sums, i
-                    )
+                    window = low, high, levels[index]
+                    sum_window(key, charge, crowds, window, row, factor, orders, strip, sums, i)
             finish_rows(rows, place_of, n, whole, w, sources.exponent, distance, logarithm, sums)
 
 

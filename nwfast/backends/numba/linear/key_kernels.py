@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
-from ..exp2 import exp2_double
+from ..exp2 import MOST_EXPONENT, exp2_double
 from .boxes import BLOCK, evaluate, lower_bound, to_marks
 from .far_rows import CHUNK, DIRECT, box_after
 from .windows import (
@@ -26,7 +26,9 @@ from .windows import (
     window_stop,
 )
 
-LARGEST = 350.0 / LN2  # of exponents above the row's total: a key left out may be nearer than all others
+MOST_ABOVE_TOTAL = (
+    350.0 / LN2
+)  # of exponents above the row's total: a key left out may be nearer than all others
 
 
 class Senders(NamedTuple):
@@ -44,14 +46,36 @@ class Senders(NamedTuple):
     charge: np.ndarray  # (columns, rows), relative to the nearest key
 
 
+class Owned(NamedTuple):
+    """Sorted keys, and the row that leaves each out, or -1; of length 0 where no row does."""
+
+    key: np.ndarray
+    owner: np.ndarray
+
+
+class KeySums(NamedTuple):
+    """Sums over rows for each key and column of charges: of the terms, and of w^2 (q - k) times the terms."""
+
+    values: np.ndarray  # (columns, N)
+    slopes: np.ndarray  # (columns, N)
+
+
+class Nearest(NamedTuple):
+    """Of far rows: k*, and the factor of their charges."""
+
+    key: np.ndarray
+    factor: np.ndarray
+
+
 @entry
-def near_keys(key, owner, x, charge, pieces, scale, series, w, values, slopes, first, last):
-    """Fill values and slopes (columns, keys) from the series of the rows' boxes.
+def near_keys(keys, x, charge, pieces, field, w, sums, first, last):
+    """Fill the sums of keys from the series of the rows' boxes.
 
     pieces.box: the place of each piece among the series (box, column, term), those of order 1 after the others.
-    Slopes are sums of w^2 (q - k) times the terms: derivatives of the series lose digits at the ends of boxes.
+    Slopes are sums of their own: derivatives of the series lose digits at the ends of boxes.
     """
     box, start, stop, centre, group = pieces
+    (key, owner), (scale, series, _), (values, slopes) = keys, field, sums
     columns, marks, moved = series.shape[1] // 2, np.empty(BLOCK), np.empty(BLOCK)
     by_mark = w * w / scale
     for unit in range(first, last):
@@ -82,7 +106,9 @@ def total_relative_to(key, weight, w, row):
     total = 0.0
     for j in range(len(key)):
         if j != row.own:
-            total += weight[j] * exp2_double(min(-HALF_LOG2E * w * w * score_of(row, key[j]), LARGEST))
+            total += weight[j] * exp2_double(
+                min(-HALF_LOG2E * w * w * score_of(row, key[j]), MOST_ABOVE_TOTAL)
+            )
     return total
 
 
@@ -99,16 +125,17 @@ def factor_to(key, weight, w, exponent, row, shift, total):
     if abs(apart) <= 8 * unit:
         return 1.0
     if unit < 1e-13:
-        return exp2_double(min(apart, 1000.0))
+        return exp2_double(min(apart, MOST_EXPONENT))
     return total_relative_to(key, weight, w, row) / total
 
 
 @entry
-def find_windows(which, x, own, sources, key, shift, total, windows, nearest, factor, first, last):
+def find_windows(which, x, own, sources, key, state, windows, found, first, last):
     """Find the window of each far row among all keys, k*, and the factor of its charges.
 
-    sources: keys that have a weight, in order; key: all, also those of weight 0.
+    sources: keys that have a weight, in order; key: all, also those of weight 0. state (2, rows): shifts and totals.
     """
+    (nearest, factor), shift, total = found, state[0], state[1]
     weighted, weight, w, exponent = sources.key, sources.charge[0], sources.w, sources.exponent
     places, levels, log_span = windows.place, windows.level, sources.log_span
     for chunk in range(first, last):
@@ -138,12 +165,13 @@ def find_windows(which, x, own, sources, key, shift, total, windows, nearest, fa
 
 
 @njit(**EXACT)
-def give(key, start, stop, row, square, charge, index, values, slopes, term, pull):
-    """Add one row's terms to the keys start .. stop; term, pull: scratch."""
+def give(key, part, row, square, charge, index, values, slopes, term, pull):
+    """Add one row's terms to a part of the keys, (start, stop); term, pull: scratch."""
+    start, stop = part
     if stop <= start:
         return
     for j in range(start, stop):
-        term[j - start] = exp2_double(min(-HALF_LOG2E * square * score_of(row, key[j]), LARGEST))
+        term[j - start] = exp2_double(min(-HALF_LOG2E * square * score_of(row, key[j]), MOST_ABOVE_TOTAL))
         pull[j - start] = square * (row.x - key[j])
     if start <= row.own < stop:
         term[row.own - start] = 0.0
@@ -153,15 +181,15 @@ def give(key, start, stop, row, square, charge, index, values, slopes, term, pul
             continue
         to, slope = values[c], slopes[c]
         for j in range(start, stop):
-            part = term[j - start] * b
-            to[j] += part
-            slope[j] += part * pull[j - start]
+            by = term[j - start] * b
+            to[j] += by
+            slope[j] += by * pull[j - start]
 
 
 @entry
-def far_keys(key, x, own, senders, crowds, w, size, values, slopes, first, last):
+def far_keys(key, x, own, senders, crowds, w, size, sums, first, last):
     """Add the terms of far rows to chunks of `size` keys, but those of crowded boxes."""
-    windows, levels, charge = senders.place, senders.level, senders.charge
+    windows, levels, charge, (values, slopes) = senders.place, senders.level, senders.charge, sums
     which, nearest, lowest, highest = senders.which, senders.nearest, senders.lowest, senders.highest
     by_level, box_start, box_stop = crowds.by_level, crowds.start, crowds.stop
     square, with_crowds = w * w, len(by_level) > 0
@@ -178,19 +206,20 @@ def far_keys(key, x, own, senders, crowds, w, size, values, slopes, first, last)
                 box, last_box = by_level[levels[index]], by_level[levels[index] + 1]
                 box = box_after(box_stop, box, last_box, at)
                 while box < last_box and box_start[box] < high:
-                    give(key, at, box_start[box], row, square, charge, index, values, slopes, term, pull)
+                    give(key, (at, box_start[box]), row, square, charge, index, values, slopes, term, pull)
                     at = box_stop[box]
                     box += 1
-            give(key, at, high, row, square, charge, index, values, slopes, term, pull)
+            give(key, (at, high), row, square, charge, index, values, slopes, term, pull)
 
 
 @entry
-def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values, slopes, first, last):
+def crowd_keys(keys, x, senders, index_of, crowds, node_charge, w, sums, first, last):
     """Add the terms of far rows, all of one level, to the keys of its crowded boxes.
 
     index_of (sorted rows): the place of a row among these, or -1: an own row is taken off again. Two charges at
     nodes for each column: of the rows, and times their distances from the box's centre, for the slopes.
     """
+    (key, owner), (values, slopes) = keys, sums
     windows, charge, node = senders.place, senders.charge, crowds.node
     which, nearest = senders.which, senders.nearest
     columns, terms = len(charge), len(node)
@@ -211,7 +240,7 @@ def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values,
             a, b = row.nearest - middle, (row.number - middle) + row.rest
             for k in range(terms):
                 y = half * node[k]
-                term[k] = exp2_double(min((a - y) * (b - y) * factor, LARGEST))
+                term[k] = exp2_double(min((a - y) * (b - y) * factor, MOST_ABOVE_TOTAL))
             for c in range(columns):
                 moved = charge[c, index] * (q - middle)
                 for k in range(terms):
@@ -240,7 +269,7 @@ def crowd_keys(key, owner, x, senders, index_of, crowds, node_charge, w, values,
                     continue
                 d = x[owner[j]] - key[j]
                 row = row_at(x[owner[j]], -1, nearest[index])
-                own = exp2_double(min(score_of(row, key[j]) * factor, LARGEST))
+                own = exp2_double(min(score_of(row, key[j]) * factor, MOST_ABOVE_TOTAL))
                 for c in range(columns):
                     values[c, j] -= own * charge[c, index]
                     slopes[c, j] -= own * charge[c, index] * (w * d) * w

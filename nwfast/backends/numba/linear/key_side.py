@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ..dense.call import run_units
-from .boxes import Boxes
+from .boxes import Boxes, Series
 from .data import Data, as_double, places_among, places_in_order, ready
 from .far_rows import CHUNK
-from .key_kernels import Senders, crowd_keys, far_keys, find_windows, near_keys
+from .key_kernels import KeySums, Nearest, Owned, Senders, crowd_keys, far_keys, find_windows, near_keys
 from .plan import Accuracy, Plan, node_charges
 from .query_side import (
     KEY_CHUNK,
@@ -96,12 +96,12 @@ def key_side(
     saved: g, g of lse, out, state.
     """
     rows = _Rows(data, saved, through_keys)
-    values, slopes = np.zeros((2, len(rows.charge), len(keys.key)))
-    far = _add_near_rows(data, plan, accuracy, keys, rows, values, slopes)
+    sums = KeySums(*np.zeros((2, len(rows.charge), len(keys.key))))
+    far = _add_near_rows(data, plan, accuracy, keys, rows, sums)
     which = (far & rows.with_keys).nonzero()[0]
     if len(which) and len(keys.key):
-        _add_far_rows(data, plan, accuracy, keys, rows, which, values, slopes)
-    return _gradients(data, keys, value, key_weight, values, slopes, through_keys)
+        _add_far_rows(data, plan, accuracy, keys, rows, which, sums)
+    return _gradients(data, keys, value, key_weight, sums, through_keys)
 
 
 def _gradients(
@@ -109,13 +109,12 @@ def _gradients(
     keys: Targets,
     value: torch.Tensor,
     key_weight: torch.Tensor | None,
-    values: np.ndarray,
-    slopes: np.ndarray,
+    sums: KeySums,
     through_keys: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From the sums at sorted keys."""
     order = torch.from_numpy(keys.order)
-    totals, bends = torch.from_numpy(values), torch.from_numpy(slopes)
+    totals, bends = torch.from_numpy(sums.values), torch.from_numpy(sums.slopes)
     channels = value.shape[1]
     by_value = totals[:channels]
     pull, push = totals[-1], bends[-1]
@@ -147,10 +146,9 @@ def _add_near_rows(
     accuracy: Accuracy,
     keys: Targets,
     rows: _Rows,
-    values: np.ndarray,
-    slopes: np.ndarray,
+    sums: KeySums,
 ) -> np.ndarray:
-    """Fill values and slopes from the rows that the series served; return which rows are left."""
+    """Fill the sums from the rows that the series served; return which rows are left."""
     near = near_field(data, plan, accuracy)
     if not len(near.chosen):
         return np.ones(len(data.query), np.bool_)
@@ -171,9 +169,9 @@ def _add_near_rows(
     owner = keys.owner[part] if len(keys.owner) else NO_PLACES
     if not len(key):
         return ~served
-    whole_values, whole_slopes = values, slopes
+    whole = sums
     if len(key) < len(keys.key):
-        values, slopes = np.zeros((2, len(charge), len(key)))
+        sums = KeySums(*np.zeros((2, len(charge), len(key))))
     targets = cut(key, plan)
     sources = near.queries.number[near.chosen]
     reaches = np.full(SLAB, len(plan.error) // 2)
@@ -182,14 +180,14 @@ def _add_near_rows(
         pieces = pieces_of(number, start[:-1], start[1:], plan)
         series = translated(number, reaches, sources, moments, plan, 1)
 
-        def run(first: int, last: int, pieces=pieces, series=series, values=values, slopes=slopes) -> None:
-            near_keys(
-                key, owner, data.query, charge, pieces, 2 / plan.width, series, data.w, values, slopes, first, last
-            )  # fmt: skip
+        field = Series(2 / plan.width, series, NO_FLOATS)
+
+        def run(first: int, last: int, pieces=pieces, field=field, sums=sums) -> None:
+            near_keys(Owned(key, owner), data.query, charge, pieces, field, data.w, sums, first, last)
 
         run_pieces(run, pieces)
-    if values is not whole_values:
-        whole_values[:, part], whole_slopes[:, part] = values, slopes
+    if sums is not whole:
+        whole.values[:, part], whole.slopes[:, part] = sums
     return ~served
 
 
@@ -200,22 +198,20 @@ def _add_far_rows(
     keys: Targets,
     rows: _Rows,
     which: np.ndarray,
-    values: np.ndarray,
-    slopes: np.ndarray,
+    sums: KeySums,
 ) -> None:
     """Add what the far rows `which` give to the keys of their windows."""
     query, key, sources = as_double(data.query), as_double(keys.key), sources_of(data, plan)
-    windows, nearest, factor = windows_for(len(which)), np.empty(len(which)), np.empty(len(which))
-    shift, total = rows.shift[which], rows.total[which]
+    windows, found = windows_for(len(which)), Nearest(np.empty(len(which)), np.empty(len(which)))
+    state = np.stack((rows.shift[which], rows.total[which]))
 
     def find(first: int, last: int) -> None:
-        find_windows(
-            which, query, data.own, sources, key, shift, total, windows, nearest, factor, first, last
-        )
+        find_windows(which, query, data.own, sources, key, state, windows, found, first, last)
 
     run_units(find, -(-len(which) // CHUNK))
-    charge = np.ascontiguousarray(rows.charge[:, which] / np.where(factor > 0, factor, np.inf))
-    senders = Senders(which, nearest, *windows, *_monotone(windows.place), charge)
+    charge = rows.charge[:, which] / np.where(found.factor > 0, found.factor, np.inf)
+    charge = np.ascontiguousarray(charge)
+    senders = Senders(which, found.key, *windows, *_monotone(windows.place), charge)
     crowded = by_level(windows)
     crowds = NO_CROWDS
     if len(crowded):
@@ -223,7 +219,7 @@ def _add_far_rows(
     size = max(16, min(KEY_CHUNK, -(-len(keys.key) // 16)))
 
     def add_one_by_one(first: int, last: int) -> None:
-        far_keys(key, query, keys.own, senders, crowds, data.w, size, values, slopes, first, last)
+        far_keys(key, query, keys.own, senders, crowds, data.w, size, sums, first, last)
 
     run_units(add_one_by_one, -(-len(keys.key) // size))
     table = node_charges(accuracy.far_terms)
@@ -244,7 +240,7 @@ def _add_far_rows(
             index_of = places_among(which[places], len(data.query))
         ours = Senders(
             which[places],
-            nearest[places],
+            found.key[places],
             windows.place[places],
             windows.level[places],
             low,
@@ -253,9 +249,8 @@ def _add_far_rows(
         )
 
         def add_boxes(first: int, last: int, boxes=boxes, ours=ours, index_of=index_of) -> None:
-            crowd_keys(
-                key, keys.owner, query, ours, index_of, boxes, table, data.w, values, slopes, first, last
-            )
+            owned = Owned(key, keys.owner)
+            crowd_keys(owned, query, ours, index_of, boxes, table, data.w, sums, first, last)
 
         run_units(add_boxes, some.stop - some.start)
 

@@ -13,7 +13,7 @@ from .. import left_out
 from ..base import HALF_LOG2E
 from ..dense.call import run_units
 from ..scores import mirrored
-from .data import LARGEST, MOST_BANDWIDTHS, Data, as_double, places_among
+from .data import LARGEST_NUMBER, MOST_BANDWIDTHS, Data, as_double, places_among
 from .key_side import Targets, key_side
 from .plan import Accuracy, make_plan
 
@@ -28,8 +28,8 @@ def fill(
     _, key, value, _, key_weight = parts
     which = ((key_weight == 0) & left_out.finite(key[:, None], value)).numpy().nonzero()[0]
     x = as_double(key.numpy()[which])
-    large = ~(np.abs(x) < min(LARGEST, MOST_BANDWIDTHS / abs(data.w) if data.w else LARGEST))
-    large |= ~(value[which].abs().amax(1).double().numpy() < LARGEST)
+    large = ~(np.abs(x) < min(LARGEST_NUMBER, MOST_BANDWIDTHS / abs(data.w) if data.w else LARGEST_NUMBER))
+    large |= ~(value[which].abs().amax(1).double().numpy() < LARGEST_NUMBER)
     alone = large | (_largest_exponent(data, x) > STEEP)
     for some, sums in ((which[~alone], _by_key_side), (which[alone], _by_rows)):
         if len(some):
@@ -91,7 +91,7 @@ def _by_rows(
     # Shifts that differ by their rounding are those of one key.
     apart[np.abs(apart) <= 2.0**-49 * np.abs(state[rows, 0])] = 0.0
     base = apart - data.exponent - np.log2(state[rows, 1])
-    about = left_out.rows_of(
+    given = left_out.rows_of(
         x[:, None],
         key[star][:, None],
         base,
@@ -105,7 +105,7 @@ def _by_rows(
         own = places_among(rows, data.count)[which]
     found = np.zeros(len(which))
     keys = parts[1][which].double().numpy()[:, None], parts[2][which].double().numpy()
-    run_units(lambda first, last: left_out.weights(*about, *keys, own, found, first, last), len(which))
+    run_units(lambda first, last: left_out.weights(given, *keys, own, found, first, last), len(which))
     result = np.zeros(data.count)
     result[which] = found
     return result

@@ -13,8 +13,18 @@ from ..base import EXACT, HALF_LOG2E, LN2, entry, int64
 from ..exp2 import ROUND, exp2_double
 from .boxes import PAD, evaluate, padded, to_marks
 
-HELD = 512  # rows of some boxes that get their results together
-LEAST_TOTAL = 2.3e-308  # a normal number
+HELD_ROWS = 512  # rows of some boxes that get their results together
+LEAST_NORMAL = 2.3e-308  # a normal number
+
+
+class Sources(NamedTuple):
+    """Sorted keys, their charges (columns, N), and what tells how they count."""
+
+    key: np.ndarray
+    charge: np.ndarray
+    w: float
+    exponent: float  # weights have been scaled by 2^-exponent
+    log_span: float  # keys count whose score is at most so much below the largest
 
 
 class Rows(NamedTuple):
@@ -207,25 +217,24 @@ def finish_held(rows, place, least, n, far, w, exponent, distance, logarithm, su
 
 
 @entry
-def near_rows(
-    rows, x, key, charge, pieces, scale, series, bound, accept, w, exponent, orders, far, first, last
-):  # fmt: skip
+def near_rows(rows, x, sources, pieces, field, orders, far, first, last):
     """Finish the rows of groups of pieces as far as the series serve them, and mark these as not far.
 
-    pieces.box: the place of each piece among the series (box, column, term) and their bounds.
+    pieces.box: the place of each piece among the series. Sources are read where rows leave their own keys out.
     """
     box, start, stop, centre, group = pieces
-    count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD + PAD
+    (scale, series, least_total), (key, charge, w, exponent, _) = field, sources
+    count, columns, size = series.shape[1], series.shape[1] // (orders + 1), HELD_ROWS + PAD
     sums, values = np.zeros((3, columns, size)), np.empty((count, size))
     marks, logarithm, least = np.empty(size), np.empty(size), np.empty(size)
     place, distance = np.empty(size, np.int64), np.empty(size)
     for unit in range(first, last):
         held = int64(0)
         for piece in range(unit * group, min((unit + 1) * group, len(box))):
-            own_series, own_least = series[box[piece]], max(bound[box[piece]] / accept, LEAST_TOTAL)
-            for at in range(start[piece], stop[piece], HELD):
-                n = min(HELD, stop[piece] - at)
-                if held + n > HELD:
+            own_series, own_least = series[box[piece]], max(least_total[box[piece]], LEAST_NORMAL)
+            for at in range(start[piece], stop[piece], HELD_ROWS):
+                n = min(HELD_ROWS, stop[piece] - at)
+                if held + n > HELD_ROWS:
                     finish_held(rows, place, least, held, far, w, exponent, distance, logarithm, sums)
                     held = int64(0)
                 most = min(padded(n), len(x) - at)

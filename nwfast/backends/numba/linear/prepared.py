@@ -4,6 +4,8 @@ A query looks up its box and sums the series there. Queries that no series serve
 rows, summed as far_rows.py describes over keys that stay sorted.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,43 +14,35 @@ from ..base import LN2, entry
 from ..dense import call as dense
 from ..dense.call import run_units
 from ..left_out import anchored, places
+from .boxes import Series
 from .data import Data, as_double, places_in_order
-from .far_rows import Sources
-from .near_rows import Rows
+from .near_rows import Rows, Sources
 from .plan import DOUBLE, FLOAT, Accuracy, Plan, make_plan, no_plan
 from .query_side import cut, decline_drowned, moments_of, sum_far_rows, translated
 
 FEW = 96  # keys within reach up to which a box gets no series
-ROWS = 4096  # queries of a task
+TASK_QUERIES = 4096  # queries of a task
 # Places in the first tensor: what is not an array.
 USABLE, W, EXPONENT, WIDTH, ORIGIN, ONE_BOX, LOG_SPAN, IS_FLOAT, TABLE_START = range(9)
 
 
-@entry
-def lookup(
-    query,
-    width,
-    origin,
-    one_box,
-    exponent,
-    table_start,
-    table,
-    series,
-    least,
-    centre,
-    out,
-    lse,
-    far,
-    first,
-    last,
-):
-    """Out and lse of blocks of queries in any order, those that a series serves.
+class Grid(NamedTuple):
+    """Boxes of this width, and the place of each among the series."""
 
-    table (boxes from table_start on): the place of a box among the series, or -1.
-    """
+    width: float
+    origin: float  # centre of the only box (one_box)
+    one_box: bool
+    start: float  # the first box of the table
+    table: np.ndarray  # places, or -1
+
+
+@entry
+def lookup(query, grid, field, exponent, centre, out, lse, far, first, last):
+    """Out and lse of blocks of queries in any order, those that a series serves; the others are marked as far."""
+    (width, origin, one_box, table_start, table), (scale, series, least) = grid, field
     columns, terms = series.shape[1], series.shape[2]
-    inverse, scale, sums = 1.0 / width, 2.0 / width, np.empty(columns)
-    for i in range(first * ROWS, min(last * ROWS, len(query))):
+    inverse, sums = 1.0 / width, np.empty(columns)
+    for i in range(first * TASK_QUERIES, min(last * TASK_QUERIES, len(query))):
         q = query[i]
         far[i] = False
         if not abs(q) < np.inf:
@@ -172,15 +166,14 @@ def predict(compressed: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
         torch.empty(len(x), dtype=dtype).numpy(),
         np.empty(len(x), np.bool_),
     )
-    width, origin, one_box = about[WIDTH] or 1.0, about[ORIGIN], bool(about[ONE_BOX])
+    width = about[WIDTH] or 1.0
+    grid = Grid(width, about[ORIGIN], bool(about[ONE_BOX]), about[TABLE_START], table)
+    field = Series(2.0 / width, series, least)
 
     def run(first: int, last: int) -> None:
-        lookup(
-            x, width, origin, one_box, about[EXPONENT], about[TABLE_START], table, series, least, centre, out, lse,
-            far, first, last
-        )  # fmt: skip
+        lookup(x, grid, field, about[EXPONENT], centre, out, lse, far, first, last)
 
-    run_units(run, -(-len(x) // ROWS))
+    run_units(run, -(-len(x) // TASK_QUERIES))
     which = far.nonzero()[0]
     if len(which) and not len(keys):
         out[which], lse[which] = np.nan, -np.inf

@@ -16,15 +16,18 @@ from .boxes import (
     UNIT,
     Boxes,
     Charges,
+    Choice,
+    Errors,
     Pieces,
+    Series,
     box_series,
     choose_boxes,
     cut_points,
     piece_moments,
 )
 from .data import Data, as_double, ready
-from .far_rows import CHUNK, Crowds, Sources, far_rows, find_crowds
-from .near_rows import Rows, near_rows
+from .far_rows import CHUNK, Crowds, far_rows, find_crowds
+from .near_rows import Rows, Sources, near_rows
 from .plan import Accuracy, Plan, node_charges, nodes, short_number
 from .windows import MOST_LEVELS, Windows, windows_for
 
@@ -128,10 +131,10 @@ def near_field(data: Data, plan: Plan, accuracy: Accuracy) -> Near:
     mass = data.mass(keys.start)
     chosen, needed = np.zeros(len(queries.number), np.bool_), np.zeros(len(keys.number), np.bool_)
     reaches, bound = np.zeros(len(queries.number), np.int64), np.empty(len(queries.number))
-    choose_boxes(
-        queries, keys, mass, plan.terms, 1 + data.channels, plan.error, plan.least_kernel, plan.largest_kernel,
-        plan.tail * mass.sum(), accuracy.accept, chosen, needed, reaches, bound
-    )  # fmt: skip
+    tail = plan.tail * mass.sum()
+    errors = Errors(plan.error, plan.least_kernel, plan.largest_kernel, tail, accuracy.accept)
+    choice = Choice(chosen, needed, reaches, bound)
+    choose_boxes(queries, keys, mass, plan.terms, 1 + data.channels, errors, choice)
     if data.uneven:
         decline_drowned(data, plan, accuracy, keys, queries.number, bound)
         reaches[:], needed[:] = len(plan.error) // 2, True
@@ -199,13 +202,12 @@ def sum_near_rows(
     pieces = pieces_of(numbers[boxes], start[boxes], start[boxes + 1], plan)
     sources = near.keys.number[near.needed]
     series = translated(numbers[boxes], near.reaches[boxes], sources, moments, plan, orders)
-    bound = near.bound[boxes]
+    field = Series(2 / plan.width, series, near.bound[boxes] / accuracy.accept)
+    charge = data.charge if len(data.own) else NO_ROWS
+    own = Sources(data.key, charge, data.w, float(data.exponent), plan.log_span)
 
     def run(first: int, last: int) -> None:
-        near_rows(
-            rows, data.query, data.key, data.charge if len(data.own) else NO_ROWS, pieces, 2 / plan.width, series,
-            bound, accuracy.accept, data.w, float(data.exponent), orders, far, first, last
-        )  # fmt: skip
+        near_rows(rows, data.query, own, pieces, field, orders, far, first, last)
 
     run_pieces(run, pieces)
 

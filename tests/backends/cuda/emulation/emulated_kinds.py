@@ -18,7 +18,7 @@ from oracle import gradients, textbook
 
 # Queries, keys, features and channels of the kernels for one feature and channel, and of each product of the others.
 SIZES = {
-    "scalar": (520, 600, 1, 1),
+    "single": (520, 600, 1, 1),
     "few channels": (131, 203, 3, 5),
     "many channels": (131, 203, 3, 20),
     "features in chunks": (131, 150, 21, 9),

@@ -29,8 +29,8 @@ CASES = {
 def run(case: str) -> None:
     torch.manual_seed(0)
     *shapes, dtype = CASES[case]
-    scalar = len(shapes[0]) == 1
-    inputs = make(shapes, dtype, 30.0 if scalar else 3.0)
+    single = len(shapes[0]) == 1
+    inputs = make(shapes, dtype, 30.0 if single else 3.0)
     if case == "sorted":
         inputs[0], inputs[1] = inputs[0].sort().values, inputs[1].sort().values
     leaves = [x if x is None else x.requires_grad_() for x in inputs]

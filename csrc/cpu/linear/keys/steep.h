@@ -4,11 +4,11 @@
 
 #pragma once
 
-#include "nearest.h"
-#include "row_gradients.h"
+#include "../nearest.h"
+#include "../row_gradients.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 // A far row: its place, and the key that its total is relative to.
 struct Referred {
@@ -82,5 +82,5 @@ class SteepRows {
   std::vector<double> x_, low_, high_;  // up to a row, and from it on
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from exact import BOXES, assert_accurate, solve
-from fgt_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 from oracle import gradients
 
 import nwfast
@@ -14,14 +14,14 @@ import nwfast
 pytestmark = pytest.mark.usefixtures("native")
 
 
-def fgt(*args, **options):
+def linear(*args, **options):
     return nwfast.nadaraya_watson(*args, method="fgt", backend="native", **options)
 
 
-def fgt_gradients(tensors, grad_out, grad_lse=None, **options):
+def linear_gradients(tensors, grad_out, grad_lse=None, **options):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     weight = {"key_weight": leaves[4]} if len(leaves) == 5 else {}
-    result = fgt(*leaves[:4], **weight, **options, return_lse=grad_lse is not None)
+    result = linear(*leaves[:4], **weight, **options, return_lse=grad_lse is not None)
     if grad_lse is None:
         return torch.autograd.grad(result, leaves, grad_out)
     return torch.autograd.grad(result, leaves, (grad_out, grad_lse))
@@ -43,7 +43,7 @@ def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
     bound = bound or {torch.float64: 1e-11, torch.float32: 2e-5}[query.dtype]
     grad = torch.randn(len(query), dtype=query.dtype)
     bandwidth = torch.tensor(w, dtype=query.dtype)
-    found = fgt_gradients((query, key, value, bandwidth), grad)
+    found = linear_gradients((query, key, value, bandwidth), grad)
     wanted = exact_gradients(query, key, value, float(bandwidth), grad)
     pull = float(grad.abs().max() * value.abs().max())
     scales = pull * w, pull * w, float(grad.abs().max()), pull * len(query) ** 0.5 / max(w, 1e-3)
@@ -77,7 +77,7 @@ def test_gradients_with_few_rows_around_each_key(dtype, exclude_self, keys_a_ban
     query = key if exclude_self else query
     tensors = query, key, torch.sin(3 * key), torch.tensor(400 / keys_a_bandwidth, dtype=dtype)
     grads = torch.randn(2, 2000, dtype=dtype)
-    found = fgt_gradients(tensors, *grads, exclude_self=exclude_self)
+    found = linear_gradients(tensors, *grads, exclude_self=exclude_self)
     wide = [tensor.double().clone().requires_grad_() for tensor in tensors]
     result = nwfast.nadaraya_watson(*wide, exclude_self=exclude_self, return_lse=True, backend="reference")
     for actual, expected in zip(found, torch.autograd.grad(result, wide, tuple(grads.double())), strict=True):
@@ -106,7 +106,7 @@ def test_gradients_of_few_points(problem):
 def test_far_rows_pull_their_nearest_key_by_exactly_nothing():
     key = torch.linspace(0, 5, 400, dtype=torch.float64)
     query = torch.linspace(40, 1e6, 300, dtype=torch.float64)
-    by_query, by_key, by_value, by_w = fgt_gradients(
+    by_query, by_key, by_value, by_w = linear_gradients(
         (query, key, torch.cos(key), torch.tensor(1e3, dtype=torch.float64)),
         torch.ones(300, dtype=torch.float64),
     )
@@ -127,7 +127,7 @@ def test_all_gradients_with_weights_channels_and_lse(exclude_self, channels, w):
     tensors = query, key, value, torch.tensor(w, dtype=torch.float64), weight
     grad_out = torch.randn(len(query), *value.shape[1:], dtype=torch.float64)
     grad_lse = torch.randn(len(query), dtype=torch.float64)
-    found = fgt_gradients(tensors, grad_out, grad_lse, exclude_self=exclude_self)
+    found = linear_gradients(tensors, grad_out, grad_lse, exclude_self=exclude_self)
     for actual, wanted in zip(
         found, gradients(tensors, grad_out, grad_lse, exclude_self=exclude_self), strict=True
     ):
@@ -145,7 +145,7 @@ def test_gradients_with_masked_keys(exclude_self, w):
     weight[::3] = 0
     tensors = query, key, torch.cos(key), torch.tensor(w, dtype=torch.float64), weight
     grad = torch.randn(600, dtype=torch.float64)
-    found = fgt_gradients(tensors, grad, exclude_self=exclude_self)
+    found = linear_gradients(tensors, grad, exclude_self=exclude_self)
     right = solve(*tensors, grad, exclude_self=exclude_self, boxes=BOXES)
     for actual, name in zip(found, ("query", "key", "value", "w", "key_weight"), strict=True):
         assert_accurate(actual, right[name], f"gradient of {name}")
@@ -158,8 +158,8 @@ def test_adjoint_identity(problem, seed):
     query, key, value, w = problem
     grad = torch.from_numpy(np.random.default_rng(seed).normal(size=len(query)))
     value = value - value.mean()
-    out = fgt(query, key, value, w)
-    transposed = fgt_gradients((query, key, value, torch.tensor(w, dtype=torch.float64)), grad)[2]
+    out = linear(query, key, value, w)
+    transposed = linear_gradients((query, key, value, torch.tensor(w, dtype=torch.float64)), grad)[2]
     size = float(grad.abs().sum() * value.abs().max())
     assert abs(float(grad @ out - transposed @ value)) <= 1e-13 * size + 1e-300
 
@@ -172,7 +172,7 @@ def test_homogeneity(kind, w):
     key = key - key.mean()
     query = key[::2] + 0.3 / w
     grad = torch.randn(len(query), dtype=torch.float64)
-    by_query, by_key, _, by_w = fgt_gradients(
+    by_query, by_key, _, by_w = linear_gradients(
         (query, key, torch.sin(w * key), torch.tensor(w, dtype=torch.float64)), grad
     )
     terms = torch.cat([query * by_query, key * by_key])
@@ -191,7 +191,7 @@ def test_threads_do_not_change_a_bit_of_gradients(w):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(fgt_gradients(tensors, grad))
+            results.append(linear_gradients(tensors, grad))
     finally:
         torch.set_num_threads(threads)
     for others in results[1:]:
@@ -204,7 +204,7 @@ def test_batches_and_shared_keys():
     value = torch.randn(2, 3, 300, 2, dtype=torch.float64)
     w = torch.tensor([2.0, 50.0, 800.0], dtype=torch.float64)[:, None]
     grad = torch.randn(2, 3, 60, 2, dtype=torch.float64)
-    found = fgt_gradients((query, key, value, w), grad)
+    found = linear_gradients((query, key, value, w), grad)
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value, w)]
     out = nwfast.nadaraya_watson(*leaves, backend="reference")
     for actual, wanted in zip(found, torch.autograd.grad(out, leaves, grad), strict=True):

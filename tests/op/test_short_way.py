@@ -8,7 +8,7 @@ from nwfast import backends, validation
 from nwfast.op import autograd, call, schema
 
 pytestmark = pytest.mark.skipif(
-    backends.available()["native"] is not True, reason="direct calls are calls to the C++ extension"
+    backends.available()["native"] is not True, reason="the short way is a call to the C++ extension"
 )
 
 M, N = 30, 41
@@ -34,15 +34,15 @@ def test_same_bits_as_canonical(form, dtype):
     *inputs, _ = validation.canonical(query, key, value, w, weight, False)
     kernels = schema.KERNELS["native"]
     tangents = value.ndim == key.ndim
-    direct = kernels.forward(query, key, value, w, weight, False, tangents, tangents)
+    short = kernels.forward(query, key, value, w, weight, False, tangents, tangents)
     canonical = kernels.forward(*inputs, False, tangents, tangents)
-    for ours, theirs in zip(direct, canonical, strict=True):
+    for ours, theirs in zip(short, canonical, strict=True):
         assert torch.equal(ours.flatten(), theirs.flatten())
     needs = 31 if weight is not None else 15
-    grad_out = torch.randn_like(direct[0])
-    for grad_lse in (None, torch.randn_like(direct[1])):
+    grad_out = torch.randn_like(short[0])
+    for grad_lse in (None, torch.randn_like(short[1])):
         ours = kernels.backward(
-            grad_out, grad_lse, query, key, value, w, weight, direct[0], *direct[2:], False, needs
+            grad_out, grad_lse, query, key, value, w, weight, short[0], *short[2:], False, needs
         )
         grad_rows = None if grad_lse is None else grad_lse.reshape(canonical[1].shape)
         theirs = kernels.backward(
@@ -60,7 +60,7 @@ def test_same_bits_as_canonical(form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_derivatives(form):
-    """First, batched and second derivatives of direct calls, with and without lse."""
+    """First, batched and second derivatives of calls on the short way, with and without lse."""
     query, key, value, weight = make(form, torch.float64)
     cut = [tensor[tuple(slice(4) for _ in tensor.shape)] for tensor in (query, key, value)]
     weight = None if weight is None else weight[tuple(slice(4) for _ in weight.shape)]
@@ -72,7 +72,7 @@ def test_derivatives(form):
             return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
 
         assert (
-            call.direct(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
+            call.short_way(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
             is not None
         )
         assert torch.autograd.gradcheck(regress, inputs, check_batched_grad=True)
@@ -81,7 +81,7 @@ def test_derivatives(form):
 
 def test_refuses_what_is_not_exactly_of_such_a_form():
     x, w = torch.rand(3), torch.ones(1)
-    assert call.direct(x, x, x, w, None, False, "auto", False) is not None
+    assert call.short_way(x, x, x, w, None, False, "auto", False) is not None
     for arguments in (
         (x, x, torch.rand(4), w, None),
         (x, torch.rand(4, 3), torch.rand(4, 3), w, None),
@@ -102,7 +102,7 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
         (x, x, x, w[:0], None),
         (x, x, x, w, torch.tensor(1.0)),
     ):
-        assert call.direct(*arguments, False, "auto", False) is None
+        assert call.short_way(*arguments, False, "auto", False) is None
 
 
 @pytest.mark.parametrize("differentiate", [False, True])

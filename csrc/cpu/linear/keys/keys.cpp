@@ -12,13 +12,13 @@
 // sums, and adds to them in a fixed order.
 //
 // One class, for all that the ways of a block share: its rows' charges, what it has read of left-out keys, and the
-// order in which the ways add to its sums. The ways themselves are in keys_near.h, keys_far.h and keys_steep.h.
+// order in which the ways add to its sums. The ways themselves are in near.h, far.h and steep.h.
 
-#include "keys_far.h"
-#include "keys_near.h"
+#include "far.h"
+#include "near.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 namespace {
 
 constexpr double kFarthest = 20;      // bandwidths; more than any window without a shift has
@@ -34,7 +34,7 @@ class KeyPass {
         task_(task),
         b_(b),
         serial_(serial),
-        table_(fgt_kernels<R>()),
+        table_(linear_kernels<R>()),
         gradients_(problem, task, b, data_),
         far_rows_(gradients_, data_, plan_),
         steep_rows_(gradients_, data_, plan_) {}
@@ -117,8 +117,8 @@ class KeyPass {
     std::vector<char> served(chunks, 1);
     parallel_blocks(chunks, serial_, [&](int64_t chunk) {
       const int64_t end = std::min(data_.queries, (chunk + 1) * kChunk);
-      for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
-        served[chunk] &= read(begin, std::min(kBlock, end - begin), far[chunk]);
+      for (int64_t begin = chunk * kChunk; begin < end; begin += kHeldPoints) {
+        served[chunk] &= read(begin, std::min(kHeldPoints, end - begin), far[chunk]);
       }
     });
     all_far.clear();
@@ -134,7 +134,7 @@ class KeyPass {
   }
 
   bool read_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
-    double total[kBlock], shift[kBlock], plain[kBlock], share[kBlock], mean[kBlock];
+    double total[kHeldPoints], shift[kHeldPoints], plain[kHeldPoints], share[kHeldPoints], mean[kHeldPoints];
     double *const charges = charge_.get() + begin, *const sum = charges + channels_ * data_.queries;
     if (gradients_.read_totals(begin, n, total, shift)) {
       for (int64_t k = 0; k < n; ++k) {
@@ -193,7 +193,7 @@ class KeyPass {
 
   bool read_near_block(int64_t begin, int64_t n, std::vector<int64_t>& far) {
     int64_t hint = lower_bound(data_.key, data_.keys, static_cast<double>(data_.query[begin]));
-    double total[kBlock], shift[kBlock], grad[kBlock], mean[kBlock], lse_grad[kBlock];
+    double total[kHeldPoints], shift[kHeldPoints], grad[kHeldPoints], mean[kHeldPoints], lse_grad[kHeldPoints];
     gradients_.read_totals(begin, n, total, shift);
     gradients_.read_grads(begin, n, 0, grad);
     gradients_.read_lse_grads(begin, n, lse_grad);
@@ -248,8 +248,8 @@ class KeyPass {
       std::memset(sums.far.get(), 0, (channels_ + slots_) * pitch * sizeof(double));
     }
     if (!far_rows_.empty()) far_rows_.add(targets, begin, end, sums);
-    for (int64_t first = begin; first < end; first += kBlock) {
-      finish(targets, first, std::min(kBlock, end - first), sums);
+    for (int64_t first = begin; first < end; first += kHeldPoints) {
+      finish(targets, first, std::min(kHeldPoints, end - first), sums);
     }
   }
 
@@ -298,7 +298,7 @@ class KeyPass {
           sum_direct(targets, j, std::min(kGroup, stop - j), window, reach, sums + (j - begin), pitch);
         }
       } else {
-        FgtEvaluate<R> task;
+        EvaluateTask<R> task;
         task.x = u + j;
         task.n = stop - j;
         task.centre = plan_.centre(box);
@@ -327,7 +327,7 @@ class KeyPass {
     int64_t excluded[kGroup];
     for (int64_t k = 0; k < n; ++k) reference[k] = u[k];
     for (int64_t k = 0; data_.exclude && k < n; ++k) excluded[k] = leaving(targets, first + k) - begin;
-    FgtDirect<R> task;
+    DirectTask<R> task;
     task.target = u;
     task.reference = reference;
     task.excluded = data_.exclude ? excluded : nullptr;
@@ -369,7 +369,7 @@ class KeyPass {
   void finish(const Targets<R>& targets, int64_t first, int64_t n, const KeySums& sums) const {
     const int64_t start = first - sums.begin, pitch = sums.pitch;
     const bool far = near_ || !far_rows_.empty();
-    double weight[kBlock], result[kBlock];
+    double weight[kHeldPoints], result[kHeldPoints];
     for (int64_t k = 0; targets.weighted && k < n; ++k) weight[k] = data_.weight_of(first + k);
     for (int c = 0; targets.weighted && task_.grad_value && c < channels_; ++c) {
       const double* const near = near_ ? nullptr : sums.near.get() + c * pitch + start;
@@ -439,7 +439,7 @@ class KeyPass {
   const BackwardTask<R>& task_;
   const int64_t b_;
   const bool serial_;
-  const FgtKernels<R>& table_;
+  const LinearKernels<R>& table_;
   Data<R> data_;
   Plan plan_;
   Boxes<R> boxes_;
@@ -453,14 +453,14 @@ class KeyPass {
 };
 
 }  // namespace
-}  // namespace fgt
+}  // namespace linear
 
 template <typename T>
-bool fgt_key_backward(const Problem& problem, const BackwardTask<T>& task) {
-  return fgt::over_batch(problem,
-                         [&](int64_t b, bool serial) { return fgt::KeyPass<T>(problem, task, b, serial).run(); });
+bool linear_key_backward(const Problem& problem, const BackwardTask<T>& task) {
+  return linear::over_batch(problem,
+                            [&](int64_t b, bool serial) { return linear::KeyPass<T>(problem, task, b, serial).run(); });
 }
-template bool fgt_key_backward<float>(const Problem&, const BackwardTask<float>&);
-template bool fgt_key_backward<double>(const Problem&, const BackwardTask<double>&);
+template bool linear_key_backward<float>(const Problem&, const BackwardTask<float>&);
+template bool linear_key_backward<double>(const Problem&, const BackwardTask<double>&);
 
 }  // namespace nwfast

@@ -3,10 +3,10 @@
 
 #pragma once
 
-#include "keys_steep.h"
+#include "steep.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 constexpr int64_t kTargets = 16;  // keys that gather from the same rows
 
@@ -195,7 +195,7 @@ class FarRows {
     }
     field.pitch = padded(targets);
     field.sums.assign(slots_ * columns_ * field.pitch, 0.0);
-    FgtGather<double> task;
+    GatherTask<double> task;
     task.target = field.edge->position();
     task.targets = targets;
     task.source = apart.data();
@@ -208,7 +208,7 @@ class FarRows {
     task.offsets = plan_.offsets;
     task.sums = field.sums.data();
     task.sums_pitch = field.pitch;
-    fgt_kernels<double>().gather(task);
+    linear_kernels<double>().gather(task);
     if (plan_.offsets && group.side) {  // x lies below the keys
       for (int64_t i = columns_ * field.pitch; i < 2 * columns_ * field.pitch; ++i) field.sums[i] = -field.sums[i];
     }
@@ -238,7 +238,7 @@ class FarRows {
     for (size_t i = 0; i < left_out.size(); ++i) {
       left_out[i] = excluded(targets, far_[gathered_.row[begin + i]]) - first;
     }
-    FgtPull<R> task;
+    PullTask<R> task;
     task.target = u;
     task.targets = n;
     task.value = sums.value.get() + (first - sums.begin);
@@ -256,7 +256,7 @@ class FarRows {
     task.offsets = plan_.offsets;
     task.sums = sums.far.get() + (first - sums.begin);
     task.sums_pitch = sums.pitch;
-    fgt_kernels<R>().pull(task);
+    linear_kernels<R>().pull(task);
   }
 
   void add_group(const Targets<R>& targets, const Group& group, const Field& field, int64_t begin, int64_t end,
@@ -336,5 +336,5 @@ class FarRows {
   std::vector<Field> fields_;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

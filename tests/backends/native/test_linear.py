@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from fgt_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of
 
 import nwfast
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
-def fgt(*args, **options):
+def linear(*args, **options):
     return nwfast.nadaraya_watson(*args, method="fgt", backend="native", **options)
 
 
@@ -78,7 +78,7 @@ def test_key_weights_of_any_span(problem, seed, decades):
     if weight.any():
         assert_forward(query, key, value, w, weight)
     else:
-        assert fgt(query, key, value, w, key_weight=weight).isnan().all()
+        assert linear(query, key, value, w, key_weight=weight).isnan().all()
 
 
 @pytest.mark.parametrize("w", [0.0, 3.0, 200.0, 1e4])
@@ -99,7 +99,7 @@ def test_leave_one_out(problem, apart):
     query, key, value, w = problem
     n = len(key)
     if n == 1:
-        assert fgt(key, key, value, w, exclude_self=True).isnan().all()
+        assert linear(key, key, value, w, exclude_self=True).isnan().all()
         return
     query = query[torch.arange(n) % len(query)] if apart else key
     assert_forward(query, key, value, w, exclude_self=True)
@@ -108,7 +108,7 @@ def test_leave_one_out(problem, apart):
     others = torch.arange(n).repeat(n, 1)[(1 - torch.eye(n)).bool()].reshape(n, n - 1)
     built = nwfast.nadaraya_watson(query, key[others], value[others], w, backend="reference")
     torch.testing.assert_close(
-        fgt(query, key, value, w, exclude_self=True), built, rtol=0, atol=1e-9 * float(value.abs().max())
+        linear(query, key, value, w, exclude_self=True), built, rtol=0, atol=1e-9 * float(value.abs().max())
     )
 
 
@@ -128,7 +128,7 @@ def test_queries_at_a_thousand_million_bandwidths():
     key = torch.from_numpy(np.sort(np.random.default_rng(4).normal(size=3000)))
     query = torch.tensor([-1e9, -3e4, 3e4, 1e9], dtype=torch.float64)
     assert_forward(query, key, torch.sin(key), 1.0)
-    out = fgt(query, key, torch.sin(key), 1.0)
+    out = linear(query, key, torch.sin(key), 1.0)
     assert out[0] == torch.sin(key[0]) and out[-1] == torch.sin(key[-1])
     tight = key * 1e-9  # all of them count, whatever the distance
     assert_forward(query, tight, torch.sin(key), 1.0)
@@ -153,7 +153,7 @@ def test_channels(channels):
     for layout in (value, value.t().contiguous().t(), value[:, :1].expand(700, channels)):
         for w in (1.0, 60.0, 1e4):
             wanted = exact(query, key, layout, w).out.astype(np.float64)
-            torch.testing.assert_close(fgt(query, key, layout, w).numpy(), wanted, rtol=0, atol=1e-12)
+            torch.testing.assert_close(linear(query, key, layout, w).numpy(), wanted, rtol=0, atol=1e-12)
 
 
 def test_batches_with_their_own_keys_and_bandwidths():
@@ -162,7 +162,7 @@ def test_batches_with_their_own_keys_and_bandwidths():
     w = torch.tensor([2.0, 50.0, 1e4], dtype=torch.float64)[:, None]
     weight = torch.rand(1, 3, 400, dtype=torch.float64)
     arguments = query, key, value, w
-    result = fgt(*arguments, key_weight=weight, return_lse=True)
+    result = linear(*arguments, key_weight=weight, return_lse=True)
     dense = nwfast.nadaraya_watson(*arguments, key_weight=weight, return_lse=True, backend="reference")
     for actual, wanted in zip(result, dense, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
@@ -172,15 +172,15 @@ def test_one_row_of_keys_a_query():
     query, key = torch.rand(40, dtype=torch.float64), torch.rand(40, 90, dtype=torch.float64)
     value = torch.randn(40, 90, dtype=torch.float64)
     wanted = nwfast.nadaraya_watson(query, key, value, 30.0, backend="reference")
-    torch.testing.assert_close(fgt(query, key, value, 30.0), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linear(query, key, value, 30.0), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_storage(dtype):
     key, query = torch.rand(600).to(dtype), torch.rand(300).to(dtype)
     value = torch.randn(600).to(dtype)
-    wanted = fgt(query.float(), key.float(), value.float(), 40.0).to(dtype)
-    assert torch.equal(fgt(query, key, value, 40.0), wanted)
+    wanted = linear(query.float(), key.float(), value.float(), 40.0).to(dtype)
+    assert torch.equal(linear(query, key, value, 40.0), wanted)
 
 
 @pytest.mark.parametrize("w", [0.0, 3.0, 300.0, 3e4])
@@ -190,8 +190,8 @@ def test_results_come_in_the_order_of_the_caller(w):
     value = torch.sin(key)
     key_order, row_order = key.argsort(), query.argsort()
     wanted = torch.empty(30_000)
-    wanted[row_order] = fgt(query[row_order], key[key_order], value[key_order], w)
-    torch.testing.assert_close(fgt(query, key, value, w), wanted, rtol=0, atol=2e-7)
+    wanted[row_order] = linear(query[row_order], key[key_order], value[key_order], w)
+    torch.testing.assert_close(linear(query, key, value, w), wanted, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("w", [3.0, 1e3, 1e5])
@@ -220,15 +220,15 @@ def test_constant_values_come_back_exactly(w):
     generator = np.random.default_rng(9)
     key = torch.from_numpy(generator.uniform(0, 5, 3000)).float()
     query = torch.from_numpy(generator.uniform(-2, 7, 2000)).float()
-    assert (fgt(query, key, torch.full_like(key, 0.1), w) == torch.tensor(0.1)).all()
+    assert (linear(query, key, torch.full_like(key, 0.1), w) == torch.tensor(0.1)).all()
     value = torch.rand(3000) + 5
-    out = fgt(query, key, value, w)
+    out = linear(query, key, value, w)
     assert value.min() <= out.min() and out.max() <= value.max()
 
 
 def test_no_bandwidth_is_average_pooling():
     key, value = torch.randn(5000, dtype=torch.float64), torch.randn(5000, dtype=torch.float64)
-    out, lse = fgt(key[:300] * 100, key, value, 0.0, return_lse=True)
+    out, lse = linear(key[:300] * 100, key, value, 0.0, return_lse=True)
     torch.testing.assert_close(out, value.mean().expand(300), rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(lse, torch.full((300,), math.log(5000), dtype=torch.float64))
 
@@ -239,7 +239,7 @@ def test_bandwidths_beyond_all_scales(w):
     query = torch.rand(200, dtype=torch.float64)
     value = torch.sin(key)
     wanted = nwfast.nadaraya_watson(query, key, value, w, method="dense", backend="native")
-    torch.testing.assert_close(fgt(query, key, value, w), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(linear(query, key, value, w), wanted, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -247,7 +247,7 @@ def test_bandwidths_beyond_all_scales(w):
 def test_bad_numbers_are_as_in_the_dense_method(place, bad):
     tensors = {name: torch.rand(300) for name in ("query", "key", "value", "key_weight")}
     tensors[place][5] = bad
-    results = []  # queries are in test_fgt_extremes.py
+    results = []  # queries are in test_linear_extremes.py
     for method in ("fgt", "dense"):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         out, lse = nwfast.nadaraya_watson(**leaves, w=9.0, method=method, backend="native", return_lse=True)
@@ -260,12 +260,12 @@ def test_bad_numbers_are_as_in_the_dense_method(place, bad):
 def test_negative_weights_are_as_in_the_dense_method():
     x, weight = torch.rand(300), torch.rand(300)
     weight[7] = -1
-    assert fgt(x, x, x, 9.0, key_weight=weight).isnan().all()
+    assert linear(x, x, x, 9.0, key_weight=weight).isnan().all()
 
 
 def test_no_queries():
     x = torch.rand(300, requires_grad=True)
-    out = fgt(x[:0], x, x, 2.0)
+    out = linear(x[:0], x, x, 2.0)
     assert out.shape == (0,)
     out.sum().backward()
     assert torch.equal(x.grad, torch.zeros(300))
@@ -281,7 +281,9 @@ def test_error_in_float32_near_and_far():
     )
     for w in (3.0, 100.0, 1e3, 1e4):
         expected = exact(query.float(), key, value, w).out[:, 0]
-        error = np.abs(fgt(query.float(), key, value, w).numpy() - expected).max() / float(value.abs().max())
+        error = np.abs(linear(query.float(), key, value, w).numpy() - expected).max() / float(
+            value.abs().max()
+        )
         assert error <= 2.0**-23, f"w = {w}: {error}"
 
 
@@ -302,5 +304,5 @@ def test_key_weights_below_the_normal_numbers(dtype, exponent):
     weight = torch.full((1500,), 2.0**exponent, dtype=dtype)
     for w in (3.0, 1000.0):
         torch.testing.assert_close(
-            fgt(key, key, torch.sin(key), w, key_weight=weight), fgt(key, key, torch.sin(key), w)
+            linear(key, key, torch.sin(key), w, key_weight=weight), linear(key, key, torch.sin(key), w)
         )

@@ -6,7 +6,7 @@ import torch
 from exact import BEYOND, BOXES, assert_accurate, solve
 
 import nwfast
-from nwfast.backends.numba.linear import plan as numba_fgt_plan
+from nwfast.backends.numba.linear import plan as numba_plans
 
 CASES = [
     # keys, w, dtype: from few keys a bandwidth, with few terms, to many
@@ -43,10 +43,10 @@ def native_plan(key, w):
 
 def numba_plan(key, w):
     """As native_plan, with Chebyshev polynomials of t turned into powers."""
-    accuracy = numba_fgt_plan.DOUBLE if key.dtype == torch.float64 else numba_fgt_plan.FLOAT
+    accuracy = numba_plans.DOUBLE if key.dtype == torch.float64 else numba_plans.FLOAT
     x = key.double().numpy()
-    plan = numba_fgt_plan.make_plan(accuracy, w, x, x)
-    matrices = np.einsum("kn,okm->onm", numba_fgt_plan.powers(plan.terms), plan.matrices)
+    plan = numba_plans.make_plan(accuracy, w, x, x)
+    matrices = np.einsum("kn,okm->onm", numba_plans.powers(plan.terms), plan.matrices)
     return plan.width * w / 2, matrices, plan.error[len(plan.error) // 2 :], plan.tail
 
 

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include "rows/near.h"
+#include "../rows/near.h"
 
 namespace nwfast {
-namespace fgt {
+namespace linear {
 
 template <typename R>
 class NearRows {
@@ -46,8 +46,7 @@ class NearRows {
     const double window = (plan.window + kMargin) / plan.scale, reach = std::sqrt(delta * delta + window * window);
     const double slack = (std::fabs(x) + reach) * 4 * std::numeric_limits<R>::epsilon();
     const double low = x - reach - slack, high = x + reach + slack;
-    const bool exact = (low > 0 && high <= 2 * low) || (high < 0 && low >= 2 * high);
-    if (!(exact || delta * plan.scale <= kNearAlways) ||
+    if (!(exact_differences(low, high) || delta * plan.scale <= kNearAlways) ||
         !(std::fabs(grad) < kNearMostGrad && std::fabs(lse_grad) < kNearMostGrad)) {
       return false;
     }
@@ -65,15 +64,15 @@ class NearRows {
   bool find_ranges(const R* key, int64_t keys, bool serial) {
     for (int64_t i = 1; i < rows_; ++i) high_[i] = high_[i] > high_[i - 1] ? high_[i] : high_[i - 1];
     for (int64_t i = rows_ - 2; i >= 0; --i) low_[i] = low_[i] < low_[i + 1] ? low_[i] : low_[i + 1];
-    const int64_t groups = (keys + kNearTargets - 1) / kNearTargets, parts = (groups + kGroups - 1) / kGroups;
+    const int64_t groups = (keys + kNearTargets - 1) / kNearTargets, parts = (groups + kTaskGroups - 1) / kTaskGroups;
     ranges_.allocate(2 * groups);
     std::vector<int64_t> visits(parts);
     parallel_blocks(parts, serial, [&](int64_t part) {
       int64_t begin = 0, end = 0;
-      for (int64_t g = part * kGroups; g < std::min(groups, (part + 1) * kGroups); ++g) {
+      for (int64_t g = part * kTaskGroups; g < std::min(groups, (part + 1) * kTaskGroups); ++g) {
         const double lowest = key[g * kNearTargets];
         const double highest = std::nextafter(double(key[std::min(keys, (g + 1) * kNearTargets) - 1]), INFINITY);
-        const bool found = g > part * kGroups;
+        const bool found = g > part * kTaskGroups;
         begin = found ? gallop(high_.get(), rows_, begin, lowest) : lower_bound(high_.get(), rows_, lowest);
         end = found ? gallop(low_.get(), rows_, end, highest) : lower_bound(low_.get(), rows_, highest);
         ranges_[2 * g] = begin;
@@ -88,7 +87,7 @@ class NearRows {
 
   // Sums of keys [first, first + n), first a multiple of kNearTargets: (2 + offsets, pitch).
   void pull(const Data<R>& data, const Plan& plan, int64_t first, int64_t n, double* sums, int64_t pitch) const {
-    FgtNearPull<R> task;
+    NearPullTask<R> task;
     task.target = data.key + first;
     task.targets = n;
     task.value = data.value + first * data.row_stride;
@@ -106,18 +105,18 @@ class NearRows {
     task.offsets = plan.offsets;
     task.sums = sums;
     task.sums_pitch = pitch;
-    fgt_kernels<R>().near_pull(task);
+    linear_kernels<R>().near_pull(task);
   }
 
  private:
-  static constexpr double kMargin = 3;      // bandwidths by which totals below 1 widen a window
-  static constexpr int64_t kMostRows = 64;  // around a key, on average
-  static constexpr int64_t kGroups = 1024;  // of one task
+  static constexpr double kMargin = 3;          // bandwidths by which totals below 1 widen a window
+  static constexpr int64_t kMostRows = 64;      // around a key, on average
+  static constexpr int64_t kTaskGroups = 1024;  // of one task
 
   Buffer<R> x_, reference_, grad_, mean_, lse_grad_, low_, high_;
   Buffer<int64_t> ranges_, excluded_;
   int64_t rows_ = 0;
 };
 
-}  // namespace fgt
+}  // namespace linear
 }  // namespace nwfast

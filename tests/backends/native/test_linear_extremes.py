@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from fgt_cases import exact
+from linear_cases import exact
 
 import nwfast
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
-def fgt(*args, **options):
+def linear(*args, **options):
     return nwfast.nadaraya_watson(*args, method="fgt", backend="native", **options)
 
 
@@ -42,7 +42,7 @@ def test_coincident_keys_count_alike(dtype, place, distance, w, side, stacks):
     counts = key == place
     query = key[counts][:300] + side * distance * torch.linspace(1, 1.01, 300, dtype=dtype)
     value = torch.rand(n, dtype=dtype).requires_grad_()
-    out = fgt(query, key, value, w)
+    out = linear(query, key, value, w)
     mean = value.detach()[counts].double().mean()
     torch.testing.assert_close(
         out.double(), mean.expand(300), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0
@@ -64,7 +64,7 @@ def test_coincident_keys_count_alike(dtype, place, distance, w, side, stacks):
 def test_key_side_where_windows_are_below_an_ulp(dtype, w, exclude_self):
     x = torch.arange(1000, dtype=dtype)
     query, key, value = leaves_of(x, x, torch.cos(x))
-    out = fgt(query, key, value, w, exclude_self=exclude_self)
+    out = linear(query, key, value, w, exclude_self=exclude_self)
     out.sum().backward()
     wanted = torch.ones(1000, dtype=dtype)
     if exclude_self:  # halves from both neighbours, all from a key at an end
@@ -94,7 +94,7 @@ def test_coordinates_next_to_zero(dtype, scale, w):
     query = torch.from_numpy(generator.uniform(-2, 2, 257) * scale).to(dtype)
     key = torch.from_numpy(generator.uniform(-2, 2, 16) * scale).to(dtype)
     query, key, value, w = leaves_of(query, key, torch.rand(16, dtype=dtype), torch.tensor(w, dtype=dtype))
-    out, lse = fgt(query, key, value, w, return_lse=True)
+    out, lse = linear(query, key, value, w, return_lse=True)
     if scale < 1e-300:  # the dense method's to answer, backwards as well
         torch.autograd.grad(out.sum(), (query, key, value, w))
         return
@@ -116,7 +116,7 @@ def test_outlying_keys_and_queries_change_no_other_row(dtype, outliers, w):
     results = []
     for first in (0, count):
         tensors = leaves_of(query[first:], key[first:], value[first:], torch.tensor(w, dtype=dtype))
-        out, lse = fgt(*tensors, return_lse=True)
+        out, lse = linear(*tensors, return_lse=True)
         rows = out[count - first :], lse[count - first :]
         grads = torch.autograd.grad((rows[0] * torch.cos(query[count:])).sum() + rows[1].sum(), tensors)
         results.append((*rows, *(grad[count - first :] for grad in grads[:3]), grads[3]))
@@ -135,7 +135,7 @@ def test_the_nearest_key_of_a_rounded_tie(keys, many):
     key = torch.tensor(keys, dtype=torch.float64).repeat_interleave(many)
     value = torch.arange(float(len(key)), dtype=torch.float64).requires_grad_()
     query = torch.tensor([-0.9, -1e-3, 1e-3, 0.3, 0.9], dtype=torch.float64)
-    out, lse = fgt(query, key, value, 1.0, return_lse=True)
+    out, lse = linear(query, key, value, 1.0, return_lse=True)
     below, above = value.detach()[:many].mean(), value.detach()[many : 2 * many].mean()
     torch.testing.assert_close(out.detach(), torch.where(query < 0, below, above), rtol=1e-14, atol=0)
     torch.testing.assert_close(lse.detach(), -(key[:1] ** 2 / 2).expand(5), rtol=1e-14, atol=0)
@@ -164,7 +164,7 @@ def test_masked_keys_nearer_than_all_others(dtype, exclude_self, gap, kept):
     weight = (torch.arange(len(key)) >= 20).to(dtype)
     value = torch.sin(3 * key)
     tensors = leaves_of(query, key, value, torch.tensor(1.0, dtype=dtype), weight)
-    out, lse = fgt(*tensors[:4], key_weight=tensors[4], exclude_self=exclude_self, return_lse=True)
+    out, lse = linear(*tensors[:4], key_weight=tensors[4], exclude_self=exclude_self, return_lse=True)
     grad = torch.randn(len(key), dtype=dtype)
     grads = torch.autograd.grad((out * grad).sum(), tensors)
     assert all(part.isfinite().all() for part in (out, lse, *grads))
@@ -189,7 +189,7 @@ def test_the_gradient_of_a_masked_weight_away_from_the_kept_keys(dtype):
     weight = torch.ones(302, dtype=dtype)
     weight[300:] = 0
     tensors = leaves_of(torch.cos(key), weight)
-    fgt(query, key, tensors[0], 1.0, key_weight=tensors[1]).sum().backward()
+    linear(query, key, tensors[0], 1.0, key_weight=tensors[1]).sum().backward()
     wanted = weight_gradient(query, key, torch.cos(key), weight, 1.0, torch.ones(400, dtype=dtype))
     np.testing.assert_allclose(
         tensors[1].grad[300:].numpy(),
@@ -218,7 +218,7 @@ def test_queries_that_are_no_numbers(bad, channels, w):
         tensors = leaves_of(
             query.masked_fill(odd, replacement), key, value, torch.tensor(w, dtype=torch.float64), weight
         )
-        out, lse = fgt(*tensors[:4], key_weight=tensors[4], return_lse=True)
+        out, lse = linear(*tensors[:4], key_weight=tensors[4], return_lse=True)
         results.append((out, lse, torch.autograd.grad((out, lse), tensors, (grad, grad_lse))))
     (out, lse, grads), (clean_out, clean_lse, clean_grads) = results
     # Other rows may share vectors with rows than they did, which order their sums.
@@ -265,11 +265,11 @@ def test_masked_values_set_no_scale():
     kept = weight > 0
     spoilt = torch.where(kept, value, 1e30)
     tensors = leaves_of(key, spoilt, weight)
-    out = fgt(key, tensors[0], tensors[1], 20.0, key_weight=tensors[2])
-    torch.testing.assert_close(out, fgt(key, key[kept], value[kept], 20.0), rtol=1e-7, atol=0)
+    out = linear(key, tensors[0], tensors[1], 20.0, key_weight=tensors[2])
+    torch.testing.assert_close(out, linear(key, key[kept], value[kept], 20.0), rtol=1e-7, atol=0)
     by_key, by_value, _ = torch.autograd.grad(out.sum(), tensors)
     clean = leaves_of(key[kept], value[kept])
-    wanted = torch.autograd.grad(fgt(key, *clean, 20.0).sum(), clean)
+    wanted = torch.autograd.grad(linear(key, *clean, 20.0).sum(), clean)
     torch.testing.assert_close(by_key[kept], wanted[0], rtol=1e-4, atol=1e-4 * float(wanted[0].abs().max()))
     torch.testing.assert_close(by_value[kept], wanted[1], rtol=1e-5, atol=0)
     assert not by_key[~kept].any() and not by_value[~kept].any()
@@ -282,8 +282,8 @@ def test_the_own_key_has_a_value_of_any_size(channels):
     value = torch.randn(600, *(() if channels is None else (channels,)), dtype=torch.float64)
     w = torch.tensor(3.0, dtype=torch.float64)
     for query, weight in ((key, None), (key + 1e-3, torch.rand(600, dtype=torch.float64))):
-        right = fgt(query, key, value, w, key_weight=weight, exclude_self=True)[77]
+        right = linear(query, key, value, w, key_weight=weight, exclude_self=True)[77]
         large = value.clone()
         large[77] = 1e12
-        found = fgt(query, key, large, w, key_weight=weight, exclude_self=True)[77]
+        found = linear(query, key, large, w, key_weight=weight, exclude_self=True)[77]
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-14)
