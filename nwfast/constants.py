@@ -1,5 +1,7 @@
 """The numbers that all kernels share: the one source from which C++, CUDA, Numba and Triton take theirs.
 
+Triton and the fast kernels of CUDA have an exp2 of the device, and need the scales alone.
+
 ``python csrc/common/write_constants.py`` writes csrc/common/constants.h from it (`make format` does so); a test
 compares the two and measures every polynomial. Nothing is imported here, so that the header can be written without
 torch.
