@@ -34,6 +34,9 @@ demo: setup  ## the chapter, then a year of flights; options as in make demo ARG
 info: setup  ## versions, what can run here and what cannot, and why
 	$(BIN)/python -m nwfast info
 
+# Threads that wait would take the cores from the other worker's.
+test test-full: export OMP_WAIT_POLICY = passive
+
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint  ## lint, the suite, the doctests and one run of every benchmark, untimed: 8 minutes on two cores
