@@ -139,7 +139,14 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "case", "target"), COMPILED)
+# Of those that are there for several targets, the others by `make test-full`.
+AGAIN = [one for one in COMPILED if one[2] != 90 and (*one[:2], 90) in COMPILED]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "target"),
+    [pytest.param(*one, marks=[pytest.mark.full] if one in AGAIN else []) for one in COMPILED],
+)
 def test_compiled_within_registers(kernel, case, target):
     from backends.triton import resources
 
