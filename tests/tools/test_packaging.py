@@ -87,10 +87,12 @@ def run_installed(wheel: Path, directory: Path, backend: str) -> dict[str, bool 
     # torch, numpy and numba come from this environment: a folder named in a .pth file is searched after the own one.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", "--no-index", wheel], check=True)
+    # Where PYTHONPATH names the sources, pip would take nwfast for installed.
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*install, "--no-deps", "--no-index", wheel], env=alone, check=True)
     process = subprocess.run(
         [python, "-c", PROBE],
-        env=without_compiler(directory / "empty", BACKEND=backend),
+        env=without_compiler(directory / "empty", BACKEND=backend, NUMBA_OPT="0"),  # sooner compiled
         cwd=directory,
         capture_output=True,
         text=True,
