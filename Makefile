@@ -18,12 +18,12 @@ GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py 
     validation.py left_out.py) \
     $(addprefix tests/backends/test_,reference.py dispatch.py constants.py)
 
-.PHONY: help setup demo info test fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
+.PHONY: help setup demo info test test-full fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
     gpu-bench report regression
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup:  ## virtual environment, pinned packages, C++ extension
 	@$(MAKE) --no-print-directory --jobs 2 .venv/installed $(EXTENSION)
@@ -34,9 +34,17 @@ demo: setup  ## the chapter, then a year of flights; options as in make demo ARG
 info: setup  ## versions, what can run here and what cannot, and why
 	$(BIN)/python -m nwfast info
 
-test: lint  ## lint, the whole suite, the doctests and one run of every benchmark, untimed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# Threads that wait would take the cores from the other worker's.
+test test-full: export OMP_WAIT_POLICY = passive
+
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: lint  ## lint, the suite, the doctests and one run of every benchmark, untimed: 8 minutes on two cores
+	$(PYTEST) $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
+
+test-full: test  ## make test, then its long studies: all instruction sets, GPU targets and planted errors
+	$(PYTEST) -m full $(ARGS)
 
 fuzz: setup  ## random input against an oracle in longer precision, as make fuzz ARGS="--minutes 10 --seed 7"
 	$(BIN)/python tests/fuzz $(ARGS)

@@ -17,11 +17,16 @@ import nwfast
 collect_ignore = ["backends/cuda/emulation/plugin.py", "backends/cuda/emulation/small_case.py", "fuzz"]
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILING = (
+# Files that take longest, in this order: of two workers one begins with Numba's kernels, which all later tests find on
+# disk, and the other with what compilers do outside of Python.
+FIRST = (
+    "backends/numba/test_dense.py",
     "backends/native/test_sanitizers.py",
+    "backends/numba/test_linear.py",
     "backends/cuda/test_emulated.py",
-    "tools/test_packaging.py",
     "backends/cuda/test_compile.py",
+    "tools/test_packaging.py",
+    "backends/triton/test_triton.py",
 )
 
 if importlib.util.find_spec(
@@ -85,8 +90,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that compile for minutes come first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(COMPILING))
+    """The longest files come first, so that no worker is left with one of them at the end."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.as_posix()
+        return next((i for i, file in enumerate(FIRST) if name.endswith(file)), len(FIRST))
+
+    items.sort(key=place)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

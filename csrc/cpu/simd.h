@@ -39,6 +39,7 @@ template <>
 struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 };
@@ -46,6 +47,7 @@ template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Unsigned __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
 };
@@ -56,6 +58,14 @@ template <typename T>
 using IntVec = typename Simd<T>::Int;
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// p 2^k for the `rounded` that is k + kRound: k goes into the exponent. Anything where that has no room, in lanes that
+// nobody reads: hence unsigned, which may overflow.
+template <typename T>
+NWFAST_INLINE Vec<T> raise(Vec<T> p, Vec<T> rounded) {
+  typedef typename Simd<T>::Unsigned Bits;
+  return (Vec<T>)((Bits)p + ((Bits)rounded << Simd<T>::kMantissa));
+}
 
 template <typename T>
 NWFAST_INLINE Vec<T> load(const T* p) {

@@ -338,7 +338,7 @@ assert torch.allclose(out, x.sin(), atol=1e-3)
 peak = status("VmHWM") - before
 assert 2e6 < peak < 100e6, peak
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -248,7 +248,7 @@ def test_alternating_takes_turns(monkeypatch, graphics):
     calls = {name: functools.partial(call, name) for name in ("a", "b")}
     times = alternate.alternate(calls, 0.0, clock, least_rounds=5)
     assert [len(own) for own in times.values()] == [5, 5]
-    assert all(1e-3 <= seconds < 1e-2 for own in times.values() for seconds in own)
+    assert all(1e-3 <= seconds < 0.5 for own in times.values() for seconds in own)
     # Estimates ab, rounds ab ba ab ba ab: turns that meet are one.
     assert [name for name, _ in itertools.groupby(made)] == list("abababab")
     assert len(looks) == (2 * alternate.LOOKED_AT if graphics else 0)

@@ -12,7 +12,7 @@ from nwfast.demo import chapter
 
 def nwfast_command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "nwfast", *arguments], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-m", "nwfast", *arguments], capture_output=True, text=True, timeout=600, **options
     )
 
 

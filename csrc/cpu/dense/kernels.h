@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../isa/levels.h"
+
 namespace nwfast {
 
 constexpr int64_t kPadding = 16;  // packed arrays are padded to a multiple of the widest vector
@@ -159,7 +161,7 @@ const Table& table_for(const Table& avx512, const Table& avx2, const Table& base
   const Level level = processor_level();
   return level == Level::kAvx512 ? avx512 : level == Level::kAvx2 ? avx2 : baseline;
 }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef NWFAST_X86
 #define NWFAST_TABLE(name) table_for(avx512::name, avx2::name, baseline::name)
 #else
 #define NWFAST_TABLE(name) baseline::name

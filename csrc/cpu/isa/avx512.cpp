@@ -1,7 +1,9 @@
 // The kernels for processors with AVX512. The target pragma follows the system headers: inline functions from there
 // must stay runnable everywhere, since the linker keeps one copy of each for all sources.
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "levels.h"
+
+#ifdef NWFAST_X86
 
 #include <immintrin.h>
 

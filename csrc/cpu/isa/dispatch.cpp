@@ -2,14 +2,15 @@
 
 #include <cstdlib>
 
+#include "levels.h"
+
 #define NWFAST_ISA baseline
 #define NWFAST_LEVEL 128
 #include "tables.h"
 
 namespace nwfast {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define NWFAST_X86 1
+#ifdef NWFAST_X86
 namespace avx512 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;

@@ -1,4 +1,7 @@
-"""The CUDA sources compiled by nvcc to native code of all targets, within their register budgets; no GPU is needed."""
+"""The CUDA sources compiled by nvcc to native code, within their register budgets; no GPU is needed.
+
+For one target; for all of them in `make test-full`.
+"""
 
 import shutil
 import subprocess
@@ -15,9 +18,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+OTHERS = tuple(target for target in cuda_resources.TARGETS if target != "sm_90")
+
+
+@pytest.fixture(
+    scope="module", params=[("sm_90",), pytest.param(OTHERS, marks=pytest.mark.full)], ids=" ".join
+)
+def targets(request) -> tuple[str, ...]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def resources() -> list[cuda_resources.Resource]:
-    return cuda_resources.rows()
+def resources(targets) -> list[cuda_resources.Resource]:
+    return cuda_resources.rows(targets)
 
 
 def test_no_spills(resources):
@@ -28,8 +41,8 @@ def test_registers_are_within_budget(resources):
     assert [row for row in resources if row.registers > row.register_budget] == []
 
 
-def test_every_kernel_is_there(resources):
-    assert {row.target for row in resources} == set(cuda_resources.TARGETS)
+def test_every_kernel_is_there(resources, targets):
+    assert {row.target for row in resources} == set(targets)
     names = {row.kernel.split("<")[0] for row in resources}
     written = set()
     for source in cuda_resources.sources():

@@ -1,9 +1,10 @@
 """Runs the C++ kernels over odd shapes; test_sanitizers.py starts it in a process with the sanitizers' build.
 
 Sizes stand on both sides of every vector and tile width. Results are compared with the reference, loosely: the point
-is what memory the kernels touch on the way.
+is what memory the kernels touch on the way. With "fewer", as many forms, in fewer points of one feature and channel.
 """
 
+import importlib
 import itertools
 import sys
 
@@ -82,10 +83,11 @@ def general_form(generator: np.random.Generator) -> None:
         check(query, key, value, w, **options)
 
 
-def one_feature(generator: np.random.Generator) -> None:
+def one_feature(generator: np.random.Generator, fewer: bool) -> None:
     """The (M,) and (M, N) forms, keys sorted or not, bandwidths from flat to one-hot, queries beyond the data."""
-    for n_keys, w in itertools.product(SIZES, (0.0, 0.7, 40.0, 3e4)):
-        query = torch.from_numpy(generator.uniform(-3, 8, int(generator.choice(SIZES)))).requires_grad_()
+    sizes = SIZES[:-1] if fewer else SIZES
+    for n_keys, w in itertools.product(sizes, (0.0, 0.7, 40.0, 3e4)):
+        query = torch.from_numpy(generator.uniform(-3, 8, int(generator.choice(sizes)))).requires_grad_()
         key = torch.from_numpy(np.sort(generator.uniform(0, 5, n_keys))).requires_grad_()
         value = torch.from_numpy(generator.normal(size=n_keys)).requires_grad_()
         bandwidth = torch.tensor(w, dtype=torch.float64, requires_grad=True)
@@ -101,15 +103,21 @@ def one_feature(generator: np.random.Generator) -> None:
         check(query, rows[0], rows[1], torch.ones(1, requires_grad=True))
 
 
-def fast_gauss_transform(generator: np.random.Generator) -> None:
+def fast_gauss_transform(generator: np.random.Generator, fewer: bool) -> None:
     """Crowded and empty boxes, gaps with and without queries, duplicates, masked keys, channels and batches."""
+    part = 4 if fewer else 1
     clusters = np.r_[
-        generator.normal(size=700), generator.uniform(0, 40, 300), np.full(300, 3.0), [90.0, 91.0]
+        generator.normal(size=700 // part),
+        generator.uniform(0, 40, 300 // part),
+        np.full(300 // part, 3.0),
+        90,
+        91,
     ]
-    keys = {"uniform": generator.uniform(0, 5, 1500), "clusters": clusters, "few": generator.uniform(0, 5, 9)}
+    uniform = generator.uniform(0, 5, 1500 // part)
+    keys = {"uniform": uniform, "clusters": clusters, "few": generator.uniform(0, 5, 9)}
     for (name, drawn), w in itertools.product(keys.items(), (0.0, 0.3, 5.0, 80.0, 3e3)):
         n = len(drawn)
-        query = np.r_[generator.uniform(-3, 8, 500), drawn[: n // 2], [200.0, 3e4]]
+        query = np.r_[generator.uniform(-3, 8, 500 // part), drawn[: n // 2], [200.0, 3e4]]
         dtype = torch.float64 if name != "uniform" or w > 1 else torch.float32
         arrays = query, drawn, np.sin(drawn), generator.uniform(0.1, 2, n)
         tensors = [torch.from_numpy(array).to(dtype) for array in arrays]
@@ -164,9 +172,9 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["read_out_of_bounds"]:
         read_out_of_bounds()
     else:
-        generator = np.random.default_rng(0)
+        generator, fewer = np.random.default_rng(0), sys.argv[1:] == ["fewer"]
         general_form(generator)
-        one_feature(generator)
-        fast_gauss_transform(generator)
+        one_feature(generator, fewer)
+        fast_gauss_transform(generator, fewer)
         special_values()
-    print("done")
+    print("done with", importlib.import_module("nwfast._C").instruction_set())

@@ -405,6 +405,7 @@ assert len(said) == 1, said
 """
     environment = {name: text for name, text in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     environment |= {"HOME": "/nonexistent", "PYTHONPATH": str(Path(backends.__file__).parents[2])}
+    environment["NUMBA_OPT"] = "0"  # sooner compiled
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
 
 

@@ -24,7 +24,7 @@ NWFAST_INLINE DVec weight_of(DVec t) {
   DVec p = fraction * Polynomial::coefficient(Polynomial::kDegree) + Polynomial::coefficient(Polynomial::kDegree - 1);
 #pragma GCC unroll 16
   for (int i = Polynomial::kDegree - 2; i >= 0; --i) p = p * fraction + Polynomial::coefficient(i);
-  return (DVec)(((IntVec<double>)p + ((IntVec<double>)rounded << 52)) & counts);  // p lies in [0.7, 1.5]
+  return (DVec)((IntVec<double>)raise<double>(p, rounded) & counts);  // p lies in [0.7, 1.5]
 }
 
 // Sources as double: where they are not, converted by the block.

@@ -27,7 +27,7 @@ NWFAST_INLINE Vec<float> near_weight(Vec<float> t) {
   const Vec<float> first = x * coefficient(1) + coefficient(0), second = x * coefficient(3) + coefficient(2);
   const Vec<float> third = square * coefficient(6) + (x * coefficient(5) + coefficient(4));
   const Vec<float> p = (third * square + second) * square + first;
-  return (Vec<float>)((IntVec<float>)p + ((IntVec<float>)rounded << Simd<float>::kMantissa));
+  return raise<float>(p, rounded);
 }
 
 // A vector of sums in double: as many as T has lanes.
