@@ -8,6 +8,7 @@
 
 #include "../dense/single_keys.h"
 #include "../dense/single_rows.h"
+#include "../dense/skipping/select.h"
 #include "../dense/tiled_kernels.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
@@ -19,7 +20,8 @@ namespace NWFAST_ISA {
 // Constant initialisation: no code of this instruction set may run when the library is loaded.
 template <typename T>
 constexpr Kernels<T> table() {
-  return {single_nearest<T>, single_rows<T>, single_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
+  return {single_nearest<T>,   single_rows<T>,    single_keys<T>, tiled_rows<T>,
+          tiled_query_grad<T>, tiled_key_grad<T>, select_near<T>};
 }
 extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();
