@@ -181,7 +181,7 @@ std::unique_ptr<NearKeys<T>> keys_near(const Problem& problem, const BackwardBat
   const bool pays = near->pays(batch->rows, [&](int64_t first, const auto& share) {
     TiledQueryGrad<T> task;
     double floor[kNearRowBlock];
-    fill_rows(problem, *batch, first, kNearRowBlock, task, floor);
+    fill_rows(problem, *batch, first, near->block_of(batch->rows), task, floor);
     return share(floor, task);
   });
   if (!pays) near.reset();
@@ -193,7 +193,7 @@ template <typename T, typename R>
 void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
                 const BackwardBatch<T>* batch, const NearKeys<T>* near, double* grad_w) {
   if (!batch || batch->rows == 0) return;
-  const int64_t features = problem.features, size = near ? kNearRowBlock : kRowTask;
+  const int64_t features = problem.features, size = near ? near->block_of(batch->rows) : kRowTask;
   const int64_t blocks = (batch->rows + size - 1) / size;
   Buffer<double> partial(grad_w ? blocks * features : 0);  // one partial sum a block, added in order below
   Pool<NearData<T>> scratch;
@@ -333,8 +333,8 @@ std::unique_ptr<NearRows<T>> rows_near(const Problem& problem, const BackwardBat
   batch->fill(problem, 0, all);
   all.rows = batch->rows;
   auto near = std::make_unique<NearRows<T>>(all, *batch, gradient_sizes(*batch).data(), negligible, serial);
-  const bool pays = near->pays(
-      [&](int64_t begin, int64_t end) { return key_charge(problem, *batch, of_weights, begin, end); });
+  const bool pays =
+      near->pays([&](int64_t begin, int64_t end) { return key_charge(problem, *batch, of_weights, begin, end); });
   if (!pays) near.reset();
   return near;
 }

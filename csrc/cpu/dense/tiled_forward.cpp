@@ -99,7 +99,7 @@ void forward_in(const Problem& problem, int64_t b, bool serial, SpatialPlan& pla
   if (plan.active() && batch->finite()) {
     near = std::make_unique<NearKeys<T>>(problem, *batch, plan, kNegligible<R>, serial);
     const bool pays = near->pays(count, [&](int64_t first, const auto& share) {
-      ForwardRows<T> block(problem, *batch, &rows[first], std::min(kNearRowBlock, count - first));
+      ForwardRows<T> block(problem, *batch, &rows[first], std::min(near->block_of(count), count - first));
       return share(nullptr, block.task);
     });
     if (!pays) near.reset();
@@ -111,7 +111,7 @@ void forward_in(const Problem& problem, int64_t b, bool serial, SpatialPlan& pla
     batch->prepare(problem, b, Values::kForward, true, nullptr);
   }
   std::vector<char> left(rows.size());
-  const int64_t size = near ? kNearRowBlock : kRowTask;
+  const int64_t size = near ? near->block_of(count) : kRowTask;
   Pool<NearData<T>> scratch;
   parallel_blocks((count + size - 1) / size, serial, [&](int64_t block) {
     const int64_t begin = block * size;

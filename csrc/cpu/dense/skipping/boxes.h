@@ -106,8 +106,8 @@ class BoxedPoints {
     constexpr int64_t kBoxes = kGroupPoints / kBoxPoints;
     for (int64_t i = 0; i < near.group_count; ++i) {
       const int64_t begin = near.groups[i] * kBoxes, end = std::min(boxes_.n, begin + kBoxes);
-      near.box_count += select(boxes_, begin, end, task, near.boxes.get() + near.box_count,
-                               near.bounds.get() + near.box_count);
+      near.box_count +=
+          select(boxes_, begin, end, task, near.boxes.get() + near.box_count, near.bounds.get() + near.box_count);
     }
     return near.box_count * kBoxPoints;
   }

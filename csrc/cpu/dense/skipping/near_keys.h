@@ -4,7 +4,8 @@
 // boxes lie nearer than what that gave, over those: each sum bounds the row's own from below. The backward pass has the
 // sums in the state.
 //
-// Values may be of very different sizes. A key whose value is larger than those around the block counts by as much more.
+// Values may be of very different sizes. A key whose value is larger than those around the block counts by as much
+// more.
 
 #pragma once
 
@@ -14,13 +15,13 @@
 
 namespace nwfast {
 
-constexpr double kMostNearKeys = 0.75;    // of all keys: gathering more would cost what it saves
-constexpr double kMostNearShare = 0.6;    // of all pairs, where skipping pays
-constexpr int64_t kTrialBlocks = 8;       // that this is judged by
-constexpr int64_t kAround = 128;          // keys that give the first bound, a node of the order
-constexpr int64_t kMostProbes = 4;        // boxes that are looked at to better it
-constexpr double kWorthProbing = 6;       // where a row's bound may rise by that much, in base 2
-constexpr double kNoSum = -0x1p1000;      // of a row for which no key counts
+constexpr double kMostNearKeys = 0.75;  // of all keys: gathering more would cost what it saves
+constexpr double kMostNearShare = 0.6;  // of all pairs, where skipping pays
+constexpr int64_t kTrialBlocks = 8;     // that this is judged by
+constexpr int64_t kAround = 128;        // keys that give the first bound, a node of the order
+constexpr int64_t kMostProbes = 4;      // boxes that are looked at to better it
+constexpr double kWorthProbing = 6;     // where a row's bound may rise by that much, in base 2
+constexpr double kNoSum = -0x1p1000;    // of a row for which no key counts
 
 // Keys by themselves, and the places of rows' own keys among them.
 template <typename T>
@@ -40,8 +41,8 @@ class NearKeys {
     const int64_t n = problem.keys;
     negligible_ = negligible + std::log2(static_cast<double>(n));
     measure_values(serial);
-    boxes_.build(batch.data.key, batch.data.pitch, n, batch.data.features, batch.feature_scale(),
-                 batch.data.log_weight, reach_.get(), serial);
+    boxes_.build(batch.data.key, batch.data.pitch, n, batch.data.features, batch.feature_scale(), batch.data.log_weight,
+                 reach_.get(), serial);
   }
 
   // Gives a task (its rows, their own keys' places) the keys that may matter to its rows alone. floor: log2 of each
@@ -54,16 +55,21 @@ class NearKeys {
     gather(task, chosen);
   }
 
+  // How many of some rows share their keys.
+  int64_t block_of(int64_t rows) const {
+    return rows < static_cast<int64_t>(plan_.rows().size()) / 8 ? near_block(0) : near_block(rows);
+  }
+
   // Whether enough keys are left out, by a few blocks of rows of a forward pass. task(first): with the rows from there.
   template <typename MakeTask>
   bool pays(int64_t rows, const MakeTask& make) const {
     if (skipping() == Skipping::kAlways) return true;
-    const int64_t blocks = (rows + kNearRowBlock - 1) / kNearRowBlock, count = std::min(blocks, kTrialBlocks);
+    const int64_t size = block_of(rows), blocks = (rows + size - 1) / size, count = std::min(blocks, kTrialBlocks);
     NearData<T> chosen;
     double share = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = count < blocks ? i * (blocks - 1) / (count - 1) : i;
-      share += make(block * kNearRowBlock, [&](const double* floor, auto& task) {
+      share += make(block * size, [&](const double* floor, auto& task) {
         if (!find(floor, task, kMostNearKeys, chosen)) return 1.0;
         return static_cast<double>(chosen.near.count) / static_cast<double>(boxes_.size());
       });

@@ -41,7 +41,7 @@ class SpatialOrder {
 
   int64_t n_, features_;
   Buffer<uint32_t> order_;
-  Buffer<uint64_t> items_;
+  Buffer<uint64_t> items_, spare_;  // (coordinate, point) of the nodes being divided
   std::vector<Split> splits_;
 };
 

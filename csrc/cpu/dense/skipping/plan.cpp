@@ -17,9 +17,15 @@ constexpr double kLeastPairs = 0x1p22;
 constexpr int64_t kLeastKeys = 1024;
 // Of M N / (M + N): ordering a point costs as much as some hundred pairs. With fewer, keys are taken as they come.
 constexpr double kLeastToOrder = 256;
-constexpr int64_t kLeastRows = 32;  // for fewer, boxes cost as much as the pairs
+constexpr double kEasilyOrdered = 8192;  // from here on, ordering in vain costs a few percent
+constexpr int64_t kLeastRows = 32;       // for fewer, boxes cost as much as the pairs
 constexpr int64_t kKeySample = 256, kRowSample = 16;
-constexpr double kMostShare = 0.5;  // of the sampled pairs that matter
+
+// Of sampled pairs, the share that may be chosen where ordering pays. With two or three features it is what blocks of
+// rows then choose; boxes of many features hold more of what is none of theirs.
+double most_share(int64_t features, double points) {
+  return features <= 3 ? 0.45 : std::fmin(0.25, 0.125 * (1 + points / kEasilyOrdered));
+}
 
 int64_t sampled(int64_t i, int64_t count, int64_t n) { return count < n ? i * (n - 1) / (count - 1) : i; }
 
@@ -79,7 +85,9 @@ SpatialPlan::SpatialPlan(const Problem& problem, int64_t b, double negligible, b
     std::nth_element(column.begin(), column.begin() + count / 2, column.end());
     middle_[f] = column[count / 2];
   }
-  if (always || rows * keys / (rows + keys) >= kLeastToOrder) {
+  if (!always && rows * keys / (rows + keys) < kLeastToOrder) {
+    if (!comes_in_order(problem, b)) return;
+  } else {
     Buffer<float> points(n * features);
     std::vector<char> finite(n);
     if (!scaled(problem, problem.key, b, n, serial, points.get(), finite.data())) return;
@@ -108,12 +116,14 @@ int64_t SpatialPlan::home(const double* query) const {
   return keys_->home(point.data());
 }
 
-// Whether most pairs of a sample do not matter. A row's nearest key in the sample is further away than that of all
-// keys, so that more pairs seem to matter than do.
+// Whether most pairs of a sample are too far apart to matter. A row's nearest key in the sample is further away than
+// that of all keys, so that more pairs seem to matter than do. Pairs are chosen by blocks of rows: all of a row's keys
+// are taken to be nearer by the extent of a block, the distance within which the sample has a block's share of its
+// points.
 bool SpatialPlan::sample_says_so(const Problem& problem, int64_t b, double negligible) const {
   const int64_t features = problem.features;
   const int64_t keys = std::min(problem.keys, kKeySample), rows = std::min(problem.queries, kRowSample);
-  std::vector<double> key(keys * features), query(rows * features), weight(keys, 0), score(keys);
+  std::vector<double> key(keys * features), query(rows * features), weight(keys, 0), distance(keys), sorted;
   if (!take(problem.key, problem.batch, b, problem.keys, keys, features, key.data())) return false;
   if (!take(problem.query, problem.batch, b, problem.queries, rows, features, query.data())) return false;
   if (problem.key_weight.data) {
@@ -126,6 +136,10 @@ bool SpatialPlan::sample_says_so(const Problem& problem, int64_t b, double negli
     }
   }
   const double window = negligible + std::log2(static_cast<double>(problem.keys));
+  const double of_block = static_cast<double>(keys) * std::min(1.0, static_cast<double>(near_block(problem.queries)) /
+                                                                        static_cast<double>(problem.queries));
+  const int64_t neighbour = std::min(keys - 1, static_cast<int64_t>(of_block));
+  const double shrink = std::pow(std::min(1.0, of_block), 1 / static_cast<double>(features));
   int64_t matter = 0;
   for (int64_t i = 0; i < rows; ++i) {
     double best = -INFINITY;
@@ -135,12 +149,42 @@ bool SpatialPlan::sample_says_so(const Problem& problem, int64_t b, double negli
         const double offset = (query[i * features + f] - key[j * features + f]) * scale_[f];
         sum += offset * offset;
       }
-      score[j] = weight[j] - sum;
-      best = std::fmax(best, score[j]);
+      distance[j] = std::sqrt(sum);
+      best = std::fmax(best, weight[j] - sum);
     }
-    for (int64_t j = 0; j < keys; ++j) matter += !(score[j] < best - window);
+    sorted = distance;
+    std::nth_element(sorted.begin(), sorted.begin() + neighbour, sorted.end());
+    const double extent = shrink * sorted[neighbour];
+    for (int64_t j = 0; j < keys; ++j) {
+      const double apart = std::fmax(0, distance[j] - extent);
+      matter += !(weight[j] - apart * apart < best - window);
+    }
   }
-  return static_cast<double>(matter) < kMostShare * static_cast<double>(rows * keys);
+  const double m = static_cast<double>(problem.queries), n = static_cast<double>(problem.keys);
+  return static_cast<double>(matter) < most_share(features, m * n / (m + n)) * static_cast<double>(rows * keys);
+}
+
+// Whether keys side by side lie near each other, by a sample.
+bool SpatialPlan::comes_in_order(const Problem& problem, int64_t b) const {
+  const int64_t features = problem.features, count = kKeySample / 2, n = problem.keys, step = kBoxPoints / 2;
+  const View& view = problem.key;
+  const int64_t offset = view.offset(problem.batch, b);
+  std::vector<double> x(features), y(features), before(features);
+  double beside = 0, apart = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t j = sampled(i * 7919 % count, count, n - step);
+    read(view, offset + j * view.row_stride, features, view.column_stride, x.data());
+    read(view, offset + (j + step) * view.row_stride, features, view.column_stride, y.data());
+    double to_next = 0, to_before = 0;
+    for (int64_t f = 0; f < features; ++f) {
+      to_next += std::fabs((x[f] - y[f]) * scale_[f]);
+      to_before += std::fabs((x[f] - before[f]) * scale_[f]);
+    }
+    beside += i > 0 ? to_next : 0;
+    apart += i > 0 ? to_before : 0;
+    before = x;
+  }
+  return beside < apart / 4;
 }
 
 void SpatialPlan::order_rows(const Problem& problem, int64_t b, bool serial) {

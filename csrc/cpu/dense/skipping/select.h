@@ -26,7 +26,8 @@ int64_t select_near(const Selection<T>& task) {
     Vec<T> sum = {};
     for (int64_t f = 0; f < task.features; ++f) {
       const int64_t place = f * task.pitch + j;
-      const Vec<T> low = load(task.low + place) - task.block_high[f], high = task.block_low[f] - load(task.high + place);
+      const Vec<T> low = load(task.low + place) - task.block_high[f],
+                   high = task.block_low[f] - load(task.high + place);
       const Vec<T> gap = larger<T>(larger<T>(low, high), Vec<T>{}) * task.feature_scale[f];
       sum += gap * gap;
     }
