@@ -169,7 +169,7 @@ class NearKeys {
   }
 
   // For each key the log2 of its largest value, relative to the channel's range, with its weight; for each kAround keys
-  // the same of the channel that is smallest there.
+  // the same of what is usual there, in the channel and the box where that is least: others may have come in with them.
   void measure_values(bool serial) {
     const TiledData<T>& data = batch_.data;
     const int64_t n = data.n, channels = data.channels;
@@ -187,23 +187,27 @@ class NearKeys {
     reach_.allocate(n);
     least_.assign((n + kAround - 1) / kAround, 0);
     parallel_blocks((n + kAround - 1) / kAround, serial, [&](int64_t part) {
-      const int64_t begin = part * kAround, end = std::min(n, begin + kAround);
-      double largest[kAround] = {}, least = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        double here = 0;
-        for (int64_t j = begin; j < end; ++j) {
-          const T value =
-              data.value_columns ? data.value_columns[c * data.pitch + j] : data.value_rows[j * data.channel_pitch + c];
-          const double size = std::fabs(static_cast<double>(value)) * inverse[c];
-          here = std::fmax(here, size);
-          largest[j - begin] = std::fmax(largest[j - begin], size);
+      for (int64_t begin = part * kAround; begin < std::min(n, (part + 1) * kAround); begin += kBoxPoints) {
+        const int64_t count = std::min(kBoxPoints, n - begin);
+        double largest[kBoxPoints] = {};
+        for (int64_t c = 0; c < channels; ++c) {
+          double sizes[kBoxPoints];
+          int64_t some = 0;
+          for (int64_t i = 0; i < count; ++i) {
+            const T value = data.value_columns ? data.value_columns[c * data.pitch + begin + i]
+                                               : data.value_rows[(begin + i) * data.channel_pitch + c];
+            const double size = std::fabs(static_cast<double>(value)) * inverse[c];
+            largest[i] = std::fmax(largest[i], size);
+            if (size > 0) sizes[some++] = size;
+          }
+          if (some == 0) continue;
+          std::nth_element(sizes, sizes + (some - 1) / 2, sizes + some);
+          least_[part] = std::fmin(least_[part], std::log2(sizes[(some - 1) / 2]));
         }
-        if (here > 0) least = std::fmin(least, std::log2(here));
-      }
-      least_[part] = least;
-      for (int64_t j = begin; j < end; ++j) {
-        const double weight = data.log_weight ? static_cast<double>(data.log_weight[j]) : 0;
-        reach_[j] = static_cast<T>(std::log2(largest[j - begin]) + weight);
+        for (int64_t i = 0; i < count; ++i) {
+          const double weight = data.log_weight ? static_cast<double>(data.log_weight[begin + i]) : 0;
+          reach_[begin + i] = static_cast<T>(std::log2(largest[i]) + weight);
+        }
       }
     });
   }
