@@ -1,6 +1,6 @@
 """Pairs that cannot matter are left out by the dense kernels of the native backend: results stay what they promise.
 
-Small problems, where skipping would not pay, are computed in a process that always skips, by this file run as a program.
+Small problems, where skipping would not pay, are computed in a process that always skips, by this file run as one.
 """
 
 import os
@@ -181,7 +181,7 @@ def test_keys_far_away_count_where_their_values_are_large(always):
     assert float((right - 1).max()) > 0.5
 
 
-def large_problem(d, dtype, n=2400, m=2300):
+def large_problem(d, dtype, n=2100, m=2010):
     generator = torch.Generator().manual_seed(d)
     both = points(n + m, d, generator, clusters=20, spread=0.2).to(dtype)
     value = torch.sin(both[:n].sum(1, keepdim=True))
