@@ -87,7 +87,7 @@ class Sample {
 bool linear_is_faster(const Problem& problem) {
   const double m = static_cast<double>(problem.queries), n = static_cast<double>(problem.keys);
   if (problem.features != 1 || problem.batch.count == 0 || m * n < kChoicePairs) return false;
-  if (problem.channels > 1) return true;  // the dense kernels for channels know no windows
+  if (problem.channels > 1) return true;  // the dense kernels for channels have boxes for windows, which cost more
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const Sample sample(problem);
   double w = 0;
