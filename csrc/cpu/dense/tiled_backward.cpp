@@ -37,7 +37,7 @@ template <typename T>
 struct BackwardBatch : TiledBatch<T> {
   Buffer<T> row_query, value_grad, lse_grad, offset_grad, inverse_total;
   Buffer<double> shift;
-  Buffer<int64_t> places;  // of the rows' own keys
+  Buffer<int64_t> places, own;  // of the rows, and of the keys that they leave out
   int64_t rows = 0;
 
   template <typename R>
@@ -52,6 +52,7 @@ struct BackwardBatch : TiledBatch<T> {
     inverse_total.allocate(rows);
     shift.allocate(rows);
     places.allocate(rows);
+    own.allocate(rows);
     RowGrad grad(channels);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = b * m + some[i];
@@ -69,6 +70,7 @@ struct BackwardBatch : TiledBatch<T> {
       inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
       shift[i] = task.state[2 * row];
       places[i] = some[i];
+      own[i] = problem.own_key(some[i]);
     }
   }
 
@@ -76,7 +78,7 @@ struct BackwardBatch : TiledBatch<T> {
   void fill(const Problem& problem, int64_t begin, Task& task) const {
     task.data = this->data;
     task.query = row_query.get() + begin * problem.features;
-    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
+    task.excluded = problem.exclude_self ? own.get() + begin : nullptr;
     task.shift = shift.get() + begin;
     task.inverse_total = inverse_total.get() + begin;
     task.offset_grad = offset_grad.get() + begin;
@@ -94,7 +96,7 @@ struct BackwardBatch : TiledBatch<T> {
     task.data = this->data;
     task.rows = count;
     task.query = row_query.get() + begin * problem.features;
-    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
+    task.excluded = problem.exclude_self ? own.get() + begin : nullptr;
     task.total = total;
     task.shift = row_shift;
     task.values = sums.get();

@@ -55,7 +55,7 @@ class TiledBatch {
       if (weigh) d.log_weight = log_weight_.get();
     }
     excluded_.allocate(problem.exclude_self ? problem.queries : 0);
-    for (int64_t i = 0; problem.exclude_self && i < problem.queries; ++i) excluded_[i] = i;
+    for (int64_t i = 0; problem.exclude_self && i < problem.queries; ++i) excluded_[i] = problem.own_key(i);
     excluded = problem.exclude_self ? excluded_.get() : nullptr;
   }
 
@@ -214,11 +214,12 @@ class TiledBatch {
   // Rows whose own key, which is left out, holds something that no product with 0 removes.
   void find_odd_own(const Problem& problem) {
     for (int64_t i = 0; i < problem.queries; ++i) {
+      const int64_t j = problem.own_key(i);
       bool finite = true;
-      for (int64_t f = 0; f < data.features; ++f) finite &= std::isfinite(key_[f * data.pitch + i]);
+      for (int64_t f = 0; f < data.features; ++f) finite &= std::isfinite(key_[f * data.pitch + j]);
       for (int64_t c = 0; c < data.channels; ++c) {
-        finite &= std::isfinite(data.value_columns ? value_columns_[c * data.pitch + i]
-                                                   : value_rows_[i * data.channel_pitch + c]);
+        finite &= std::isfinite(data.value_columns ? value_columns_[c * data.pitch + j]
+                                                   : value_rows_[j * data.channel_pitch + c]);
       }
       if (!finite) odd[i] = true;
     }

@@ -31,7 +31,7 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b,
       std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
     task.query = query.get();
   }
-  std::copy_n(some, rows, excluded);
+  for (int64_t i = 0; i < rows; ++i) excluded[i] = problem.own_key(some[i]);
   task.excluded = problem.exclude_self ? excluded : nullptr;
   task.total = total;
   task.shift = shift;

@@ -15,12 +15,16 @@ extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
 extern const FgtKernels<float> kFloatFgtKernels;
 extern const FgtKernels<double> kDoubleFgtKernels;
+extern const GridKernels<float> kFloatGridKernels;
+extern const GridKernels<double> kDoubleGridKernels;
 }  // namespace avx512
 namespace avx2 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
 extern const FgtKernels<float> kFloatFgtKernels;
 extern const FgtKernels<double> kDoubleFgtKernels;
+extern const GridKernels<float> kFloatGridKernels;
+extern const GridKernels<double> kDoubleGridKernels;
 }  // namespace avx2
 #endif
 
@@ -69,6 +73,16 @@ const FgtKernels<float>& fgt_kernels<float>() {
 template <>
 const FgtKernels<double>& fgt_kernels<double>() {
   return NWFAST_TABLE(kDoubleFgtKernels);
+}
+
+template <>
+const GridKernels<float>& grid_kernels<float>() {
+  return NWFAST_TABLE(kFloatGridKernels);
+}
+
+template <>
+const GridKernels<double>& grid_kernels<double>() {
+  return NWFAST_TABLE(kDoubleGridKernels);
 }
 
 }  // namespace nwfast

@@ -9,6 +9,7 @@
 #include "../dense/single_keys.h"
 #include "../dense/single_rows.h"
 #include "../dense/tiled_kernels.h"
+#include "../grid/kernels/tensors.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
 #include "../linear/kernels/series.h"
@@ -31,6 +32,13 @@ constexpr FgtKernels<T> fgt_table() {
 }
 extern constexpr FgtKernels<float> kFloatFgtKernels = fgt_table<float>();
 extern constexpr FgtKernels<double> kDoubleFgtKernels = fgt_table<double>();
+
+template <typename T>
+constexpr GridKernels<T> grid_table() {
+  return {grid_product, grid_moments<T>, grid_evaluate<T>};
+}
+extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
+extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();
 
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -1,0 +1,64 @@
+// What the kernels of the grid method are given: plain arrays. See tensors.h for what they compute.
+
+#pragma once
+
+#include <cstdint>
+
+namespace nwfast {
+
+constexpr int kGridTerms = 24;           // of the series of one feature
+constexpr int kMostSlots = 7;            // values, first and second derivatives in three features
+constexpr int64_t kMatrixPadding = 8;    // doubles behind each array that kernels may read, and do not use
+constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
+
+// to (rows, columns) = sum over pairs p of left_p (rows, depth) @ right_p (depth, columns).
+struct GridProduct {
+  double* to;
+  int64_t rows;
+  int columns, depth;
+  int64_t row_stride, depth_stride;  // of left; rows of right and of the result are contiguous
+  int64_t pairs;
+  const double *const *left, *const *right;
+};
+
+// moments (columns, terms[0], terms[1], terms[2]) += sum_i charge_ci T_a(t_i0) T_b(t_i1) T_c(t_i2), with Chebyshev
+// polynomials of the places t = (x - centre) scale in a box.
+template <typename R>
+struct GridMoments {
+  const R* x[3];  // null for an axis of one term
+  int64_t n;
+  double centre[3], scale[3];
+  int terms[3];
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  int columns;
+  double* moments;
+};
+
+// A series and its derivatives by the places in a box: for each point
+//   sums (slots, columns, sums_pitch) = sum_abc series (columns, terms[2], terms[1], terms[0])_cba T_a T_b T_c
+// Slot 0 has the values; with `order` 1 slots 1 to 3 the first derivatives by axis; with 2 slots 4 to 6 the second.
+template <typename R>
+struct GridEvaluate {
+  const R* x[3];
+  int64_t n;
+  double centre[3], scale[3];
+  int terms[3];
+  int order;
+  const double* series;
+  int columns;
+  double* sums;
+  int64_t sums_pitch;
+};
+
+template <typename R>
+struct GridKernels {
+  void (*product)(const GridProduct&);
+  void (*moments)(const GridMoments<R>&);
+  void (*evaluate)(const GridEvaluate<R>&);
+};
+
+template <typename R>
+const GridKernels<R>& grid_kernels();
+
+}  // namespace nwfast
