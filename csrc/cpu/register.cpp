@@ -244,13 +244,15 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 
 template <typename T>
 void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && problem.features == 1 && fgt_query_backward(problem, task)) return;
+  if (linear && (problem.features == 1 ? fgt_query_backward(problem, task) : grid::query_backward(problem, task))) {
+    return;
+  }
   problem.single() ? single_query_backward(problem, task) : tiled_query_backward(problem, task);
 }
 
 template <typename T>
 void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && problem.features == 1 && fgt_key_backward(problem, task)) return;
+  if (linear && (problem.features == 1 ? fgt_key_backward(problem, task) : grid::key_backward(problem, task))) return;
   problem.single() ? single_key_backward(problem, task) : tiled_key_backward(problem, task);
 }
 

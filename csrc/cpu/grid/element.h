@@ -51,7 +51,7 @@ struct Element {
       extent.key_high[f] = extent.high[f] = keys_range.high;
       if (queries_range.high >= queries_range.low) {
         // Queries further away than this from all keys are not summed in cells.
-        const double log_span = std::log(4 * static_cast<double>(n) / Accuracy<R>::kAccept);
+        const double log_span = std::log(static_cast<double>(n) / Accuracy<R>::kBeyond);
         const double distance = kLevelDistance[kLevels - 1];
         const double far = std::sqrt(distance * distance + 2 * log_span) / extent.scale[f];
         extent.low[f] = std::fmin(keys_range.low, std::fmax(queries_range.low, keys_range.low - far));
@@ -84,6 +84,10 @@ struct Element {
       for (int64_t j = 0; j < n; ++j) charge[(c + 1) * pitch + j] = (static_cast<double>(from[j]) - centre) * charge[j];
     }
   }
+  // log2 of the least total, in units of batch.weight_unit, of which what lies beyond a radius is a small enough share.
+  double least_total(double radius) const {
+    return std::log2(mass / Accuracy<R>::kBeyond) - radius * radius * kHalfLog2E;
+  }
   // |x_i - u_j|^2 in bandwidths.
   double square(int64_t i, int64_t j) const {
     double sum = 0;
@@ -93,6 +97,22 @@ struct Element {
     }
     return sum;
   }
+  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a small sum without it is
+  // one of terms that cancel, which no other way of adding them makes better.
+  bool stands_out(int64_t j, int64_t c) const {
+    const std::vector<Box>& boxes = keys.boxes;
+    const auto after = std::upper_bound(boxes.begin(), boxes.end(), j,
+                                        [](int64_t place, const Box& box) { return place < box.begin; });
+    const Box& box = after[-1];
+    constexpr int64_t kBeside = 4;
+    const double own = std::fabs(weight(j) * value(j, c));
+    double beside = 0;
+    for (int64_t k = std::max(box.begin, j - kBeside); k <= j + kBeside && k < box.end; ++k) {
+      if (k != j) beside += std::fabs(weight(k) * value(k, c));
+    }
+    return !(beside >= own);
+  }
+
   double w(int64_t f) const { return w_[f]; }
 
  private:

@@ -17,25 +17,13 @@ class Forward {
 
   bool run() {
     const int columns = static_cast<int>(problem_.channels) + 1;
-    const bool debug = getenv("GRID_DEBUG");
-    double last = clock() * 1e-6;
-    const auto tick = [&](const char* what, double count) {
-      const double now = clock() * 1e-6;
-      if (debug) fprintf(stderr, "  %s %g: %.3f\n", what, count, now - last);
-      last = now;
-    };
     if (!element_.prepare(problem_, b_, columns, 0, Values::kForward, true, serial_)) return false;
     const int64_t m = element_.queries.n;
-    tick("prepare", element_.queries.boxes.size());
     std::vector<int64_t> careful = element_.outside;
     left_.assign(m, 1);
     std::vector<int64_t> expanded;
-    if (m > 0) {
-      expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, 0, serial_);
-      tick("choose", expanded.size());
-      if (!expanded.empty()) expand(std::move(expanded), columns);
-    }
-    tick("expand", 0);
+    if (m > 0) expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, 0, serial_);
+    if (!expanded.empty()) expand(std::move(expanded), columns);
     for (int level = 0; level < kLevels; ++level) {
       std::vector<int64_t> rows;
       for (int64_t i = 0; i < m; ++i) {
@@ -43,14 +31,11 @@ class Forward {
       }
       if (rows.empty()) break;
       sum_directly(rows, level);
-      tick("direct", rows.size());
     }
     for (int64_t i = 0; i < m; ++i) {
       if (left_[i]) careful.push_back(element_.queries.order[i]);
     }
-    const double count = careful.size();
     sum_carefully(std::move(careful));
-    tick("careful", count);
     return true;
   }
 
@@ -108,32 +93,15 @@ class Forward {
     for (int64_t c = 0; c < problem_.channels && keeps; ++c) {
       const double own = weight * element_.value(j, c);
       values[c] -= own;
-      keeps = kMostOwnValue * std::fabs(values[c]) >= std::fabs(own) || !stands_out(j, c);
+      keeps = kMostOwnValue * std::fabs(values[c]) >= std::fabs(own) || !element_.stands_out(j, c);
     }
     return keeps;
-  }
-
-  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a small sum without it is
-  // one of terms that cancel, which no other way of adding them makes better.
-  bool stands_out(int64_t j, int64_t c) const {
-    const std::vector<Box>& boxes = element_.keys.boxes;
-    const auto after = std::upper_bound(boxes.begin(), boxes.end(), j,
-                                        [](int64_t place, const Box& box) { return place < box.begin; });
-    const Box& box = after[-1];
-    constexpr int64_t kBeside = 4;
-    const double own = std::fabs(element_.weight(j) * element_.value(j, c));
-    double beside = 0;
-    for (int64_t k = std::max(box.begin, j - kBeside); k <= j + kBeside && k < box.end; ++k) {
-      if (k != j) beside += std::fabs(element_.weight(k) * element_.value(k, c));
-    }
-    return !(beside >= own);
   }
 
   void sum_directly(const std::vector<int64_t>& rows, int level) {
     const Plan& plan = element_.plan;
     const double radius = plan.radius_at(kLevelDistance[level]);
-    // log2 of the least total, of which what lies beyond the radius is a small enough share.
-    const double least = std::log2(element_.mass / Accuracy<R>::kAccept) - radius * radius * kHalfLog2E;
+    const double least = element_.least_total(radius);
     const double most = most_score<R, R>(problem_);
     const int64_t features = problem_.features, channels = problem_.channels;
     over_windows(

@@ -54,9 +54,10 @@ void set_axis(const Extent& extent, int f, double half, int terms, Axis& axis) {
     axis.middle = extent.low[f] + spread / 2;
     axis.half = spread * axis.scale / 2;
     for (const int fewer : kTerms) {
+      // Small distances are what derivatives are made of: errors are small beside those, too.
       const double error = fgt::expansion_error(fewer, axis.half);
-      // Places may lie as far outside of a cell as its middle was rounded.
-      if (fewer < terms && error <= fgt::expansion_error(terms, half)) axis.terms = std::min(axis.terms, fewer);
+      const double most = fgt::expansion_error(terms, half) * std::fmin(1, axis.half * axis.half);
+      if (fewer < terms && error <= most) axis.terms = std::min(axis.terms, fewer);
     }
     return;
   }
@@ -92,7 +93,7 @@ double occupied(const Extent& extent, const Axis (&axes)[kAxes]) {
 template <typename R>
 bool make_plan(const Extent& extent, Plan& plan) {
   plan.features = extent.features;
-  plan.log_span = std::log(4 * static_cast<double>(extent.keys) / Accuracy<R>::kAccept);
+  plan.log_span = std::log(static_cast<double>(extent.keys) / Accuracy<R>::kBeyond);
   plan.radius = plan.radius_at(kLevelDistance[0]);
   double best = INFINITY;
   const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
@@ -148,11 +149,6 @@ bool make_plan(const Extent& extent, Plan& plan) {
     all *= static_cast<double>(axis.cells);
     const double spread = std::ceil((extent.high[f] - extent.low[f]) / axis.side) + 1;
     axis.reach = static_cast<int64_t>(std::fmin(std::ceil(plan.radius / axis.width()), spread));
-  }
-  if (getenv("GRID_DEBUG")) {
-    for (const Axis& x : plan.axis)
-      fprintf(stderr, "axis f%d single %d half %g T %d cells %ld reach %ld; ", x.feature, x.single, x.half, x.terms, x.cells, x.reach);
-    fprintf(stderr, "R %g\n", plan.radius);
   }
   plan.truncation *= 1 + plan.truncation;  // products of the errors of two features
   return all < kMostCells;

@@ -43,19 +43,19 @@ constexpr int64_t kPointTask = 4096;       // points of one task, at most
 constexpr int kLevels = 3;                 // of direct sums, each for rows further from their nearest key
 constexpr double kLevelDistance[kLevels] = {2, 6, 16};  // in bandwidths
 
-// How far off sums may be, relative to a row's total: rows whose bound is more are summed another way. Truncation is of
+// kBeyond: the share of the nearest key's term that all keys beyond a row's window may add. kAccept: how far off sums may be, relative to a row's total: rows whose bound is more are summed another way. Truncation is of
 // the series of one feature, such that this does not happen where points are dense: a sum of exp(-z^2 / 4) over boxes, by
 // the distance of the boxes, is up to 5 times that of exp(-z^2 / 2) over points in each feature.
 template <typename R>
 struct Accuracy;
 template <>
 struct Accuracy<float> {
-  static constexpr double kAccept = 1e-7, kTruncation[2] = {1e-9, 2e-10}, kLargestHalf = 1.5;
+  static constexpr double kAccept = 1e-7, kBeyond = 5e-9, kTruncation[2] = {1e-9, 2e-10}, kLargestHalf = 1.5;
   static constexpr double kPair = 0.4;  // nanoseconds of a pair in direct sums
 };
 template <>
 struct Accuracy<double> {
-  static constexpr double kAccept = 4e-13, kTruncation[2] = {4e-15, 8e-16}, kLargestHalf = 1.25;
+  static constexpr double kAccept = 4e-13, kBeyond = 2.5e-14, kTruncation[2] = {4e-15, 8e-16}, kLargestHalf = 1.25;
   static constexpr double kPair = 1.4;
 };
 constexpr double kMultiply = 0.06;  // nanoseconds of a multiply-add in expansions
