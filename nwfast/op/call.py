@@ -90,7 +90,7 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
     if (
         "fgt" not in backends.METHODS.get(backend, ())
         or method == "dense"
-        or (features != 1 and method == "auto")
+        or (features > backends.FGT_FEATURES[backend] and method == "auto")
     ):
         return backend
     if method == "fgt":

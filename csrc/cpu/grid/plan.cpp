@@ -116,7 +116,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
     const double cost = points * size * (1 + 2.0 / terms) + translation;
     if (!(cost < best)) continue;
     best = cost;
-    plan.multiplies = size * (1 + 2.0 / terms);
+    plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
   }
   // Most cells first; without a third feature the axis in the middle is empty.
