@@ -1,5 +1,5 @@
-// Rows of a cell and the keys around it, one by one, in the kernels of the dense method: what of keys lies in the window is
-// copied into arrays of its own, with all that the kernels read of a key.
+// Rows of a cell and the keys around it, one by one, in the kernels of the dense method: what of keys lies in the
+// window is copied into arrays of its own, with all that the kernels read of a key.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 namespace nwfast {
 namespace grid {
 
-constexpr int64_t kItemTask = 32;   // runs of rows of one task, which find their windows from one another's
-constexpr int64_t kItemRows = 64;   // of a run, at most
+constexpr int64_t kItemTask = 32;  // runs of rows of one task, which find their windows from one another's
+constexpr int64_t kItemRows = 64;  // of a run, at most
 
 // Rows of one cell, by their places in a list.
 struct Run {

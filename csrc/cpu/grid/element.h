@@ -15,12 +15,12 @@ template <typename R>
 struct Element {
   Plan plan;
   Points<R> keys, queries;
-  Problem sorted;           // one batch element: keys and queries in their new order
-  TiledBatch<R> batch;      // the same as direct sums read it
-  Buffer<int64_t> own;      // (queries) the places of the keys that rows leave out, -1 for none
-  Buffer<int64_t> key_place;  // (all keys) by the caller's number, where rows leave keys out
+  Problem sorted;                // one batch element: keys and queries in their new order
+  TiledBatch<R> batch;           // the same as direct sums read it
+  Buffer<int64_t> own;           // (queries) the places of the keys that rows leave out, -1 for none
+  Buffer<int64_t> key_place;     // (all keys) by the caller's number, where rows leave keys out
   std::vector<int64_t> outside;  // rows outside of the grid, by the caller's numbers
-  double mass = 0;          // of all keys, in units of batch.weight_unit
+  double mass = 0;               // of all keys, in units of batch.weight_unit
   int64_t all_queries = 0;
 
   // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold.
@@ -97,8 +97,8 @@ struct Element {
     }
     return sum;
   }
-  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a small sum without it is
-  // one of terms that cancel, which no other way of adding them makes better.
+  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a small sum without it
+  // is one of terms that cancel, which no other way of adding them makes better.
   bool stands_out(int64_t j, int64_t c) const {
     const std::vector<Box>& boxes = keys.boxes;
     const auto after = std::upper_bound(boxes.begin(), boxes.end(), j,

@@ -1,10 +1,10 @@
 // Sums over the points of boxes for all points of other boxes, by moments and series.
 //
-// One plane of cells across the first axis after the other: its boxes' moments, brought along the last axis and then along the middle
-// one to all places of the plane from which a target can be reached; what a target needs then is a sum over the planes
-// around it, made where its series is evaluated. Planes are kept as long as targets need them, and handled in groups that
-// fit into the memory that is set aside. Beside each tensor goes a number: the charges that it is made of, each times
-// exp(-gap^2 / 4), which bounds the error.
+// One plane of cells across the first axis after the other: its boxes' moments, brought along the last axis and then
+// along the middle one to all places of the plane from which a target can be reached; what a target needs then is a sum
+// over the planes around it, made where its series is evaluated. Planes are kept as long as targets need them, and
+// handled in groups that fit into the memory that is set aside. Beside each tensor goes a number: the charges that it
+// is made of, each times exp(-gap^2 / 4), which bounds the error.
 
 #pragma once
 
@@ -29,15 +29,16 @@ struct Expansion {
   int columns, order;
   // charges (columns, pitch) of the sources [begin, begin + n); those of the bound of the error.
   std::function<void(int64_t begin, int64_t n, double* charge, int64_t pitch)> load;
-  // Sums (slots, columns, pitch) of the targets [begin, begin + n); the sum of sources' sizes times exp(-z^2 / 4), at most.
+  // Sums (slots, columns, pitch) of the targets [begin, begin + n); the sum of sources' sizes times exp(-z^2 / 4), at
+  // most.
   std::function<void(int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound)> finish;
 
   void run(bool serial);
 
  private:
   struct Plane {
-    int64_t a;                   // along the first axis
-    int64_t first, last;         // boxes of sources, or of targets in `expanded`
+    int64_t a;            // along the first axis
+    int64_t first, last;  // boxes of sources, or of targets in `expanded`
   };
   // What comes from a plane of sources, at each place that targets are around.
   struct Translated {
@@ -406,9 +407,8 @@ void Expansion<R>::run(bool serial) {
         for (size_t p = from; p < end && source_planes[p].a <= target_planes[last].a + reach; ++p) {
           found.push_back(std::make_unique<Translated>());
         }
-        parallel_blocks(static_cast<int64_t>(found.size()), serial, [&](int64_t p) {
-          find_places(source_planes[from + p], target_planes, found[p]->place);
-        });
+        parallel_blocks(static_cast<int64_t>(found.size()), serial,
+                        [&](int64_t p) { find_places(source_planes[from + p], target_planes, found[p]->place); });
         next_source += found.size();
         for (size_t p = 0; p < found.size(); ++p) {
           const Plane& plane = source_planes[from + p];

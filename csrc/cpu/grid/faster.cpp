@@ -1,8 +1,8 @@
 // Whether the grid is expected to be faster than the dense drivers: a model of their times.
 //
 // Extents and the number of pairs within reach are told by a sample of keys and queries of the first batch element, so
-// that the choice costs some microseconds whatever the size. Times are those of one core with AVX2, in nanoseconds; only their ratio
-// counts. benchmarks/studies/grid_cost.py measures how good it is.
+// that the choice costs some microseconds whatever the size. Times are those of one core with AVX2, in nanoseconds;
+// only their ratio counts. benchmarks/studies/method_cost.py --features 2 measures how good it is.
 
 #include "plan.h"
 
@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kKeySample = 512, kQuerySample = 64;
 constexpr double kDensePair[2] = {0.35, 1.2};  // of float and double
 constexpr double kDenseCall = 5e3;
-constexpr double kPoint = 120;        // to sort, pack and write a point
-constexpr double kCall = 60e3;        // matrices, and what else does not depend on the number of points
+constexpr double kPoint = 120;  // to sort, pack and write a point
+constexpr double kCall = 60e3;  // matrices, and what else does not depend on the number of points
 constexpr double kSeriesCall = 250e3;
 // Cells around a cell hold more than the ball around a point.
 constexpr double kCells = 1.6;

@@ -59,28 +59,32 @@ class Forward {
     fill_matrices(element_.plan);
     const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
     const int64_t channels = problem_.channels;
-    Expansion<R> expansion{element_.plan, element_.keys, element_.queries, std::move(boxes), columns, 0,
-                           [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
-                             element_.load(begin, n, charge, pitch);
-                           },
-                           [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
-                             const double error = error_of(element_.plan, bound) + tail;
-                             std::vector<double> rest(channels);
-                             for (int64_t k = 0; k < n; ++k) {
-                               double total = sums[k];
-                               const double* values = sums + pitch + k;
-                               int64_t stride = pitch;
-                               if (problem_.exclude_self) {
-                                 for (int64_t c = 0; c < channels; ++c) rest[c] = values[c * pitch];
-                                 if (!subtract_own(begin + k, total, rest.data())) continue;
-                                 values = rest.data();
-                                 stride = 1;
-                               }
-                               if (!(total * Accuracy<R>::kAccept >= error)) continue;
-                               write(begin + k, 0, total, values, stride);
-                               left_[begin + k] = 0;
-                             }
-                           }};
+    Expansion<R> expansion{
+        element_.plan,
+        element_.keys,
+        element_.queries,
+        std::move(boxes),
+        columns,
+        0,
+        [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { element_.load(begin, n, charge, pitch); },
+        [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
+          const double error = error_of(element_.plan, bound) + tail;
+          std::vector<double> rest(channels);
+          for (int64_t k = 0; k < n; ++k) {
+            double total = sums[k];
+            const double* values = sums + pitch + k;
+            int64_t stride = pitch;
+            if (problem_.exclude_self) {
+              for (int64_t c = 0; c < channels; ++c) rest[c] = values[c * pitch];
+              if (!subtract_own(begin + k, total, rest.data())) continue;
+              values = rest.data();
+              stride = 1;
+            }
+            if (!(total * Accuracy<R>::kAccept >= error)) continue;
+            write(begin + k, 0, total, values, stride);
+            left_[begin + k] = 0;
+          }
+        }};
     expansion.run(serial_);
   }
 

@@ -1,11 +1,12 @@
-// Gradients of keys, values and key weights: the transposed sums. Rows are the sources, with what reaches them over their totals
-// as charges, and keys the targets.
+// Gradients of keys, values and key weights: the transposed sums. Rows are the sources, with what reaches them over
+// their totals as charges, and keys the targets.
 //
 //   V_jc = sum_i g_ic K_ij / S_i,   H_j = sum_i (<g_i, out_i> - h_i) K_ij / S_i     (h the gradient of lse)
 //   grad value = a_j V_jc,   grad weight = sum_c v_jc V_jc - H_j,   grad key = a_j (sum_c v_jc dV_jc - dH_j)
 //
-// with derivatives by the place of the key, and values and outputs about the centre of values. Rows whose total is small
-// (far from all keys, or next to light ones) take their sums one by one, and what is beyond that goes to the dense driver.
+// with derivatives by the place of the key, and values and outputs about the centre of values. Rows whose total is
+// small (far from all keys, or next to light ones) take their sums one by one, and what is beyond that goes to the
+// dense driver.
 
 #include "choose.h"
 #include "row_gradients.h"
@@ -14,8 +15,8 @@ namespace nwfast {
 namespace grid {
 namespace {
 
-constexpr int64_t kKeyRun = 64;           // keys that are summed for at once
-constexpr double kMostOwnGradient = 64;   // times the mean, of what reaches a row that its own key leaves out
+constexpr int64_t kKeyRun = 64;          // keys that are summed for at once
+constexpr double kMostOwnGradient = 64;  // times the mean, of what reaches a row that its own key leaves out
 
 template <typename R>
 class KeyBackward {
@@ -40,8 +41,8 @@ class KeyBackward {
     choose_rows(heavy, light);
     std::vector<char> direct(element_.keys.boxes.size(), 1);
     if (!heavy.empty() && m > 0) {
-      std::vector<int64_t> boxes = choose_boxes(element_.plan, element_.queries, element_.keys,
-                                                static_cast<int>(channels) + 1, order, serial_);
+      std::vector<int64_t> boxes =
+          choose_boxes(element_.plan, element_.queries, element_.keys, static_cast<int>(channels) + 1, order, serial_);
       for (const int64_t box : boxes) direct[box] = 0;
       if (!boxes.empty()) expand(heavy, std::move(boxes), order);
       sum_directly(heavy, element_.plan.radius, direct);
@@ -123,38 +124,44 @@ class KeyBackward {
       for (const int64_t i : heavy) row_of_key[element_.own[i]] = i;
     }
     const int slots = order == 0 ? 1 : 4;
-    Expansion<R> expansion{
-        element_.plan, element_.queries, element_.keys, std::move(boxes), columns, order, load,
-        [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double) {
-          std::vector<double> row(slots * columns), own(columns);
-          for (int64_t k = 0; k < n; ++k) {
-            const int64_t j = begin + k;
-            for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
-            if (problem_.exclude_self && row_of_key[j] >= 0) {
-              load(row_of_key[j], 1, own.data(), 1);
-              subtract_own(row_of_key[j], j, own, order, row);
-            }
-            const double weight = element_.weight(j);
-            double pulled = -row[0];
-            for (int64_t c = 0; c < channels; ++c) {
-              sum_value_[j * channels + c] += weight * row[c + 1];
-              pulled += element_.value(j, c) * row[c + 1];
-            }
-            sum_weight_[j] += pulled / element_.batch.weight_unit;
-            for (int a = 0; order > 0 && a < kAxes; ++a) {
-              const Axis& axis = element_.plan.axis[a];
-              if (axis.feature < 0) continue;
-              const double* const slope = row.data() + (1 + a) * columns;
-              double moved = -slope[0];
-              for (int64_t c = 0; c < channels; ++c) moved += element_.value(j, c) * slope[c + 1];
-              sum_key_[j * features + axis.feature] += weight * moved * axis.to_local();
-            }
-          }
-        }};
+    Expansion<R> expansion{element_.plan,
+                           element_.queries,
+                           element_.keys,
+                           std::move(boxes),
+                           columns,
+                           order,
+                           load,
+                           [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double) {
+                             std::vector<double> row(slots * columns), own(columns);
+                             for (int64_t k = 0; k < n; ++k) {
+                               const int64_t j = begin + k;
+                               for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
+                               if (problem_.exclude_self && row_of_key[j] >= 0) {
+                                 load(row_of_key[j], 1, own.data(), 1);
+                                 subtract_own(row_of_key[j], j, own, order, row);
+                               }
+                               const double weight = element_.weight(j);
+                               double pulled = -row[0];
+                               for (int64_t c = 0; c < channels; ++c) {
+                                 sum_value_[j * channels + c] += weight * row[c + 1];
+                                 pulled += element_.value(j, c) * row[c + 1];
+                               }
+                               sum_weight_[j] += pulled / element_.batch.weight_unit;
+                               for (int a = 0; order > 0 && a < kAxes; ++a) {
+                                 const Axis& axis = element_.plan.axis[a];
+                                 if (axis.feature < 0) continue;
+                                 const double* const slope = row.data() + (1 + a) * columns;
+                                 double moved = -slope[0];
+                                 for (int64_t c = 0; c < channels; ++c) moved += element_.value(j, c) * slope[c + 1];
+                                 sum_key_[j * features + axis.feature] += weight * moved * axis.to_local();
+                               }
+                             }
+                           }};
     expansion.run(serial_);
   }
 
-  void subtract_own(int64_t i, int64_t j, const std::vector<double>& charge, int order, std::vector<double>& row) const {
+  void subtract_own(int64_t i, int64_t j, const std::vector<double>& charge, int order,
+                    std::vector<double>& row) const {
     const int columns = static_cast<int>(problem_.channels) + 1;
     const double kernel = std::exp(-element_.square(i, j) / 2);
     for (int column = 0; column < columns; ++column) row[column] -= charge[column] * kernel;

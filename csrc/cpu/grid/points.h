@@ -91,8 +91,8 @@ struct Points {
     return plan.axis[a].feature < 0 ? nullptr : columns.get() + plan.axis[a].feature * pitch;
   }
 
-  // Those of n points, (features, n), that lie in cells; the numbers of the others. `margin`: whether cells at the rim of
-  // the grid, too far from all keys for windows to reach one, count as none.
+  // Those of n points, (features, n), that lie in cells; the numbers of the others. `margin`: whether cells at the rim
+  // of the grid, too far from all keys for windows to reach one, count as none.
   void sort(const Plan& plan, const R* x, int64_t all, bool margin, bool serial, std::vector<int64_t>& outside) {
     Buffer<int64_t> cell(all);
     order.allocate(all);

@@ -1,10 +1,10 @@
 // Gradients of queries and w: derivatives of the same series by the place in a box.
 //
-// With S and N the total of a row and its sum for a channel, out = N / S and d out / d x = (dN / dx - out dS / dx) / S. By w, since z^2 K =
-// d^2 K / dz^2 + K for the kernel K, d out / d w = -(d^2 N / dz^2 - out d^2 S / dz^2) / (w S) with z in bandwidths. Where all
-// distances along a feature are small beside the bandwidth, the second derivative is -1 but for little: there
-// sum c (s - t)^2 K is what the first derivatives of two sums differ by, that of charges c times s and that of charges
-// c t, with places t of the keys.
+// With S and N the total of a row and its sum for a channel, out = N / S and d out / d x = (dN / dx - out dS / dx) / S.
+// By w, since z^2 K = d^2 K / dz^2 + K for the kernel K, d out / d w = -(d^2 N / dz^2 - out d^2 S / dz^2) / (w S) with
+// z in bandwidths. Where all distances along a feature are small beside the bandwidth, the second derivative is -1 but
+// for little: there sum c (s - t)^2 K is what the first derivatives of two sums differ by, that of charges c times s
+// and that of charges c t, with places t of the keys.
 
 #include "choose.h"
 #include "row_gradients.h"
@@ -90,23 +90,27 @@ class QueryBackward {
     fill_matrices(element_.plan);
     const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
     const int slots = order_ == 1 ? 4 : 7;
-    Expansion<R> expansion{element_.plan, element_.keys, element_.queries, std::move(boxes), columns_, order_,
-                           [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
-                             load(begin, n, charge, pitch);
-                           },
-                           [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
-                             const double error = error_of(element_.plan, bound) + tail;
-                             std::vector<double> row(slots * columns_);
-                             for (int64_t k = 0; k < n; ++k) {
-                               const int64_t i = begin + k;
-                               if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
-                               for (int s = 0; s < slots * columns_; ++s) row[s] = sums[s * pitch + k];
-                               if (problem_.exclude_self && !subtract_own(i, row)) continue;
-                               if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
-                               differentiate(i, row);
-                               gradients_->level[i] = RowGradients<R>::kIdle;
-                             }
-                           }};
+    Expansion<R> expansion{
+        element_.plan,
+        element_.keys,
+        element_.queries,
+        std::move(boxes),
+        columns_,
+        order_,
+        [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { load(begin, n, charge, pitch); },
+        [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
+          const double error = error_of(element_.plan, bound) + tail;
+          std::vector<double> row(slots * columns_);
+          for (int64_t k = 0; k < n; ++k) {
+            const int64_t i = begin + k;
+            if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
+            for (int s = 0; s < slots * columns_; ++s) row[s] = sums[s * pitch + k];
+            if (problem_.exclude_self && !subtract_own(i, row)) continue;
+            if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
+            differentiate(i, row);
+            gradients_->level[i] = RowGradients<R>::kIdle;
+          }
+        }};
     expansion.run(serial_);
   }
 
@@ -130,7 +134,8 @@ class QueryBackward {
       const double z = (x - u) * axis.scale;
       for (int column = 0; column < columns_; ++column) {
         row[(1 + a) * columns_ + column] += charge[column] * kernel * z * axis.half;
-        if (order_ == 2) row[(4 + a) * columns_ + column] -= charge[column] * kernel * (z * z - 1) * axis.half * axis.half;
+        if (order_ == 2)
+          row[(4 + a) * columns_ + column] -= charge[column] * kernel * (z * z - 1) * axis.half * axis.half;
       }
     }
     return true;

@@ -12,11 +12,11 @@ constexpr double kLeastTotal = 0.05;  // of rows that are expanded as sources, i
 // Of one batch element's rows, in the order of its sorted queries.
 template <typename R>
 struct RowGradients {
-  Buffer<double> out, lse;         // (rows, channels); (rows)
-  Buffer<double> log_total, total; // log2 of the row's total, and 1 over it, in units of batch.weight_unit
-  Buffer<double> shift, inverse;   // of the state; weight_unit / total of it
-  std::vector<char> level;         // of direct sums that serve a row: kLevels for none, kIdle for rows that add nothing
-  std::vector<int64_t> careful;    // rows that are left to the dense driver, by the caller's numbers
+  Buffer<double> out, lse;          // (rows, channels); (rows)
+  Buffer<double> log_total, total;  // log2 of the row's total, and 1 over it, in units of batch.weight_unit
+  Buffer<double> shift, inverse;    // of the state; weight_unit / total of it
+  std::vector<char> level;       // of direct sums that serve a row: kLevels for none, kIdle for rows that add nothing
+  std::vector<int64_t> careful;  // rows that are left to the dense driver, by the caller's numbers
   static constexpr char kIdle = 100;
 
   RowGradients(const Element<R>& element, const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial) {

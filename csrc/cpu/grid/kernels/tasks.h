@@ -6,9 +6,9 @@
 
 namespace nwfast {
 
-constexpr int kGridTerms = 24;           // of the series of one feature
-constexpr int kMostSlots = 7;            // values, first and second derivatives in three features
-constexpr int64_t kMatrixPadding = 8;    // doubles behind each array that kernels may read, and do not use
+constexpr int kGridTerms = 24;            // of the series of one feature
+constexpr int kMostSlots = 7;             // values, first and second derivatives in three features
+constexpr int64_t kMatrixPadding = 8;     // doubles behind each array that kernels may read, and do not use
 constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
 
 // to (rows, columns) = sum over pairs p of left_p (rows, depth) @ right_p (depth, columns).

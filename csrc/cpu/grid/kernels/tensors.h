@@ -2,8 +2,9 @@
 //
 // All three are products of small matrices, in double. Moments: the charges of a block of points, times their
 // polynomials of the first two features, times those of the third. Translation along one feature: the tensor as a
-// matrix, times one matrix for each box that it comes from, summed in registers. Evaluation: the series as a matrix times
-// the polynomials of the first feature at a few points, which lie in lanes; what is left is summed over the other two.
+// matrix, times one matrix for each box that it comes from, summed in registers. Evaluation: the series as a matrix
+// times the polynomials of the first feature at a few points, which lie in lanes; what is left is summed over the other
+// two.
 
 #pragma once
 
