@@ -62,6 +62,43 @@ struct Expansion {
                 const std::map<int64_t, std::unique_ptr<Translated>>& translated, bool serial) const;
 };
 
+// The boxes along one axis that a box takes its sums from.
+class Sources {
+ public:
+  explicit Sources(const Axis& axis) : axis_(axis) {
+    std::fill(lower_, lower_ + kMostPairs, nullptr);
+    std::fill(higher_, higher_ + kMostPairs, nullptr);
+  }
+  // Of a box `apart` cells lower.
+  void add(int64_t apart, const double* tensor, double mass) {
+    (apart >= 0 ? lower_ : higher_)[std::abs(apart)] = tensor;
+    last_ = std::max(last_, std::abs(apart));
+    bound += mass * std::exp(-axis_.gap[std::abs(apart)] / 4);
+  }
+  void give(GridProduct& product) {
+    product.terms = axis_.terms;
+    product.centre = lower_[0];
+    product.centre_matrix = axis_.matrix(0);
+    product.pairs = 0;
+    for (int64_t apart = 1; apart <= last_; ++apart) {
+      if (!lower_[apart] && !higher_[apart]) continue;
+      lower_[product.pairs] = lower_[apart];
+      higher_[product.pairs] = higher_[apart];
+      matrix_[product.pairs++] = axis_.matrix(apart);
+    }
+    product.lower = lower_;
+    product.higher = higher_;
+    product.matrix = matrix_;
+    product.offset = 0;
+  }
+  double bound = 0;  // sizes of charges times exp(-gap^2 / 4)
+
+ private:
+  const Axis& axis_;
+  int64_t last_ = 0;
+  const double *lower_[kMostPairs], *higher_[kMostPairs], *matrix_[kMostPairs];
+};
+
 // Numbers within `reach` of any of an ascending list.
 inline bool has_between(const std::vector<int64_t>& numbers, int64_t low, int64_t high) {
   const auto found = std::lower_bound(numbers.begin(), numbers.end(), low);
@@ -244,27 +281,21 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
     const Row& row = rows[task.plane][task.row];
     const Plane& plane = *planes[task.plane];
     const int64_t target = row.place[task.at], base = plane.a * b.cells * c.cells + row.b * c.cells;
-    const double *left[kMostPairs], *right[kMostPairs];
+    Sources from(c);
     GridProduct product;
     product.to = flat ? results[task.plane]->tensors.get() + task.at * size : along.get() + task.slot * size;
     product.rows = static_cast<int64_t>(columns) * a.terms * b.terms;
-    product.columns = product.depth = c.terms;
     product.row_stride = c.terms;
     product.depth_stride = 1;
-    product.pairs = 0;
-    product.left = left;
-    product.right = right;
-    double bound = 0;
     int64_t box = first_box(sources.boxes, base + std::max<int64_t>(0, target - c.reach));
     for (; box < row.last && sources.boxes[box].cell <= base + target + c.reach; ++box) {
       const int64_t apart = target - (sources.boxes[box].cell - base);
       const int64_t slot = first_slot[task.plane] + box - plane.first;
-      left[product.pairs] = moments.get() + slot * size;
-      right[product.pairs++] = c.matrix(apart);
-      bound += mass[slot] * std::exp(-c.gap[std::abs(apart)] / 4);
+      from.add(apart, moments.get() + slot * size, mass[slot]);
     }
+    from.give(product);
     table.product(product);
-    (flat ? results[task.plane]->mass[task.at] : along_mass[i]) = bound;
+    (flat ? results[task.plane]->mass[task.at] : along_mass[i]) = from.bound;
   });
   if (flat) return;
   // Along the middle axis: (column, a, c, b).
@@ -275,33 +306,27 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
   parallel_blocks(static_cast<int64_t>(places.size()), serial, [&](int64_t i) {
     const int64_t p = places[i].first, at = places[i].second;
     const int64_t target_b = results[p]->place[at] / c.cells, target_c = results[p]->place[at] % c.cells;
-    const double *left[kMostPairs], *from[kMostPairs], *right[kMostPairs];
+    Sources from(b);
     GridProduct product;
     product.rows = c.terms;
-    product.columns = product.depth = b.terms;
     product.row_stride = 1;
     product.depth_stride = c.terms;
-    product.pairs = 0;
-    product.left = left;
-    product.right = right;
-    double bound = 0;
     auto row = std::lower_bound(rows[p].begin(), rows[p].end(), target_b - b.reach,
                                 [](const Row& r, int64_t number) { return r.b < number; });
     for (; row != rows[p].end() && row->b <= target_b + b.reach; ++row) {
       const auto found = std::lower_bound(row->place.begin(), row->place.end(), target_c);
       if (found == row->place.end() || *found != target_c) continue;
       const int64_t slot = row_offset[p] + row->offset + (found - row->place.begin());
-      from[product.pairs] = along.get() + slot * size;
-      right[product.pairs++] = b.matrix(target_b - row->b);
-      bound += along_mass[slot] * std::exp(-b.gap[std::abs(target_b - row->b)] / 4);
+      from.add(target_b - row->b, along.get() + slot * size, along_mass[slot]);
     }
+    from.give(product);
     const int64_t block = static_cast<int64_t>(b.terms) * c.terms;
     for (int64_t k = 0; k < static_cast<int64_t>(columns) * a.terms; ++k) {
-      for (int64_t pair = 0; pair < product.pairs; ++pair) left[pair] = from[pair] + k * block;
+      product.offset = k * block;
       product.to = results[p]->tensors.get() + at * size + k * block;
       table.product(product);
     }
-    results[p]->mass[at] = bound;
+    results[p]->mass[at] = from.bound;
   });
 }
 
@@ -328,29 +353,23 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
     const Task& task = tasks[i];
     const int64_t cell = targets.boxes[task.box].cell, at = cell % across;
     const Place place = place_of(plan, cell);
-    const double *left[kMostPairs], *from[kMostPairs], *right[kMostPairs];
+    Sources from(a);
     GridProduct product;
     product.rows = static_cast<int64_t>(plan.axis[1].terms) * plan.axis[2].terms;
-    product.columns = product.depth = a.terms;
     product.row_stride = 1;
     product.depth_stride = product.rows;
-    product.pairs = 0;
-    product.left = left;
-    product.right = right;
-    double bound = 0;
     for (auto plane = translated.lower_bound(place.at[0] - a.reach);
          plane != translated.end() && plane->first <= place.at[0] + a.reach; ++plane) {
       const std::vector<int64_t>& places = plane->second->place;
       const auto found = std::lower_bound(places.begin(), places.end(), at);
       if (found == places.end() || *found != at) continue;
       const int64_t slot = found - places.begin();
-      from[product.pairs] = plane->second->tensors.get() + slot * size;
-      right[product.pairs++] = a.matrix(place.at[0] - plane->first);
-      bound += plane->second->mass[slot] * std::exp(-a.gap[std::abs(place.at[0] - plane->first)] / 4);
+      from.add(place.at[0] - plane->first, plane->second->tensors.get() + slot * size, plane->second->mass[slot]);
     }
+    from.give(product);
     Buffer<double> series(size + kMatrixPadding);
     for (int column = 0; column < columns; ++column) {
-      for (int64_t pair = 0; pair < product.pairs; ++pair) left[pair] = from[pair] + column * plan.size();
+      product.offset = column * plan.size();
       product.to = series.get() + column * plan.size();
       table.product(product);
     }
@@ -374,7 +393,7 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
         rows.x[axis] = x ? x + begin : nullptr;
       }
       table.evaluate(rows);
-      finish(begin, rows.n, sums.get(), kSeriesPoints, bound);
+      finish(begin, rows.n, sums.get(), kSeriesPoints, from.bound);
     }
   });
 }

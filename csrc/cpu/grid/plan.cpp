@@ -190,7 +190,7 @@ void fill_matrix(const Axis& axis, int64_t apart, double* matrix) {
       Real sum = 0;
       for (int q = 0; q < terms; ++q) sum += polynomial[n * terms + q] * half_done[m * terms + q];
       if (small && n == 0 && m == 0) sum += 1;
-      matrix[n * terms + m] = static_cast<double>(sum);
+      matrix[place_of_degree(n, terms) * terms + place_of_degree(m, terms)] = static_cast<double>(sum);
     }
   }
 }
@@ -200,19 +200,14 @@ void fill_matrix(const Axis& axis, int64_t apart, double* matrix) {
 void fill_matrices(Plan& plan) {
   for (Axis& axis : plan.axis) {
     const int terms = axis.terms;
-    axis.matrices.assign((2 * axis.reach + 1) * terms * terms + kMatrixPadding, 0);
+    axis.matrices.assign((axis.reach + 1) * terms * terms + kMatrixPadding, 0);
     axis.gap.assign(axis.reach + 1, 0);
     if (terms == 1) {
       axis.matrices[0] = 1;
       continue;
     }
     for (int64_t apart = 0; apart <= axis.reach; ++apart) {
-      double* const above = axis.matrices.data() + (axis.reach + apart) * terms * terms;
-      double* const below = axis.matrices.data() + (axis.reach - apart) * terms * terms;
-      fill_matrix(axis, apart, above);
-      for (int n = 0; n < terms; ++n) {
-        for (int m = 0; m < terms; ++m) below[n * terms + m] = ((n + m) % 2 ? -1 : 1) * above[n * terms + m];
-      }
+      fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
       axis.gap[apart] = axis.gap_of(apart) * axis.gap_of(apart);
     }
   }

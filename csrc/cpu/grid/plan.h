@@ -95,7 +95,7 @@ struct Axis {
   }
   // Between points of cells so many apart, at the least; in bandwidths.
   double gap_of(int64_t apart) const { return apart > 1 ? static_cast<double>(apart - 1) * width() : 0; }
-  const double* matrix(int64_t apart) const { return matrices.data() + (apart + reach) * terms * terms; }
+  const double* matrix(int64_t apart) const { return matrices.data() + apart * terms * terms; }
 };
 
 struct Plan {

@@ -11,14 +11,22 @@ constexpr int kMostSlots = 7;             // values, first and second derivative
 constexpr int64_t kMatrixPadding = 8;     // doubles behind each array that kernels may read, and do not use
 constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
 
-// to (rows, columns) = sum over pairs p of left_p (rows, depth) @ right_p (depth, columns).
+// Polynomials of even degree come first, in all tensors: the place of degree n among `terms`.
+constexpr int place_of_degree(int n, int terms) { return n % 2 ? terms / 2 + n / 2 : n / 2; }
+
+// The translation of tensors along one feature: to (rows, terms) = sum_o (left (rows, terms) @ matrix_o), over boxes o
+// cells lower and o cells higher. The matrix of -o has the entries of that of o, with changed signs where degrees of
+// source and target differ in parity.
 struct GridProduct {
   double* to;
   int64_t rows;
-  int columns, depth;
-  int64_t row_stride, depth_stride;  // of left; rows of right and of the result are contiguous
+  int terms;
+  int64_t row_stride, depth_stride;      // of left, one of them 1; rows of matrices and of the result are contiguous
+  int64_t offset;                        // of the tensors from where they are said to be
+  const double *centre, *centre_matrix;  // of the box at the same place, or null
   int64_t pairs;
-  const double *const *left, *const *right;
+  const double *const *lower, *const *higher;  // (pairs) either may be null
+  const double* const* matrix;                 // (pairs)
 };
 
 // moments (columns, terms[0], terms[1], terms[2]) += sum_i charge_ci T_a(t_i0) T_b(t_i1) T_c(t_i2), with Chebyshev

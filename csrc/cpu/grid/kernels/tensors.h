@@ -76,11 +76,12 @@ NWFAST_INLINE void product_panel(double* to, int to_pitch, int columns, int64_t 
 
 // to (rows, columns) (+)= sum_p left_p @ right_p.
 template <bool kAdd>
-NWFAST_ONE_COPY void multiply_small(double* to, int64_t rows, int columns, int64_t pairs, const double* const* left,
-                                    int64_t row_stride, int64_t depth_stride, const double* const* right, int depth) {
+NWFAST_ONE_COPY void multiply_small(double* to, int to_pitch, int64_t rows, int columns, int64_t pairs,
+                                    const double* const* left, int64_t row_stride, int64_t depth_stride,
+                                    const double* const* right, int right_pitch, int64_t right_offset, int depth) {
   const auto panel = [&](auto vectors, int first) __attribute__((always_inline)) {
-    product_panel<decltype(vectors)::value, kAdd>(to + first, columns, columns - first, rows, pairs, left, row_stride,
-                                                  depth_stride, right, columns, first, depth);
+    product_panel<decltype(vectors)::value, kAdd>(to + first, to_pitch, columns - first, rows, pairs, left, row_stride,
+                                                  depth_stride, right, right_pitch, right_offset + first, depth);
   };
   for (int first = 0; first < columns;) {
     const int vectors = (columns - first + kD - 1) / kD;
@@ -101,27 +102,96 @@ NWFAST_ONE_COPY void multiply_small(double* to, int64_t rows, int columns, int64
   }
 }
 
-inline void grid_product(const GridProduct& task) {
-  multiply_small<false>(task.to, task.rows, task.columns, task.pairs, task.left, task.row_stride, task.depth_stride,
-                        task.right, task.depth);
+constexpr int kProductRows = 24, kProductPairs = 6;  // whose sums and differences are held at once
+
+// With A_n of the lower box and B_n of the higher one, n the degree, targets of even degree get K_n (A_n + (-1)^n B_n)
+// and those of odd degree K_n (A_n - (-1)^n B_n).
+NWFAST_INLINE void add_and_subtract(const GridProduct& task, int64_t pair, int64_t row, int rows, double* plus,
+                                    double* minus) {
+  const bool by_depth = task.row_stride == 1;  // (terms, rows) rather than (rows, terms)
+  const int terms = task.terms, half = terms / 2;
+  const int64_t offset = task.offset + row * task.row_stride;
+  const double* const a = task.lower[pair] ? task.lower[pair] + offset : nullptr;
+  const double* const b = task.higher[pair] ? task.higher[pair] + offset : nullptr;
+  const auto segment = [&](int64_t from, int to, int n, double sign) __attribute__((always_inline)) {
+    if (a && b) {
+      for (int i = 0; i < n; ++i) {
+        const double second = sign * b[from + i];
+        plus[to + i] = a[from + i] + second;
+        minus[to + i] = a[from + i] - second;
+      }
+    } else if (a) {
+      for (int i = 0; i < n; ++i) plus[to + i] = minus[to + i] = a[from + i];
+    } else {
+      for (int i = 0; i < n; ++i) {
+        plus[to + i] = sign * b[from + i];
+        minus[to + i] = -(sign * b[from + i]);
+      }
+    }
+  };
+  if (by_depth) {
+    for (int n = 0; n < terms; ++n) segment(n * task.depth_stride, n * kProductRows, rows, n < half ? 1.0 : -1.0);
+    return;
+  }
+  for (int r = 0; r < rows; ++r) {
+    segment(r * task.row_stride, r * terms, half, 1.0);
+    segment(r * task.row_stride + half, r * terms + half, half, -1.0);
+  }
 }
 
-// table (terms, kPoints): T_n at the places of n points; 0 for those that there are not.
+inline void grid_product(const GridProduct& task) {
+  alignas(64) double plus[kProductPairs][kProductRows * kGridTerms], minus[kProductPairs][kProductRows * kGridTerms];
+  const double *all_plus[kProductPairs], *all_minus[kProductPairs];
+  for (int pair = 0; pair < kProductPairs; ++pair) {
+    all_plus[pair] = plus[pair];
+    all_minus[pair] = minus[pair];
+  }
+  const int terms = task.terms, half = terms / 2;
+  const bool by_depth = task.row_stride == 1;
+  const int64_t row_stride = by_depth ? 1 : terms, depth_stride = by_depth ? kProductRows : 1;
+  for (int64_t row = 0; row < task.rows; row += kProductRows) {
+    const int rows = static_cast<int>(task.rows - row < kProductRows ? task.rows - row : kProductRows);
+    double* const to = task.to + row * terms;
+    if (task.centre) {
+      const double* const even[1] = {task.centre + task.offset + row * task.row_stride};
+      const double* const odd[1] = {even[0] + half * task.depth_stride};
+      const double* const matrix[1] = {task.centre_matrix};
+      multiply_small<false>(to, terms, rows, half, 1, even, task.row_stride, task.depth_stride, matrix, terms, 0, half);
+      multiply_small<false>(to + half, terms, rows, half, 1, odd, task.row_stride, task.depth_stride, matrix, terms,
+                            half * terms + half, half);
+    } else {
+      for (int i = 0; i < rows * terms; ++i) to[i] = 0;
+    }
+    for (int64_t first = 0; first < task.pairs; first += kProductPairs) {
+      const int64_t pairs = task.pairs - first < kProductPairs ? task.pairs - first : kProductPairs;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        add_and_subtract(task, first + pair, row, rows, plus[pair], minus[pair]);
+      }
+      multiply_small<true>(to, terms, rows, half, pairs, all_plus, row_stride, depth_stride, task.matrix + first, terms,
+                           0, terms);
+      multiply_small<true>(to + half, terms, rows, half, pairs, all_minus, row_stride, depth_stride,
+                           task.matrix + first, terms, half, terms);
+    }
+  }
+}
+
+// The places of n points, 0 for those that there are not.
 template <int kPoints, typename R>
 NWFAST_INLINE void fill_places(const R* x, int64_t n, double centre, double scale, double* t) {
   for (int i = 0; i < kPoints; ++i) t[i] = i < n ? (static_cast<double>(x[i]) - centre) * scale : 0.0;
 }
 
+// T_n at the places t, in the order of places of degrees.
 template <int kPoints>
 NWFAST_INLINE void fill_polynomials(const double* t, int terms, double (*table)[kPoints]) {
   for (int i = 0; i < kPoints; i += kD) {
     const DVec place = load(t + i), twice = place + place;
     DVec before = splat(1.0), last = place;
     store<double>(table[0] + i, before);
-    if (terms > 1) store<double>(table[1] + i, last);
+    if (terms > 1) store<double>(table[place_of_degree(1, terms)] + i, last);
     for (int n = 2; n < terms; ++n) {
       const DVec next = twice * last - before;
-      store<double>(table[n] + i, next);
+      store<double>(table[place_of_degree(n, terms)] + i, next);
       before = last;
       last = next;
     }
@@ -154,7 +224,8 @@ void grid_moments(const GridMoments<R>& task) {
         for (int a = 0; a < a_terms; ++a) {
           for (int i = 0; i < kPoints; ++i) left[a][i] = charge[i] * table[0][a][i];
         }
-        multiply_small<true>(to, a_terms, c_terms, 1, lefts, kPoints, 1, rights, static_cast<int>(n));
+        multiply_small<true>(to, c_terms, a_terms, c_terms, 1, lefts, kPoints, 1, rights, c_terms, 0,
+                             static_cast<int>(n));
         to += a_terms * c_terms;
         continue;
       }
@@ -164,7 +235,8 @@ void grid_moments(const GridMoments<R>& task) {
         for (int b = 0; b < b_terms; ++b) {
           for (int i = 0; i < kPoints; ++i) left[b][i] = base[i] * table[1][b][i];
         }
-        multiply_small<true>(to, b_terms, c_terms, 1, lefts, kPoints, 1, rights, static_cast<int>(n));
+        multiply_small<true>(to, c_terms, b_terms, c_terms, 1, lefts, kPoints, 1, rights, c_terms, 0,
+                             static_cast<int>(n));
         to += b_terms * c_terms;
       }
     }
@@ -183,20 +255,22 @@ NWFAST_INLINE void fill_derivatives(const double* t, int terms, double (*table)[
     const DVec place = load(t + i), twice = place + place;
     DVec before[2] = {}, last[2] = {splat(1.0), DVec{}};
     for (int n = 0; n < 2 && n < terms; ++n) {
-      store<double>(table[1][n] + i, n == 0 ? before[0] : last[0]);
-      if (kOrder > 1) store<double>(table[2][n] + i, DVec{});
+      const int at = place_of_degree(n, terms);
+      store<double>(table[1][at] + i, n == 0 ? before[0] : last[0]);
+      if (kOrder > 1) store<double>(table[2][at] + i, DVec{});
     }
     // T'_n+1 = 2 t T'_n - T'_n-1 + 2 T_n, and so on.
     for (int n = 2; n < terms; ++n) {
-      const DVec value = load(table[0][n - 1] + i);
+      const int at = place_of_degree(n, terms);
+      const DVec value = load(table[0][place_of_degree(n - 1, terms)] + i);
       const DVec first = twice * last[0] - before[0] + value * 2.0;
       const DVec second = twice * last[1] - before[1] + last[0] * 4.0;
       before[0] = last[0];
       before[1] = last[1];
       last[0] = first;
       last[1] = second;
-      store<double>(table[1][n] + i, first);
-      if (kOrder > 1) store<double>(table[2][n] + i, second);
+      store<double>(table[1][at] + i, first);
+      if (kOrder > 1) store<double>(table[2][at] + i, second);
     }
   }
 }
