@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "expansion.h"
+#include "translation.h"
 
 namespace nwfast {
 namespace grid {
@@ -18,8 +18,7 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
     if (axis.terms > 1) sides += static_cast<double>(std::min(2 * axis.reach + 1, axis.cells) * axis.terms);
   }
   const double translation = sides * size, evaluation = size * 1.2 * (1 + order);
-  const double pair =
-      (getenv("GRID_FORCE") ? 1e9 : 1) * Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) * (1 + 0.7 * (order > 0));
+  const double pair = Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) * (1 + 0.7 * (order > 0));
   // Told by a sample first.
   constexpr int64_t kSample = 64;
   std::vector<WindowFinder::Range> ranges;

@@ -9,6 +9,7 @@
 namespace nwfast {
 namespace grid {
 
+constexpr double kLeastOthers = 0.25;  // of what a row's own key added to an expansion, to be taken out of it
 constexpr double kMostCoordinate = 1e100, kLeastSpread = 1e-150, kMostScale = 1e60;
 
 template <typename R>

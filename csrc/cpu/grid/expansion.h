@@ -17,8 +17,10 @@
 namespace nwfast {
 namespace grid {
 
-constexpr double kPlaneBytes = 600e6, kMomentBytes = 200e6;  // of tensors that are held at once
-constexpr int64_t kSeriesPoints = 256;                       // whose sums are handed on together
+constexpr double kPlaneBytes = 400e6, kMomentBytes = 64e6;  // of tensors that are held at once
+constexpr int64_t kBoxGroup = 32, kRowsTogether = 24;       // boxes of a task, and rows of their tensors, at once
+constexpr size_t kSeriesTogether = 4;
+constexpr int64_t kSeriesPoints = 256;  // whose sums are handed on together
 
 // What to expand.
 template <typename R>
@@ -33,18 +35,23 @@ struct Expansion {
   // most.
   std::function<void(int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound)> finish;
 
+  // What comes from a plane of sources, at each place that targets are around.
+  struct Translated {
+    std::vector<int64_t> place;  // b * cells_c + c, ascending
+    Buffer<double> tensors;      // (places, columns, c, b, a)
+    std::vector<double> mass;
+  };
+
+  // Memory that was written to once is kept: the first touch costs as much as all that is done with it.
+  Buffer<double> moments, along;
+  std::vector<std::unique_ptr<Translated>> spare;
+
   void run(bool serial);
 
  private:
   struct Plane {
     int64_t a;            // along the first axis
     int64_t first, last;  // boxes of sources, or of targets in `expanded`
-  };
-  // What comes from a plane of sources, at each place that targets are around.
-  struct Translated {
-    std::vector<int64_t> place;  // b * cells_c + c, ascending
-    Buffer<double> tensors;      // (places, columns, c, b, a)
-    std::vector<double> mass;
   };
   struct Row {
     int64_t b;
@@ -57,9 +64,10 @@ struct Expansion {
   std::vector<Plane> planes_of(const std::vector<Box>& boxes, const std::vector<int64_t>* some) const;
   void find_places(const Plane& plane, const std::vector<Plane>& target_planes, std::vector<int64_t>& place) const;
   std::vector<Row> rows_of(const Plane& plane, const std::vector<int64_t>& place) const;
-  void translate(const std::vector<const Plane*>& planes, const std::vector<Translated*>& results, bool serial) const;
+  void translate(const std::vector<const Plane*>& planes, const std::vector<Translated*>& results, bool serial);
   void evaluate(const std::vector<Plane>& target_planes, size_t first, size_t last,
                 const std::map<int64_t, std::unique_ptr<Translated>>& translated, bool serial) const;
+  void evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const;
 };
 
 // The boxes along one axis that a box takes its sums from.
@@ -75,6 +83,7 @@ class Sources {
     last_ = std::max(last_, std::abs(apart));
     bound += mass * std::exp(-axis_.gap[std::abs(apart)] / 4);
   }
+  // Valid as long as this is.
   void give(GridProduct& product) {
     product.terms = axis_.terms;
     product.centre = lower_[0];
@@ -181,223 +190,6 @@ std::vector<typename Expansion<R>::Row> Expansion<R>::rows_of(const Plane& plane
   return rows;
 }
 
-// Moments of the boxes of some planes, and their translation within each plane.
-template <typename R>
-void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std::vector<Translated*>& results,
-                             bool serial) const {
-  const GridKernels<R>& table = grid_kernels<R>();
-  const Axis &a = plan.axis[0], &b = plan.axis[1], &c = plan.axis[2];
-  const int64_t size = tensor(), count = static_cast<int64_t>(planes.size());
-  const bool flat = b.terms == 1;
-  // Moments: a box of many points in parts, which are added in order.
-  struct Part {
-    int64_t box, begin, end, slot;
-  };
-  std::vector<Part> parts;
-  std::vector<int64_t> first_slot(count), extra;
-  int64_t slots = 0;
-  for (int64_t p = 0; p < count; ++p) {
-    first_slot[p] = slots;
-    for (int64_t i = planes[p]->first; i < planes[p]->last; ++i) slots++;
-  }
-  const int64_t boxes = slots;
-  int64_t slot = 0;
-  std::vector<std::pair<int64_t, int64_t>> sums;  // slots of parts, added to those of boxes
-  for (int64_t p = 0; p < count; ++p) {
-    for (int64_t i = planes[p]->first; i < planes[p]->last; ++i, ++slot) {
-      const Box& box = sources.boxes[i];
-      for (int64_t begin = box.begin; begin < box.end; begin += kPointTask) {
-        const bool more = begin > box.begin;
-        parts.push_back({i, begin, std::min(box.end, begin + kPointTask), more ? slots : slot});
-        if (more) sums.push_back({slot, slots++});
-      }
-    }
-  }
-  Buffer<double> moments(slots * size);
-  std::vector<double> mass(slots);
-  parallel_blocks(static_cast<int64_t>(parts.size()), serial, [&](int64_t i) {
-    const Part& part = parts[i];
-    const Place place = place_of(plan, sources.boxes[part.box].cell);
-    double* const to = moments.get() + part.slot * size;
-    std::fill(to, to + size, 0.0);
-    constexpr int64_t kBlock = 512;
-    Buffer<double> charge(columns * kBlock);
-    GridMoments<R> task;
-    for (int axis = 0; axis < kAxes; ++axis) {
-      task.centre[axis] = plan.axis[axis].centre(place.at[axis]);
-      task.scale[axis] = plan.axis[axis].to_local();
-      task.terms[axis] = plan.axis[axis].terms;
-    }
-    task.charge = charge.get();
-    task.pitch = kBlock;
-    task.columns = columns;
-    task.moments = to;
-    double size_sum = 0;
-    for (int64_t begin = part.begin; begin < part.end; begin += kBlock) {
-      task.n = std::min(kBlock, part.end - begin);
-      load(begin, task.n, charge.get(), kBlock);
-      for (int axis = 0; axis < kAxes; ++axis) {
-        const R* const x = sources.axis(plan, axis);
-        task.x[axis] = x ? x + begin : nullptr;
-      }
-      table.moments(task);
-      for (int64_t k = 0; k < task.n; ++k) size_sum += std::fabs(charge[k]);
-    }
-    mass[part.slot] = size_sum;
-  });
-  parallel_blocks(boxes, serial || sums.empty(), [&](int64_t i) {
-    const auto range = std::equal_range(sums.begin(), sums.end(), std::make_pair(i, int64_t{0}),
-                                        [](const auto& x, const auto& y) { return x.first < y.first; });
-    for (auto at = range.first; at != range.second; ++at) {
-      for (int64_t k = 0; k < size; ++k) moments[i * size + k] += moments[at->second * size + k];
-      mass[i] += mass[at->second];
-    }
-  });
-  // Along the last axis: (column, a, b, c).
-  std::vector<std::vector<Row>> rows(count);
-  std::vector<int64_t> row_offset(count + 1);
-  parallel_blocks(count, serial, [&](int64_t p) { rows[p] = rows_of(*planes[p], results[p]->place); });
-  struct Task {
-    int64_t plane, row, at, slot;
-  };
-  std::vector<Task> tasks;
-  for (int64_t p = 0; p < count; ++p) {
-    row_offset[p] = static_cast<int64_t>(tasks.size());
-    for (size_t r = 0; r < rows[p].size(); ++r) {
-      for (size_t at = 0; at < rows[p][r].place.size(); ++at) {
-        tasks.push_back({p, static_cast<int64_t>(r), static_cast<int64_t>(at), static_cast<int64_t>(tasks.size())});
-      }
-    }
-  }
-  // Without a middle axis this is all, and its results are those of the plane.
-  Buffer<double> along(flat ? 0 : static_cast<int64_t>(tasks.size()) * size + kMatrixPadding);
-  std::vector<double> along_mass(tasks.size());
-  for (int64_t p = 0; p < count; ++p) {
-    results[p]->tensors.allocate(static_cast<int64_t>(results[p]->place.size()) * size + kMatrixPadding);
-    results[p]->mass.assign(results[p]->place.size(), 0);
-  }
-  parallel_blocks(static_cast<int64_t>(tasks.size()), serial, [&](int64_t i) {
-    const Task& task = tasks[i];
-    const Row& row = rows[task.plane][task.row];
-    const Plane& plane = *planes[task.plane];
-    const int64_t target = row.place[task.at], base = plane.a * b.cells * c.cells + row.b * c.cells;
-    Sources from(c);
-    GridProduct product;
-    product.to = flat ? results[task.plane]->tensors.get() + task.at * size : along.get() + task.slot * size;
-    product.rows = static_cast<int64_t>(columns) * a.terms * b.terms;
-    product.row_stride = c.terms;
-    product.depth_stride = 1;
-    int64_t box = first_box(sources.boxes, base + std::max<int64_t>(0, target - c.reach));
-    for (; box < row.last && sources.boxes[box].cell <= base + target + c.reach; ++box) {
-      const int64_t apart = target - (sources.boxes[box].cell - base);
-      const int64_t slot = first_slot[task.plane] + box - plane.first;
-      from.add(apart, moments.get() + slot * size, mass[slot]);
-    }
-    from.give(product);
-    table.product(product);
-    (flat ? results[task.plane]->mass[task.at] : along_mass[i]) = from.bound;
-  });
-  if (flat) return;
-  // Along the middle axis: (column, a, c, b).
-  std::vector<std::pair<int64_t, int64_t>> places;
-  for (int64_t p = 0; p < count; ++p) {
-    for (size_t at = 0; at < results[p]->place.size(); ++at) places.push_back({p, static_cast<int64_t>(at)});
-  }
-  parallel_blocks(static_cast<int64_t>(places.size()), serial, [&](int64_t i) {
-    const int64_t p = places[i].first, at = places[i].second;
-    const int64_t target_b = results[p]->place[at] / c.cells, target_c = results[p]->place[at] % c.cells;
-    Sources from(b);
-    GridProduct product;
-    product.rows = c.terms;
-    product.row_stride = 1;
-    product.depth_stride = c.terms;
-    auto row = std::lower_bound(rows[p].begin(), rows[p].end(), target_b - b.reach,
-                                [](const Row& r, int64_t number) { return r.b < number; });
-    for (; row != rows[p].end() && row->b <= target_b + b.reach; ++row) {
-      const auto found = std::lower_bound(row->place.begin(), row->place.end(), target_c);
-      if (found == row->place.end() || *found != target_c) continue;
-      const int64_t slot = row_offset[p] + row->offset + (found - row->place.begin());
-      from.add(target_b - row->b, along.get() + slot * size, along_mass[slot]);
-    }
-    from.give(product);
-    const int64_t block = static_cast<int64_t>(b.terms) * c.terms;
-    for (int64_t k = 0; k < static_cast<int64_t>(columns) * a.terms; ++k) {
-      product.offset = k * block;
-      product.to = results[p]->tensors.get() + at * size + k * block;
-      table.product(product);
-    }
-    results[p]->mass[at] = from.bound;
-  });
-}
-
-// The targets of some planes.
-template <typename R>
-void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t first, size_t last,
-                            const std::map<int64_t, std::unique_ptr<Translated>>& translated, bool serial) const {
-  const GridKernels<R>& table = grid_kernels<R>();
-  const Axis& a = plan.axis[0];
-  const int64_t size = tensor(), across = plan.axis[1].cells * plan.axis[2].cells;
-  struct Task {
-    int64_t box, begin, end;
-  };
-  std::vector<Task> tasks;
-  for (size_t p = first; p < last; ++p) {
-    for (int64_t i = target_planes[p].first; i < target_planes[p].last; ++i) {
-      const Box& box = targets.boxes[expanded[i]];
-      for (int64_t begin = box.begin; begin < box.end; begin += kPointTask) {
-        tasks.push_back({expanded[i], begin, std::min(box.end, begin + kPointTask)});
-      }
-    }
-  }
-  parallel_blocks(static_cast<int64_t>(tasks.size()), serial, [&](int64_t i) {
-    const Task& task = tasks[i];
-    const int64_t cell = targets.boxes[task.box].cell, at = cell % across;
-    const Place place = place_of(plan, cell);
-    Sources from(a);
-    GridProduct product;
-    product.rows = static_cast<int64_t>(plan.axis[1].terms) * plan.axis[2].terms;
-    product.row_stride = 1;
-    product.depth_stride = product.rows;
-    for (auto plane = translated.lower_bound(place.at[0] - a.reach);
-         plane != translated.end() && plane->first <= place.at[0] + a.reach; ++plane) {
-      const std::vector<int64_t>& places = plane->second->place;
-      const auto found = std::lower_bound(places.begin(), places.end(), at);
-      if (found == places.end() || *found != at) continue;
-      const int64_t slot = found - places.begin();
-      from.add(place.at[0] - plane->first, plane->second->tensors.get() + slot * size, plane->second->mass[slot]);
-    }
-    from.give(product);
-    Buffer<double> series(size + kMatrixPadding);
-    for (int column = 0; column < columns; ++column) {
-      product.offset = column * plan.size();
-      product.to = series.get() + column * plan.size();
-      table.product(product);
-    }
-    GridEvaluate<R> rows;
-    for (int axis = 0; axis < kAxes; ++axis) {
-      rows.centre[axis] = plan.axis[axis].centre(place.at[axis]);
-      rows.scale[axis] = plan.axis[axis].to_local();
-      rows.terms[axis] = plan.axis[axis].terms;
-    }
-    rows.order = order;
-    rows.series = series.get();
-    rows.columns = columns;
-    rows.sums_pitch = kSeriesPoints;
-    const int slots = order == 0 ? 1 : order == 1 ? 4 : 7;
-    Buffer<double> sums(slots * columns * kSeriesPoints);
-    rows.sums = sums.get();
-    for (int64_t begin = task.begin; begin < task.end; begin += kSeriesPoints) {
-      rows.n = std::min(kSeriesPoints, task.end - begin);
-      for (int axis = 0; axis < kAxes; ++axis) {
-        const R* const x = targets.axis(plan, axis);
-        rows.x[axis] = x ? x + begin : nullptr;
-      }
-      table.evaluate(rows);
-      finish(begin, rows.n, sums.get(), kSeriesPoints, from.bound);
-    }
-  });
-}
-
 template <typename R>
 void Expansion<R>::run(bool serial) {
   const std::vector<Plane> source_planes = planes_of(sources.boxes, nullptr);
@@ -408,7 +200,10 @@ void Expansion<R>::run(bool serial) {
   size_t next_source = 0;
   for (size_t first = 0; first < target_planes.size();) {
     // Sources that this target needs, and those of more targets as long as there is room.
-    translated.erase(translated.begin(), translated.lower_bound(target_planes[first].a - reach));
+    while (!translated.empty() && translated.begin()->first < target_planes[first].a - reach) {
+      spare.push_back(std::move(translated.begin()->second));
+      translated.erase(translated.begin());
+    }
     while (next_source < source_planes.size() && source_planes[next_source].a < target_planes[first].a - reach) {
       ++next_source;
     }
@@ -424,7 +219,9 @@ void Expansion<R>::run(bool serial) {
         const size_t end = std::min(source_planes.size(), from + 16);
         std::vector<std::unique_ptr<Translated>> found;
         for (size_t p = from; p < end && source_planes[p].a <= target_planes[last].a + reach; ++p) {
-          found.push_back(std::make_unique<Translated>());
+          if (spare.empty()) spare.push_back(std::make_unique<Translated>());
+          found.push_back(std::move(spare.back()));
+          spare.pop_back();
         }
         parallel_blocks(static_cast<int64_t>(found.size()), serial,
                         [&](int64_t p) { find_places(source_planes[from + p], target_planes, found[p]->place); });

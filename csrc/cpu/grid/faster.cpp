@@ -10,12 +10,13 @@ namespace nwfast {
 namespace grid {
 namespace {
 
-constexpr int64_t kKeySample = 512, kQuerySample = 64;
-constexpr double kDensePair[2] = {0.35, 1.2};  // of float and double
+constexpr int64_t kKeySample = 256, kQuerySample = 32;
+constexpr double kDensePair[2] = {0.6, 2.0};  // of float and double
 constexpr double kDenseCall = 5e3;
 constexpr double kPoint = 120;  // to sort, pack and write a point
 constexpr double kCall = 60e3;  // matrices, and what else does not depend on the number of points
-constexpr double kSeriesCall = 250e3;
+constexpr double kSeriesCall = 500e3;
+constexpr double kCell[2] = {3500, 8000};  // to find and copy the window of a cell, in two and three features
 // Cells around a cell hold more than the ball around a point.
 constexpr double kCells = 1.6;
 
@@ -62,7 +63,7 @@ bool faster(const Problem& problem) {
   Plan plan;
   if (!make_plan<R>(extent, plan)) return false;
   // Pairs within reach, and rows too far from all keys for the grid.
-  double near = 0, far = 0;
+  double near = 0, far = 0, again = 0;
   for (int64_t i = 0; i < queries; ++i) {
     double nearest = INFINITY, count = 0;
     for (int64_t j = 0; j < keys; ++j) {
@@ -77,10 +78,12 @@ bool faster(const Problem& problem) {
     near += count;
     // The nearest key of all is nearer than that of the sample.
     const double share = std::pow(static_cast<double>(keys) / n, 1.0 / features);
+    again += !(std::sqrt(nearest) * share <= kLevelDistance[0]);
     far += !(std::sqrt(nearest) * share <= 2 * kLevelDistance[kLevels - 1]);
   }
   const double pairs = m * n * kCells * near / static_cast<double>(queries * keys);
-  const double direct = pairs * Accuracy<R>::kPair * (1 + 0.15 * (columns - 2));
+  const double windows = std::fmin(m, plan.boxes) * (1 + again / static_cast<double>(queries));
+  const double direct = pairs * Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) + windows * kCell[features - 2];
   const double series = kSeriesCall + plan.work * columns * kMultiply;
   const double careful = far / static_cast<double>(queries) * dense;
   return fixed + std::fmin(direct, series) + careful < dense;

@@ -93,7 +93,7 @@ class Forward {
     const int64_t j = element_.own[i];
     const double weight = element_.weight(j) * std::exp(-element_.square(i, j) / 2);
     total -= weight;
-    bool keeps = total >= 1e-3 * weight;
+    bool keeps = total >= kLeastOthers * weight;
     for (int64_t c = 0; c < problem_.channels && keeps; ++c) {
       const double own = weight * element_.value(j, c);
       values[c] -= own;

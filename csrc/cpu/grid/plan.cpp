@@ -112,10 +112,12 @@ bool make_plan(const Extent& extent, Plan& plan) {
       const double spread = axes[f].single ? 0 : (extent.high[f] - extent.low[f]) / axes[f].side;
       sides += (2 * std::fmin(apart, spread) + 1) * axes[f].terms;
     }
-    translation = occupied(extent, axes) * size * sides;
+    const double boxes = occupied(extent, axes);
+    translation = boxes * size * sides;
     const double cost = points * size * (1 + 2.0 / terms) + translation;
     if (!(cost < best)) continue;
     best = cost;
+    plan.boxes = boxes;
     plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
   }

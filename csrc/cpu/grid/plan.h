@@ -104,6 +104,7 @@ struct Plan {
   double truncation = 0;  // of the sums of values, relative to exp(-z^2 / 4) of a source's charge
   double log_span = 0;    // log of the ratio of all charges to what may be left out of a row near a key
   double radius = 0;      // keys further from a row near a key are left out
+  double boxes = 0;       // that are occupied, told by a sample
   double work = 0;        // of expanding all, in multiply-adds of a column
 
   int64_t size() const { return static_cast<int64_t>(axis[0].terms) * axis[1].terms * axis[2].terms; }

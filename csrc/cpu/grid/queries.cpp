@@ -121,7 +121,7 @@ class QueryBackward {
     const double kernel = std::exp(-element_.square(i, j) / 2);
     std::vector<double> charge(columns_);
     load(j, 1, charge.data(), 1);
-    if (!(row[0] - charge[0] * kernel >= 0.02 * charge[0] * kernel)) return false;
+    if (!(row[0] - charge[0] * kernel >= kLeastOthers * charge[0] * kernel)) return false;
     for (int c = 1; c <= channels; ++c) {
       const double own = std::fabs(charge[c] * kernel);
       if (!(std::fabs(row[c] - charge[c] * kernel) >= 0.02 * own) && element_.stands_out(j, c - 1)) return false;
