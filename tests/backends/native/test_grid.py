@@ -95,7 +95,7 @@ def test_at_every_bandwidth(features, kind, w, dtype):
 
 
 def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
-    """As the two textbook lines in float64, which serve near the data: 4 units of the scale of each result."""
+    """As the two textbook lines in float64, which serve near the data: 8 units of the scale of each result."""
 
     def textbook(query, key, value, w):
         score = -((query[:, None] - key) * w).square().sum(-1) / 2
@@ -119,7 +119,8 @@ def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
         outputs = function(*leaves)
         gradients = torch.autograd.grad(outputs, leaves, [x.to(dtype) for x in cotangents])
         found.append((*outputs, *gradients))
-    bound = 2.0**-21 if query.dtype == torch.float32 else 1e-12
+    # Sums of many cotangents of either sign, one by one, are small beside their terms.
+    bound = 2.0**-20 if query.dtype == torch.float32 else 1e-12
     for name, mine, right in zip(("out", "lse", *NAMES), *found, strict=False):
         error = float((mine.double() - right).abs().max() / right.abs().max())
         assert error <= bound, (name, error)
