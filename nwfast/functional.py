@@ -75,8 +75,8 @@ def nadaraya_watson(
         \mathrm{out}_i = \frac{\sum_j a_j e^{s_{ij}} v_j}{\sum_j a_j e^{s_{ij}}}, \qquad
         \mathrm{lse}_i = \log \sum_j a_j e^{s_{ij}}
 
-    It takes the place of ``softmax(-((query - key) * w)**2 / 2) @ value``, in O(M + N) memory, and with one feature on
-    the CPU in O(M + N) time.
+    It takes the place of ``softmax(-((query - key) * w)**2 / 2) @ value``, in O(M + N) memory, and with up to
+    three features on the CPU in O(M + N) time.
 
     Parameters
     ----------
@@ -101,8 +101,9 @@ def nadaraya_watson(
     exclude_self : bool
         Leave key i out for query i (leave-one-out); needs M == N.
     method : {"auto", "dense", "fgt"}
-        How to sum. "dense" visits all pairs that can matter, O(M N). "fgt", a fast Gauss transform, is for one feature
-        (D = 1) and takes O(M + N); to rounding both compute the same. "auto" takes the one expected to be faster.
+        How to sum. "dense" visits all pairs that can matter, O(M N). "fgt", a fast Gauss transform, takes O(M + N),
+        for one feature and on the native backend up to three; to rounding both compute the same. "auto" takes the one
+        expected to be faster.
     backend : {"auto", "native", "cuda", "numba", "triton", "reference"}
         Where to compute; see `nwfast.backends.available`. Only "auto" chooses, a named backend runs or raises.
     return_lse : bool
@@ -122,7 +123,7 @@ def nadaraya_watson(
         Arguments that are no tensors, integer or mixed dtypes.
     ValueError
         Shapes that do not fit, mixed devices, N = 0, M != N with exclude_self, unknown method or backend; "fgt" with
-        more than one feature, or where no backend has it.
+        more features than the backend takes, or where no backend has it.
     RuntimeError
         The named backend cannot run here (the message says why).
 

@@ -1,6 +1,6 @@
 """Does method="auto" take the faster method? Times both over a grid of sizes, bandwidths and kinds of data.
 
-    python benchmarks/studies/method_cost.py [--backend native] [--out FILE]
+    python benchmarks/studies/method_cost.py [--backend native] [--features 2] [--out FILE]
 
 A row is a case: the medians of alternating runs of "dense", "fgt" and "auto", and the time of "auto" over that of the
 faster one. Dense runs that would take longer than a second are not made: there the linear method has to be taken. The
@@ -39,31 +39,36 @@ SIZES = (
 BANDWIDTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
 
 
-def cases() -> Iterator[dict]:
-    """All combinations that are measured."""
+def cases(features: int) -> Iterator[dict]:
+    """All combinations that are measured; points of several features have no order."""
+    orders = (True, False) if features == 1 else (False,)
     for (queries, keys), w in itertools.product(SIZES, BANDWIDTHS):
-        yield dict(queries=queries, keys=keys, w=w, ordered=True, dtype="float32", channels=0, gradient=False)
+        yield dict(
+            queries=queries, keys=keys, w=w, ordered=orders[0], dtype="float32", channels=0, gradient=False
+        )
     for w, ordered, dtype, channels, gradient in itertools.product(
-        BANDWIDTHS, (True, False), ("float32", "float64"), (0, 4), (False, True)
+        BANDWIDTHS, orders, ("float32", "float64"), (0, 4), (False, True)
     ):
         yield dict(
             queries=5000, keys=5000, w=w, ordered=ordered, dtype=dtype, channels=channels, gradient=gradient
         )
 
 
-def build(case: dict, backend: str) -> dict[str, Callable[[], object]]:
+def build(case: dict, backend: str, features: int) -> dict[str, Callable[[], object]]:
     """A call for each method that can be afforded."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, case["dtype"])
 
     def points(n: int) -> torch.Tensor:
+        if features > 1:
+            return torch.rand(n, features, generator=generator, dtype=torch.float64).to(dtype)
         x = torch.rand(n, generator=generator, dtype=torch.float64) * 5
         return (x.sort().values if case["ordered"] else x).to(dtype)
 
     query, key = points(case["queries"]), points(case["keys"])
     shape = (case["keys"], case["channels"]) if case["channels"] else (case["keys"],)
     value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    leaves = [query, key, value, torch.tensor(case["w"], dtype=dtype)]
+    leaves = [query, key, value, torch.full((features,), case["w"], dtype=dtype)]
     for leaf in leaves:
         leaf.requires_grad_(case["gradient"])
 
@@ -74,14 +79,14 @@ def build(case: dict, backend: str) -> dict[str, Callable[[], object]]:
 
         return run
 
-    cost = case["queries"] * case["keys"] * (1 + case["channels"]) * (3 if case["gradient"] else 1)
+    cost = case["queries"] * case["keys"] * (features + case["channels"]) * (3 if case["gradient"] else 1)
     methods = ("dense", "fgt", "auto") if cost < MOST_PAIRS else ("fgt", "auto")
     return {method: call(method) for method in methods}
 
 
-def measure(case: dict, backend: str, seconds: float) -> dict:
+def measure(case: dict, backend: str, features: int, seconds: float) -> dict:
     """Quartiles of each method in seconds, in turns until the time is spent."""
-    calls = build(case, backend)
+    calls = build(case, backend, features)
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {method: [] for method in calls}
@@ -107,10 +112,14 @@ def main() -> int:
     """Measure, print the worst cases, write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", default="native")
+    parser.add_argument("--features", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each case")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    rows = [measure(case, options.backend, options.seconds) for case in tqdm(list(cases()), file=sys.stderr)]
+    rows = [
+        measure(case, options.backend, options.features, options.seconds)
+        for case in tqdm(list(cases(options.features)), file=sys.stderr)
+    ]
     rows.sort(key=lambda row: -row["ratio"])
     print(
         "   M       N        w  order    dtype  C  grad |   dense     fgt    auto (us) | auto over the faster"

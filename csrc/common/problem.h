@@ -51,7 +51,9 @@ struct ProblemOf {
   int64_t queries, keys, features, channels;
   View query, key, value, w, key_weight;  // key_weight.data may be null
   bool exclude_self;
+  const int64_t* own = nullptr;  // (queries) keys left out under exclude_self; null: of the rows' numbers
 
+  NWFAST_HOST_DEVICE int64_t own_key(int64_t i) const { return own ? own[i] : i; }
   // One feature and one channel.
   NWFAST_HOST_DEVICE bool single() const { return features == 1 && channels == 1; }
 };

@@ -1,4 +1,5 @@
-// Which of the two methods is faster for a problem of one feature: a model of their times, fitted to measurements.
+// Which of the two methods is faster: for one feature a model of their times, fitted to measurements; for two and three
+// that of grid/faster.cpp.
 //
 // Both depend on the data through the number of keys that a query's window holds. It is estimated from a sample of keys
 // and queries of the first batch element, so that the choice costs some microseconds whatever the size. Times are those
@@ -86,8 +87,9 @@ class Sample {
 
 bool linear_is_faster(const Problem& problem) {
   const double m = static_cast<double>(problem.queries), n = static_cast<double>(problem.keys);
-  if (problem.features != 1 || problem.batch.count == 0 || m * n < kChoicePairs) return false;
-  if (problem.channels > 1) return true;  // the dense kernels for channels know no windows
+  if (problem.features > 3 || problem.batch.count == 0 || m * n < kChoicePairs) return false;
+  if (problem.features > 1) return grid::is_faster(problem);
+  if (problem.channels > 1) return true;  // the dense kernels for channels have boxes for windows, which cost more
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const Sample sample(problem);
   double w = 0;

@@ -62,6 +62,18 @@ bool linear_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 bool linear_key_backward(const Problem& problem, const BackwardTask<T>& task);
 
+// The same for two and three features (grid).
+namespace grid {
+template <typename T>
+bool forward(const Problem& problem, const ForwardResult<T>& result);
+template <typename T>
+bool query_backward(const Problem& problem, const BackwardTask<T>& task);
+template <typename T>
+bool key_backward(const Problem& problem, const BackwardTask<T>& task);
+// Whether it is expected to be faster than the dense drivers (grid/faster.cpp).
+bool is_faster(const Problem& problem);
+}  // namespace grid
+
 // Whether that is expected to be faster than the drivers above (choose.cpp).
 bool linear_is_faster(const Problem& problem);
 

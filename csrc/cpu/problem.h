@@ -64,6 +64,15 @@ double most_weight_gradient(const Problem& problem) {
   return std::numeric_limits<R>::max() / shares;
 }
 
+// A product that is beyond all numbers, or 0, only if it is so in exact arithmetic: the largest factor times the least
+// lies between the third and the product.
+inline double product_of(double a, double b, double c) {
+  if (std::fabs(a) < std::fabs(b)) std::swap(a, b);
+  if (std::fabs(a) < std::fabs(c)) std::swap(a, c);
+  if (std::fabs(b) < std::fabs(c)) std::swap(b, c);
+  return a * c * b;
+}
+
 // Asks for large pages where a call will write much: the first touch of every small page costs half a microsecond.
 inline void expect_writes(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -158,8 +158,8 @@ T* data(const Tensor& tensor) {
 enum class Method { kDense, kLinear, kAuto };
 
 bool is_linear(Method method, const Problem& problem) {
-  STD_TORCH_CHECK(method != Method::kLinear || problem.features == 1,
-                  "nwfast: the fast Gauss transform is for one feature");
+  STD_TORCH_CHECK(method != Method::kLinear || problem.features <= 3,
+                  "nwfast: the fast Gauss transform is for one, two or three features");
   return method == Method::kLinear || (method == Method::kAuto && linear_is_faster(problem));
 }
 
@@ -169,7 +169,7 @@ void run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
   const ForwardResult<T> result{data<T>(std::get<0>(outputs)), data<T>(std::get<1>(outputs)),
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
-  if (linear && linear_forward(problem, result)) return;
+  if (linear && (problem.features == 1 ? linear_forward(problem, result) : grid::forward(problem, result))) return;
   problem.single() ? single_forward(problem, result) : tiled_forward(problem, result);
 }
 
@@ -244,13 +244,16 @@ void reduce_w(const Problem& problem, const Tensor& w, const double* grad, R* ou
 
 template <typename T>
 void run_query_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && linear_query_backward(problem, task)) return;
+  if (linear && (problem.features == 1 ? linear_query_backward(problem, task) : grid::query_backward(problem, task))) {
+    return;
+  }
   problem.single() ? single_query_backward(problem, task) : tiled_query_backward(problem, task);
 }
 
 template <typename T>
 void run_key_backward(const Problem& problem, const BackwardTask<T>& task, bool linear) {
-  if (linear && linear_key_backward(problem, task)) return;
+  if (linear && (problem.features == 1 ? linear_key_backward(problem, task) : grid::key_backward(problem, task)))
+    return;
   problem.single() ? single_key_backward(problem, task) : tiled_key_backward(problem, task);
 }
 

@@ -26,7 +26,7 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
   the backward pass for w and query a product. Not asked for: an empty tensor of shape (0,).
 * grad_lse may be None. needs is a sum of NEEDS flags; a gradient not asked for is an empty tensor of shape (0,).
   backward uses the tangents it is given unless grad_lse is not None, which they do not cover.
-* linear kernels (see `operators`) take D = 1 alone.
+* linear kernels (see `operators`) take up to FGT_FEATURES features.
 * The native operators also take the one-feature forms of the public function as they are (`nwfast.op.call.short_way`).
 * Rows without any key left (all weights 0) give out NaN, lse -inf, and add nothing to any gradient.
 """
@@ -46,6 +46,8 @@ NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
 
 # What each backend can do beside the reference, which serves every device with the dense formula.
 METHODS = {"native": ("dense", "fgt"), "cuda": ("dense",), "numba": ("dense", "fgt"), "triton": ("dense",)}
+# How many features the fast Gauss transform of a backend takes at most.
+FGT_FEATURES = {"native": 3, "numba": 1}
 # Triton's interpreter runs its kernels on CPU tensors, for tests: only what is asked for by name gets it.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = {

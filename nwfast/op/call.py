@@ -90,13 +90,16 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
     if (
         "fgt" not in backends.METHODS.get(backend, ())
         or method == "dense"
-        or (features != 1 and method == "auto")
+        or (features > backends.FGT_FEATURES[backend] and method == "auto")
     ):
         return backend
     if method == "fgt":
-        if features != 1:
+        most = backends.FGT_FEATURES[backend]
+        if features > most:
+            serves = "one feature" if most == 1 else f"up to {most} features"
             raise ValueError(
-                f"method='fgt' is for data of one feature, got query and key of D = {features} features"
+                f"method='fgt' is for data of {serves} on backend={backend!r}, got query and key of "
+                f"D = {features} features"
             )
         return f"{backend}_fgt"
     if not is_captured() and pairs <= CHOICE_PAIRS:

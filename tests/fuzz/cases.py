@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import nwfast
+
 _FEATURES = [1, 2, 3, 4, 5, 6, 7, 8, 17, 64, 257, 1000]
 _SHARES = [0.2, 0.22, 0.18, 0.08, 0.05, 0.05, 0.04, 0.06, 0.04, 0.04, 0.02, 0.02]
 LARGEST_PRODUCT = 150_000  # pairs of a query and a key, times channels and features
@@ -318,7 +320,8 @@ def draw(rng, backends, methods, entries=("function", "index", "module")) -> Cas
         case.grad_out = torch.where(wide_rows, torch.zeros((), dtype=dtype), grad_out)
         if case.grad_lse is not None:
             case.grad_lse = torch.where(rows, torch.zeros((), dtype=case.grad_lse.dtype), case.grad_lse)
-    possible = [m for m in methods if m != "fgt" or (d == 1 and backend in ("native", "numba"))] or ["auto"]
+    most = nwfast.backends.FGT_FEATURES.get(backend, 0)
+    possible = [m for m in methods if m != "fgt" or d <= most] or ["auto"]
     case.method = str(rng.choice(possible))
     names = [name for name in case.tensors() if not (name == "w" and w_is_number)]
     case.needs = tuple(names)

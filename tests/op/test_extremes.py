@@ -151,7 +151,9 @@ def test_ties_across_a_gap(backend, half, features, dtype):
         key = torch.zeros(3, features, dtype=dtype)
         key[1, 0], key[2, 0] = beside, 2 * query[0, 0]
         value = torch.tensor([[1.0], [5.0], [0.0]], dtype=dtype)
-        for method in nwfast.backends.METHODS.get(backend, ("dense",)) if features == 1 else ("dense",):
+        for method in (
+            ("dense", "fgt") if features <= nwfast.backends.FGT_FEATURES.get(backend, 0) else ("dense",)
+        ):
             for order in itertools.permutations(range(3)):
                 inputs = query, key[[*order]], value[[*order]], 1.0
                 out = nwfast.nadaraya_watson(*inputs, backend=backend, method=method)

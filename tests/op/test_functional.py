@@ -93,6 +93,9 @@ def test_forms(backend, form, dtype):
     inputs = make(shapes, dtype)
     assert_weights_matter(*inputs[:2], *inputs[3:], exclude_self)
     check(inputs, backend, exclude_self)
+    features = inputs[0].shape[-1] if inputs[0].ndim > 1 else 1
+    if features <= nwfast.backends.FGT_FEATURES.get(backend, 0):
+        check(inputs, backend, exclude_self, method="fgt")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

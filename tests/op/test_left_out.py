@@ -9,7 +9,7 @@ import torch
 import nwfast
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-# Leading dimensions, D and C; with one feature by every method of the backend.
+# Leading dimensions, D and C; by every method that the backend has for so many features.
 FORMS = pytest.mark.parametrize(
     ("batch", "features", "channels"),
     [((), 1, 1), ((3,), 1, 1), ((), 1, 12), ((), 2, 1), ((2,), 3, 4), ((), 20, 1)],
@@ -20,7 +20,8 @@ M, N = 30, 40
 
 
 def methods(backend, features):
-    return nwfast.backends.METHODS.get(backend, ("dense",)) if features == 1 else ("dense",)
+    most = nwfast.backends.FGT_FEATURES.get(backend, 0)
+    return ("dense", "fgt") if features <= most else ("dense",)
 
 
 def draw(batch, features, channels, dtype):

@@ -136,6 +136,23 @@ struct TiledKeyGrad {
   double* sum_offset;  // (keys of the tile, features)
 };
 
+// Which of the points or boxes j in [begin, end) may have a score of at least `limit` with any of a block of others
+// (skipping/boxes.h): with gap_jf the distance between the intervals of j and of the block,
+//   max(charge_j, reach_j - least) - sum_f (gap_jf * feature_scale_f)^2 >= limit, or NaN.
+// Ascending; places and bounds have room for all and one more.
+template <typename T>
+struct Selection {
+  int64_t features, pitch;
+  const T *low, *high;      // (features, pitch): the same array for points
+  const T *charge, *reach;  // (pitch), each or null for all 0 and for nothing
+  const T* feature_scale;   // (features)
+  const T *block_low, *block_high;
+  T limit, least;
+  int64_t begin, end;
+  uint32_t* places;
+  T* bounds;  // the left side, or null
+};
+
 template <typename T>
 struct Kernels {
   void (*single_nearest)(const SingleRows<T>&, T* nearest);
@@ -144,6 +161,7 @@ struct Kernels {
   void (*tiled_rows)(const TiledRows<T>&);
   void (*tiled_query_grad)(const TiledQueryGrad<T>&);
   void (*tiled_key_grad)(const TiledKeyGrad<T>&);
+  int64_t (*select_near)(const Selection<T>&);  // returns how many
 };
 
 // The table for the best instruction set that this processor has.

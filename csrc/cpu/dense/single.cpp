@@ -325,10 +325,10 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Single
     const bool counts = weight != 0;
     if (task.grad_value) task.grad_value[place] = static_cast<R>(counts ? weight * sum_value[i] : 0);
     if (task.grad_key) {
-      // In this order the product is 0 where the sum is, and overflows only if the gradient does.
+      // In this order the product is 0 where the sum is.
       const double by_scale =
           batch.wide() ? sum_offset[i] / batch.unit * batch.w : sum_offset[i] * (batch.w / batch.unit);
-      const double by_key = by_scale * batch.w * weight;
+      const double by_key = product_of(by_scale, batch.w, weight);
       task.grad_key[place] = static_cast<R>(counts ? by_key : 0);
     }
     if (!task.grad_key_weight) continue;

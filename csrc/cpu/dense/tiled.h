@@ -12,12 +12,14 @@
 #include <memory>
 
 #include "../drivers.h"
+#include "skipping/plan.h"
 #include "tiled_batch.h"
 #include "tiled_far.h"
 
 namespace nwfast {
 
-constexpr int64_t kRowTask = 16;  // rows of one parallel task
+constexpr int64_t kRowTask = 16;                 // rows of one parallel task
+constexpr int64_t kMostRowTask = kNearRowBlock;  // the same where the rows share the keys that may matter
 
 using Rows = std::vector<int64_t>;
 

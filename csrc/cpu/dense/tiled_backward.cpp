@@ -1,187 +1,83 @@
 // The backward pass for any number of features and channels; see tiled.h.
 
+#include "backward/batch.h"
+#include "skipping/near_keys.h"
+#include "skipping/near_rows.h"
 #include "tiled.h"
 
 namespace nwfast {
 namespace {
 
+using namespace backward;
+
 constexpr int64_t kFarRows = 16;  // rows whose weights are held at once in long double
 
-// What the rows of a batch element are differentiated in.
-struct Plan {
-  Rows narrow, wide, far;
-  Rows nan;  // rows that are NaN as a whole and matter: so are all gradients that they add to
-};
-
-// The gradients of one row's results.
-struct RowGrad {
-  RowGrad(int64_t channels) : out(channels) {}
-
-  template <typename R>
-  void read_from(const Problem& problem, const BackwardTask<R>& task, int64_t b, int64_t i) {
-    const View &grad = task.grad_out, &grad_lse = task.grad_lse;
-    read(grad, grad.offset(problem.batch, b) + i * grad.row_stride, problem.channels, grad.column_stride, out.get());
-    lse = 0;
-    if (grad_lse.data) read(grad_lse, grad_lse.offset(problem.batch, b) + i * grad_lse.row_stride, 1, 0, &lse);
-    size = std::fabs(lse);
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      if (!(std::fabs(out[c]) <= size)) size = std::fabs(out[c]);  // NaN stays
-    }
-  }
-
-  Buffer<double> out;
-  double lse = 0, size = 0;
-};
-
+// A block of rows on the query side.
 template <typename T>
-struct BackwardBatch : TiledBatch<T> {
-  Buffer<T> row_query, value_grad, lse_grad, offset_grad, inverse_total;
-  Buffer<double> shift;
-  Buffer<int64_t> places;  // of the rows' own keys
-  int64_t rows = 0;
-
-  template <typename R>
-  void gather(const Problem& problem, const BackwardTask<R>& task, int64_t b, const Rows& some) {
-    const int64_t m = problem.queries, channels = problem.channels, features = problem.features;
-    const int64_t pitch = this->data.channel_pitch;
-    rows = static_cast<int64_t>(some.size());
-    row_query.allocate(rows * features);
-    value_grad.allocate(rows * pitch);
-    offset_grad.allocate(rows);
-    lse_grad.allocate(rows);
-    inverse_total.allocate(rows);
-    shift.allocate(rows);
-    places.allocate(rows);
-    RowGrad grad(channels);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = b * m + some[i];
-      grad.read_from(problem, task, b, some[i]);
-      T dot = 0;  // as the kernels sum it, so that it cancels where a row's weight is all on one key
-      for (int64_t c = 0; c < channels; ++c) {
-        value_grad[i * pitch + c] = static_cast<T>(grad.out[c]);
-        const T mean = static_cast<T>(static_cast<T>(task.out[row * channels + c]) - this->centre[c]);
-        dot = std::fma(mean, static_cast<T>(grad.out[c]), dot);
-      }
-      for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
-      std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
-      lse_grad[i] = static_cast<T>(grad.lse);
-      offset_grad[i] = dot;
-      inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
-      shift[i] = task.state[2 * row];
-      places[i] = some[i];
-    }
+void fill_rows(const Problem& problem, const BackwardBatch<T>& batch, int64_t begin, int64_t rows,
+               TiledQueryGrad<T>& task, double* floor) {
+  batch.fill(problem, begin, task);
+  task.rows = std::min(batch.rows - begin, rows);
+  for (int64_t i = 0; i < task.rows; ++i) {
+    const double sum = -std::log2(static_cast<double>(task.inverse_total[i])) - task.shift[i];
+    floor[i] = std::isfinite(sum) ? sum : kNoSum;
   }
+}
 
-  template <typename Task>
-  void fill(const Problem& problem, int64_t begin, Task& task) const {
-    task.data = this->data;
-    task.query = row_query.get() + begin * problem.features;
-    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
-    task.shift = shift.get() + begin;
-    task.inverse_total = inverse_total.get() + begin;
-    task.offset_grad = offset_grad.get() + begin;
-    task.lse_grad = lse_grad.get() + begin;
-    task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
-  }
-
-  // The offsets of up to kRowTask rows, from outputs that are not rounded to the dtype of the results: moments about a
-  // far query multiply that rounding by the square of its distance.
-  void exact_offsets(const Problem& problem, int64_t begin, int64_t count, T* offsets) const {
-    const int64_t channels = problem.channels;
-    double total[kRowTask], row_shift[kRowTask];
-    Buffer<double> sums(kRowTask * channels);
-    TiledRows<T> task;
-    task.data = this->data;
-    task.rows = count;
-    task.query = row_query.get() + begin * problem.features;
-    task.excluded = problem.exclude_self ? places.get() + begin : nullptr;
-    task.total = total;
-    task.shift = row_shift;
-    task.values = sums.get();
-    kernels<T>().tiled_rows(task);
-    for (int64_t i = 0; i < count; ++i) {
-      const T* const grad = value_grad.get() + (begin + i) * this->data.channel_pitch;
-      T dot = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
-      }
-      offsets[i] = dot;
-    }
-  }
-};
-
-// The arithmetic of each row that adds something. Batches that some row needs are prepared.
-template <typename R>
-struct Element {
-  std::unique_ptr<BackwardBatch<float>> narrow;
-  std::unique_ptr<BackwardBatch<double>> wide;
-  std::unique_ptr<FarBatch> far;
-  Plan plan;
-
-  // `nearer`: whether keys may lie nearer than all that count, which only double has the range for.
-  Element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool weigh, bool nearer) {
-    const bool finite = finite_w(problem, b);
-    RowGrad grad(problem.channels);
-    if (sizeof(R) == 4 && finite && !nearer) {
-      narrow = std::make_unique<BackwardBatch<float>>();
-      narrow->prepare(problem, b, Values::kBackward, weigh);
-      if (!narrow->usable) narrow.reset();
-    }
-    for (int64_t i = 0; i < problem.queries; ++i) {
-      grad.read_from(problem, task, b, i);
-      const double* const state = task.state + 2 * (b * problem.queries + i);
-      if (grad.size == 0 || (finite && state[1] == 0)) continue;
-      if (!finite || std::isnan(state[1])) {
-        plan.nan.push_back(i);
-      } else if (narrow && !narrow->odd[i] && state[0] <= most_score<float, R>(problem) &&
-                 !(grad.size < 0x1p-50 || grad.size > 0x1p40)) {
-        plan.narrow.push_back(i);
-      } else if (state[0] <= most_score<double, R>(problem)) {
-        plan.wide.push_back(i);
-      } else {
-        plan.far.push_back(i);
-      }
-    }
-    if (!plan.wide.empty()) {
-      wide = std::make_unique<BackwardBatch<double>>();
-      wide->prepare(problem, b, Values::kBackward, weigh);
-      Rows left;
-      for (const int64_t i : plan.wide) (wide->usable && !wide->odd[i] ? left : plan.far).push_back(i);
-      plan.wide.swap(left);
-      wide->gather(problem, task, b, plan.wide);
-    }
-    if (narrow) narrow->gather(problem, task, b, plan.narrow);
-    if (!plan.far.empty()) far = std::make_unique<FarBatch>(problem, b);
-  }
-};
+// The keys near the rows of a batch; null where nothing is skipped.
+template <typename T>
+std::unique_ptr<NearKeys<T>> keys_near(const Problem& problem, const BackwardBatch<T>* batch, const SpatialPlan& plan,
+                                       double negligible, bool serial) {
+  if (!plan.active() || !batch || batch->rows == 0 || !batch->finite()) return nullptr;
+  auto near = std::make_unique<NearKeys<T>>(problem, *batch, plan, negligible, serial);
+  const bool pays = near->pays(batch->rows, [&](int64_t first, const auto& share) {
+    TiledQueryGrad<T> task;
+    double floor[kNearRowBlock];
+    fill_rows(problem, *batch, first, near->block_of(batch->rows), task, floor);
+    return share(floor, task);
+  });
+  if (!pays) near.reset();
+  return near;
+}
 
 // The gradients of the queries of some rows; adds those of w to grad_w (features), in the order of the rows.
 template <typename T, typename R>
 void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
-                const BackwardBatch<T>* batch, double* grad_w) {
+                const BackwardBatch<T>* batch, const NearKeys<T>* near, double* grad_w) {
   if (!batch || batch->rows == 0) return;
-  const int64_t features = problem.features, blocks = (batch->rows + kRowTask - 1) / kRowTask;
+  const int64_t features = problem.features, size = near ? near->block_of(batch->rows) : kRowTask;
+  const int64_t blocks = (batch->rows + size - 1) / size;
   Buffer<double> partial(grad_w ? blocks * features : 0);  // one partial sum a block, added in order below
+  Pool<NearData<T>> scratch;
   parallel_blocks(blocks, serial, [&](int64_t block) {
-    const int64_t begin = block * kRowTask;
-    Buffer<double> first(kRowTask * features), second(kRowTask * features);
+    const int64_t begin = block * size;
+    Buffer<double> first(size * features), second(size * features);
     TiledQueryGrad<T> rows;
-    rows.rows = std::min(batch->rows - begin, kRowTask);
-    batch->fill(problem, begin, rows);
-    T offsets[kRowTask];
-    if (sizeof(T) > sizeof(R)) {
-      batch->exact_offsets(problem, begin, rows.rows, offsets);
-      rows.offset_grad = offsets;
+    T offsets[kMostRowTask];
+    const auto compute = [&] {
+      if (sizeof(T) > sizeof(R)) {
+        batch->exact_offsets(rows, offsets);
+        rows.offset_grad = offsets;
+      }
+      rows.first = first.get();
+      rows.second = second.get();
+      kernels<T>().tiled_query_grad(rows);
+    };
+    double floor[kMostRowTask];
+    fill_rows(problem, *batch, begin, size, rows, floor);
+    if (near) {
+      const typename Pool<NearData<T>>::Lease chosen(scratch);
+      near->choose(floor, rows, *chosen);
+      compute();
+    } else {
+      compute();
     }
-    rows.first = first.get();
-    rows.second = second.get();
-    kernels<T>().tiled_query_grad(rows);
     for (int64_t f = 0; f < features; ++f) {
       const double w = batch->w[f], unit = batch->unit[f];
       double sum = 0;
       for (int64_t i = 0; i < rows.rows; ++i) {
         if (task.grad_query) {
-          task.grad_query[(b * problem.queries + batch->places[begin + i]) * features + f] =
+          task.grad_query[(b * problem.queries + batch->row_of[begin + i]) * features + f] =
               static_cast<R>(-w * ((w / unit) * first[i * features + f]));
         }
         sum += second[i * features + f];
@@ -198,7 +94,7 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
 template <typename R>
 void far_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
                     const Element<R>& element, double* grad_w) {
-  const Rows& rows = element.plan.far;
+  const Rows& rows = element.parts.far;
   const int64_t features = problem.features, count = static_cast<int64_t>(rows.size());
   std::vector<FarBatch::Real> partial(count * features);
   parallel_blocks(count, serial, [&](int64_t i) {
@@ -225,11 +121,19 @@ void query_backward(const Problem& problem, const BackwardTask<R>& task) {
     double* const grad_w = task.grad_w ? task.grad_w + b * features : nullptr;
     if (grad_w) std::fill_n(grad_w, features, 0.0);
     if (task.grad_query) std::fill_n(task.grad_query + b * m * features, m * features, R(0));
-    const Element<R> element(problem, task, b, true, false);
-    query_side(problem, task, b, serial, element.narrow.get(), grad_w);
-    query_side(problem, task, b, serial, element.wide.get(), grad_w);
+    SpatialPlan plan(problem, b, kNegligible<R>, serial);
+    auto prepared = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
+    const auto narrow = keys_near(problem, prepared->narrow.get(), plan, kNegligible<R>, serial);
+    const auto wide = keys_near(problem, prepared->wide.get(), plan, kNegligible<R>, serial);
+    if (plan.active() && !narrow && !wide) {
+      plan.give_up();
+      prepared = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
+    }
+    const Element<R>& element = *prepared;
+    query_side(problem, task, b, serial, element.narrow.get(), narrow.get(), grad_w);
+    query_side(problem, task, b, serial, element.wide.get(), wide.get(), grad_w);
     far_query_side(problem, task, b, serial, element, grad_w);
-    for (const int64_t i : element.plan.nan) {
+    for (const int64_t i : element.parts.nan) {
       if (task.grad_query) std::fill_n(task.grad_query + (b * m + i) * features, features, static_cast<R>(NAN));
       if (grad_w) std::fill_n(grad_w, features, NAN);
     }
@@ -246,10 +150,53 @@ struct KeySums {
       : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
 };
 
+// The log2 of the weight that keys at some places have at most; of 1 where the gradient of their weight is wanted.
 template <typename T>
-void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, KeySums<double>& sums) {
+double key_charge(const Problem& problem, const BackwardBatch<T>& batch, bool of_weights, int64_t begin, int64_t end) {
+  if (!problem.key_weight.data) return 0;
+  const double most = std::log2(*std::max_element(batch.weight.get() + begin, batch.weight.get() + end));
+  return std::fmax(most, of_weights ? std::fmax(0, -std::log2(batch.weight_unit)) : -1e5);
+}
+
+// The log2 of the size of each row's gradients, the largest of its gradients relative to that of all rows.
+template <typename T>
+std::vector<double> gradient_sizes(const BackwardBatch<T>& batch) {
+  const int64_t channels = batch.data.channels, pitch = batch.data.channel_pitch;
+  std::vector<double> sizes(batch.rows, 0);
+  const auto include = [&](const T* x, int64_t distance) {
+    double most = 0;
+    for (int64_t i = 0; i < batch.rows; ++i) most = std::fmax(most, std::fabs(x[i * distance]));
+    for (int64_t i = 0; most > 0 && i < batch.rows; ++i) {
+      sizes[i] = std::fmax(sizes[i], std::fabs(static_cast<double>(x[i * distance])) / most);
+    }
+  };
+  for (int64_t c = 0; c < channels; ++c) include(batch.value_grad.get() + c, pitch);
+  include(batch.lse_grad.get(), 1);
+  for (double& size : sizes) size = std::log2(size);
+  return sizes;
+}
+
+// The rows near the keys of a batch; null where nothing is skipped.
+template <typename T>
+std::unique_ptr<NearRows<T>> rows_near(const Problem& problem, const BackwardBatch<T>* batch, const SpatialPlan& plan,
+                                       bool of_weights, double negligible, bool serial) {
+  if (!plan.active() || !batch || batch->rows == 0 || !batch->finite()) return nullptr;
+  TiledKeyGrad<T> all;
+  batch->fill(problem, 0, all);
+  all.rows = batch->rows;
+  auto near = std::make_unique<NearRows<T>>(all, *batch, gradient_sizes(*batch).data(), negligible, serial);
+  const bool pays =
+      near->pays([&](int64_t begin, int64_t end) { return key_charge(problem, *batch, of_weights, begin, end); });
+  if (!pays) near.reset();
+  return near;
+}
+
+template <typename T>
+void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, const NearRows<T>* near,
+              bool of_weights, KeySums<double>& sums) {
   if (!batch || batch->rows == 0) return;
   const int64_t features = problem.features, channels = problem.channels;
+  Pool<NearRowData<T>> scratch;
   parallel_blocks((problem.keys + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
     Buffer<double> sum_value(kKeyTile * channels), sum_offset(kKeyTile * features), sum_weight(kKeyTile);
     TiledKeyGrad<T> keys;
@@ -260,10 +207,16 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
     keys.sum_value = sum_value.get();
     keys.sum_weight = sum_weight.get();
     keys.sum_offset = sum_offset.get();
-    kernels<T>().tiled_key_grad(keys);
-    for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
-      const int64_t i = j - keys.key_begin;
-      const double weight = problem.key_weight.data ? batch->weight[j] : 1;
+    if (near) {
+      const typename Pool<NearRowData<T>>::Lease chosen(scratch);
+      near->choose(key_charge(problem, *batch, of_weights, keys.key_begin, keys.key_end), keys, *chosen);
+      kernels<T>().tiled_key_grad(keys);
+    } else {
+      kernels<T>().tiled_key_grad(keys);
+    }
+    for (int64_t place = keys.key_begin; place < keys.key_end; ++place) {
+      const int64_t i = place - keys.key_begin, j = batch->original_key(place);
+      const double weight = problem.key_weight.data ? batch->weight[place] : 1;
       sums.weight[j] += sum_weight[i] / batch->weight_unit;
       if (weight == 0) continue;  // no product of 0 and an overflow
       for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * sum_value[i * channels + c];
@@ -318,8 +271,8 @@ KeySums<FarBatch::Real> far_key_sums(const Problem& problem, const BackwardTask<
 template <typename R>
 void far_key_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
                   const Element<R>& element, KeySums<double>& total) {
-  if (element.plan.far.empty()) return;
-  const auto sums = far_key_sums(problem, task, b, serial, *element.far, element.plan.far);
+  if (element.parts.far.empty()) return;
+  const auto sums = far_key_sums(problem, task, b, serial, *element.far, element.parts.far);
   const auto add = [](const std::vector<FarBatch::Real>& from, std::vector<double>& to) {
     for (size_t i = 0; i < to.size(); ++i) to[i] += static_cast<double>(from[i]);
   };
@@ -337,8 +290,8 @@ void settle_beyond(const Problem& problem, const BackwardTask<R>& task, int64_t 
   bool any = false;
   for (int64_t j = 0; j < problem.keys; ++j) any |= beyond(j);
   if (!any) return;
-  Rows rows = element.plan.wide;
-  rows.insert(rows.end(), element.plan.far.begin(), element.plan.far.end());
+  Rows rows = element.parts.wide;
+  rows.insert(rows.end(), element.parts.far.begin(), element.parts.far.end());
   const auto again = far_key_sums(problem, task, b, serial, FarBatch(problem, b), rows);
   for (int64_t j = 0; j < problem.keys; ++j) {
     if (beyond(j)) sums[j] = static_cast<double>(again.weight[j]);
@@ -358,13 +311,22 @@ void key_backward(const Problem& problem, const BackwardTask<R>& task) {
       read(view, view.offset(problem.batch, b), n, view.row_stride, weight.get());
       for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
     }
-    const Element<R> element(problem, task, b, false, nearer);
+    SpatialPlan plan(problem, b, kNegligible<R>, serial);
+    auto prepared = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
+    const bool of_weights = task.grad_key_weight != nullptr;
+    const auto narrow = rows_near(problem, prepared->narrow.get(), plan, of_weights, kNegligible<R>, serial);
+    const auto wide = rows_near(problem, prepared->wide.get(), plan, of_weights, kNegligible<R>, serial);
+    if (plan.active() && !narrow && !wide) {
+      plan.give_up();
+      prepared = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
+    }
+    const Element<R>& element = *prepared;
     KeySums<double> sums(problem);
-    key_side(problem, serial, element.narrow.get(), sums);
-    key_side(problem, serial, element.wide.get(), sums);
+    key_side(problem, serial, element.narrow.get(), narrow.get(), of_weights, sums);
+    key_side(problem, serial, element.wide.get(), wide.get(), of_weights, sums);
     far_key_side(problem, task, b, serial, element, sums);
     if (nearer) settle_beyond(problem, task, b, serial, element, weight.get(), sums.weight);
-    if (!element.plan.nan.empty()) {
+    if (!element.parts.nan.empty()) {
       for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
     }
     const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;

@@ -36,8 +36,16 @@ enum class Values { kForward, kBackward };
 template <typename T>
 class TiledBatch {
  public:
-  void prepare(const Problem& problem, int64_t b, Values layout, bool weigh) {
+  // key_order: the keys by their places, or null where they stay as they are.
+  void prepare(const Problem& problem, int64_t b, Values layout, bool weigh, const uint32_t* key_order) {
     const Batch& batch = problem.batch;
+    order_ = key_order;
+    own_ = problem.own;
+    place_.clear();
+    if (key_order && problem.exclude_self) {
+      place_.resize(problem.keys);
+      for (int64_t j = 0; j < problem.keys; ++j) place_[key_order[j]] = static_cast<uint32_t>(j);
+    }
     TiledData<T>& d = data;
     d.n = problem.keys;
     d.features = problem.features;
@@ -54,10 +62,18 @@ class TiledBatch {
       pack_weights(problem, problem.key_weight.offset(batch, b));
       if (weigh) d.log_weight = log_weight_.get();
     }
-    excluded_.allocate(problem.exclude_self ? problem.queries : 0);
-    for (int64_t i = 0; problem.exclude_self && i < problem.queries; ++i) excluded_[i] = i;
-    excluded = problem.exclude_self ? excluded_.get() : nullptr;
   }
+
+  int64_t original_key(int64_t place) const { return order_ ? order_[place] : place; }
+  // Of a row's own key.
+  int64_t own_place(int64_t row) const {
+    const int64_t key = own_ ? own_[row] : row;
+    return place_.empty() ? key : place_[key];
+  }
+  // What differences of packed coordinates are multiplied by for the score.
+  const T* feature_scale() const { return feature_scale_.get(); }
+  // Whether all keys count by finite numbers.
+  bool finite() const { return finite_keys_ && finite_values_ && finite_weights_; }
 
   TiledData<T> data;
   Buffer<T> query;         // (queries, features), scaled
@@ -66,7 +82,6 @@ class TiledBatch {
   Buffer<Range> values;    // (channels)
   Buffer<double> weight;   // (keys), divided by weight_unit; empty where there are none
   double weight_unit = 1;
-  const int64_t* excluded = nullptr;
   bool usable = true;     // whether T has the range for this data
   std::vector<char> odd;  // (queries) rows that the packed data does not serve
 
@@ -85,7 +100,7 @@ class TiledBatch {
     Buffer<double> largest(features), near(features);  // of the coordinates; of those within reach of the origin
     for (int64_t f = 0; f < features; ++f) {
       T* const key = key_.get() + f * data.pitch;
-      read(problem.key, key_offset + f * problem.key.column_stride, n, problem.key.row_stride, key);
+      read_keys(problem.key, key_offset + f * problem.key.column_stride, n, key);
       for (int64_t j = n; j < data.pitch; ++j) key[j] = 0;
       read(problem.query, query_offset + f * problem.query.column_stride, m, problem.query.row_stride, column.get());
       for (int64_t i = 0; i < m; ++i) query[i * features + f] = column[i];
@@ -112,6 +127,11 @@ class TiledBatch {
     data.key = key_.get();
     data.feature_scale = uniform ? nullptr : feature_scale_.get();
     data.score_scale = uniform ? feature_scale_[0] * feature_scale_[0] : T(1);
+  }
+
+  template <typename V>
+  void read_keys(const View& view, int64_t offset, int64_t n, V* out) const {
+    order_ ? gather(view, offset, order_, n, view.row_stride, out) : read(view, offset, n, view.row_stride, out);
   }
 
   static double near_of(const T* x, int64_t n, double scale) {
@@ -173,7 +193,7 @@ class TiledBatch {
     }
     for (int64_t c = 0; c < channels; ++c) {
       T* const packed = columns ? value_columns_.get() + c * data.pitch : column.get();
-      read(problem.value, offset + c * problem.value.column_stride, n, problem.value.row_stride, packed);
+      read_keys(problem.value, offset + c * problem.value.column_stride, n, packed);
       values[c] = Range();
       values[c].include(packed, n);
       centre[c] = static_cast<T>(values[c].centre());
@@ -194,9 +214,10 @@ class TiledBatch {
     const int64_t n = problem.keys;
     weight.allocate(n);
     log_weight_.allocate(n);
-    read(problem.key_weight, offset, n, problem.key_weight.row_stride, weight.get());
+    read_keys(problem.key_weight, offset, n, weight.get());
     double low = INFINITY, high = 0;
     for (int64_t j = 0; j < n; ++j) {
+      finite_weights_ &= weight[j] >= 0 && weight[j] < INFINITY;
       if (!(weight[j] > 0 && weight[j] < INFINITY)) continue;
       low = std::fmin(low, weight[j]);
       high = std::fmax(high, weight[j]);
@@ -214,19 +235,22 @@ class TiledBatch {
   // Rows whose own key, which is left out, holds something that no product with 0 removes.
   void find_odd_own(const Problem& problem) {
     for (int64_t i = 0; i < problem.queries; ++i) {
+      const int64_t own = own_place(i);
       bool finite = true;
-      for (int64_t f = 0; f < data.features; ++f) finite &= std::isfinite(key_[f * data.pitch + i]);
+      for (int64_t f = 0; f < data.features; ++f) finite &= std::isfinite(key_[f * data.pitch + own]);
       for (int64_t c = 0; c < data.channels; ++c) {
-        finite &= std::isfinite(data.value_columns ? value_columns_[c * data.pitch + i]
-                                                   : value_rows_[i * data.channel_pitch + c]);
+        finite &= std::isfinite(data.value_columns ? value_columns_[c * data.pitch + own]
+                                                   : value_rows_[own * data.channel_pitch + c]);
       }
       if (!finite) odd[i] = true;
     }
   }
 
-  bool finite_keys_ = true, finite_values_ = true, infinite_ = false;
+  bool finite_keys_ = true, finite_values_ = true, finite_weights_ = true, infinite_ = false;
   Buffer<T> key_, value_columns_, value_rows_, log_weight_, feature_scale_;
-  Buffer<int64_t> excluded_;
+  const uint32_t* order_ = nullptr;
+  const int64_t* own_ = nullptr;  // of the problem
+  std::vector<uint32_t> place_;
 };
 
 }  // namespace nwfast

@@ -79,7 +79,7 @@ class FarBatch {
     read(problem_.query, problem_.query.offset(problem_.batch, b_) + i * problem_.query.row_stride, features,
          problem_.query.column_stride, query.data());
     row.query.assign(query.begin(), query.end());
-    const int64_t own = problem_.exclude_self ? i : -1;
+    const int64_t own = problem_.exclude_self ? problem_.own_key(i) : -1;
     bool finite = true;
     for (int64_t f = 0; f < features; ++f) {
       row.nan |= std::isnan(query[f]);

@@ -1,5 +1,6 @@
 // The forward pass for any number of features and channels; see tiled.h.
 
+#include "skipping/near_keys.h"
 #include "tiled.h"
 
 namespace nwfast {
@@ -12,31 +13,57 @@ void fill_nan(const Problem& problem, int64_t row, const ForwardResult<R>& resul
   if (result.state) result.state[2 * row] = result.state[2 * row + 1] = NAN;
 }
 
+// Some rows as a task of the kernels, and what it points to.
+template <typename T>
+struct ForwardRows {
+  ForwardRows(const Problem& problem, const TiledBatch<T>& batch, const int64_t* some, int64_t rows) {
+    const int64_t features = problem.features;
+    task.data = batch.data;
+    task.rows = rows;
+    task.query = batch.query.get() + some[0] * features;
+    bool together = true;
+    for (int64_t i = 1; i < rows; ++i) together &= some[i] == some[0] + i;
+    if (!together) {
+      query.allocate(rows * features);
+      for (int64_t i = 0; i < rows; ++i) {
+        std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
+      }
+      task.query = query.get();
+    }
+    for (int64_t i = 0; i < rows; ++i) excluded[i] = batch.own_place(some[i]);
+    task.excluded = problem.exclude_self ? excluded : nullptr;
+    values.allocate(rows * problem.channels);
+    task.total = total;
+    task.shift = shift;
+    task.values = values.get();
+  }
+  ForwardRows(const ForwardRows&) = delete;
+  ForwardRows& operator=(const ForwardRows&) = delete;
+
+  TiledRows<T> task;
+  double total[kMostRowTask], shift[kMostRowTask];
+  Buffer<double> values;
+
+ private:
+  int64_t excluded[kMostRowTask];
+  Buffer<T> query;
+};
+
 // Some rows in T; returns by `left` which of them it does not serve.
 template <typename T, typename R>
-void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b, const int64_t* some, int64_t rows,
-                  char* left, const ForwardResult<R>& result) {
-  const int64_t channels = problem.channels, features = problem.features;
-  double total[kRowTask], shift[kRowTask];
-  int64_t excluded[kRowTask];
-  Buffer<double> values(kRowTask * channels);
-  Buffer<T> query;
-  TiledRows<T> task;
-  task.data = batch.data;
-  task.rows = rows;
-  task.query = batch.query.get() + some[0] * features;
-  if (some[rows - 1] - some[0] != rows - 1) {
-    query.allocate(rows * features);
-    for (int64_t i = 0; i < rows; ++i)
-      std::copy_n(batch.query.get() + some[i] * features, features, &query[i * features]);
-    task.query = query.get();
+void forward_rows(const Problem& problem, const TiledBatch<T>& batch, const NearKeys<T>* near,
+                  Pool<NearData<T>>& scratch, int64_t b, const int64_t* some, int64_t rows, char* left,
+                  const ForwardResult<R>& result) {
+  const int64_t channels = problem.channels;
+  ForwardRows<T> block(problem, batch, some, rows);
+  if (near) {
+    const typename Pool<NearData<T>>::Lease chosen(scratch);
+    near->choose(nullptr, block.task, *chosen);
+    kernels<T>().tiled_rows(block.task);
+  } else {
+    kernels<T>().tiled_rows(block.task);
   }
-  std::copy_n(some, rows, excluded);
-  task.excluded = problem.exclude_self ? excluded : nullptr;
-  task.total = total;
-  task.shift = shift;
-  task.values = values.get();
-  kernels<T>().tiled_rows(task);
+  double *const total = block.total, *const shift = block.shift, *const values = block.values.get();
   const double most = most_score<T, R>(problem);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = b * problem.queries + some[i];
@@ -59,18 +86,37 @@ void forward_rows(const Problem& problem, const TiledBatch<T>& batch, int64_t b,
   }
 }
 
-// Computes what of `rows` T serves, and leaves the others in it.
+// Computes what of the rows T serves, and leaves the others in it.
 template <typename T, typename R>
-void forward_in(const Problem& problem, int64_t b, bool serial, Rows& rows, const ForwardResult<R>& result) {
+void forward_in(const Problem& problem, int64_t b, bool serial, SpatialPlan& plan, Rows& rows,
+                const ForwardResult<R>& result) {
   if (rows.empty()) return;
-  TiledBatch<T> batch;
-  batch.prepare(problem, b, Values::kForward, true);
-  if (!batch.usable) return;
-  std::vector<char> left(rows.size());
+  auto batch = std::make_unique<TiledBatch<T>>();
+  batch->prepare(problem, b, Values::kForward, true, plan.key_order());
+  if (!batch->usable) return;
+  std::unique_ptr<NearKeys<T>> near;
   const int64_t count = static_cast<int64_t>(rows.size());
-  parallel_blocks((count + kRowTask - 1) / kRowTask, serial, [&](int64_t block) {
-    const int64_t begin = block * kRowTask;
-    forward_rows(problem, batch, b, &rows[begin], std::min(kRowTask, count - begin), &left[begin], result);
+  if (plan.active() && batch->finite()) {
+    near = std::make_unique<NearKeys<T>>(problem, *batch, plan, kNegligible<R>, serial);
+    const bool pays = near->pays(count, [&](int64_t first, const auto& share) {
+      ForwardRows<T> block(problem, *batch, &rows[first], std::min(near->block_of(count), count - first));
+      return share(nullptr, block.task);
+    });
+    if (!pays) near.reset();
+  }
+  if (plan.active() && !near) {
+    plan.give_up();
+    std::sort(rows.begin(), rows.end());
+    batch = std::make_unique<TiledBatch<T>>();
+    batch->prepare(problem, b, Values::kForward, true, nullptr);
+  }
+  std::vector<char> left(rows.size());
+  const int64_t size = near ? near->block_of(count) : kRowTask;
+  Pool<NearData<T>> scratch;
+  parallel_blocks((count + size - 1) / size, serial, [&](int64_t block) {
+    const int64_t begin = block * size;
+    forward_rows(problem, *batch, near.get(), scratch, b, &rows[begin], std::min(size, count - begin), &left[begin],
+                 result);
   });
   size_t place = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -114,10 +160,10 @@ void forward(const Problem& problem, const ForwardResult<R>& result) {
       for (int64_t i = 0; i < m; ++i) fill_nan(problem, b * m + i, result);
       return;
     }
-    Rows rows(m);
-    for (int64_t i = 0; i < m; ++i) rows[i] = i;
-    if (sizeof(R) == 4) forward_in<float>(problem, b, serial, rows, result);
-    forward_in<double>(problem, b, serial, rows, result);
+    SpatialPlan plan(problem, b, kNegligible<R>, serial);
+    Rows rows = plan.rows();
+    if (sizeof(R) == 4) forward_in<float>(problem, b, serial, plan, rows, result);
+    forward_in<double>(problem, b, serial, plan, rows, result);
     far_forward(problem, b, serial, rows, result);
   });
 }

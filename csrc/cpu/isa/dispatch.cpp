@@ -16,12 +16,16 @@ extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
 extern const LinearKernels<float> kFloatLinearKernels;
 extern const LinearKernels<double> kDoubleLinearKernels;
+extern const GridKernels<float> kFloatGridKernels;
+extern const GridKernels<double> kDoubleGridKernels;
 }  // namespace avx512
 namespace avx2 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
 extern const LinearKernels<float> kFloatLinearKernels;
 extern const LinearKernels<double> kDoubleLinearKernels;
+extern const GridKernels<float> kFloatGridKernels;
+extern const GridKernels<double> kDoubleGridKernels;
 }  // namespace avx2
 #endif
 
@@ -70,6 +74,16 @@ const LinearKernels<float>& linear_kernels<float>() {
 template <>
 const LinearKernels<double>& linear_kernels<double>() {
   return NWFAST_TABLE(kDoubleLinearKernels);
+}
+
+template <>
+const GridKernels<float>& grid_kernels<float>() {
+  return NWFAST_TABLE(kFloatGridKernels);
+}
+
+template <>
+const GridKernels<double>& grid_kernels<double>() {
+  return NWFAST_TABLE(kDoubleGridKernels);
 }
 
 }  // namespace nwfast

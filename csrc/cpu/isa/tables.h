@@ -8,7 +8,9 @@
 
 #include "../dense/single_keys.h"
 #include "../dense/single_rows.h"
+#include "../dense/skipping/select.h"
 #include "../dense/tiled_kernels.h"
+#include "../grid/kernels/tensors.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
 #include "../linear/kernels/series.h"
@@ -19,7 +21,8 @@ namespace NWFAST_ISA {
 // Constant initialisation: no code of this instruction set may run when the library is loaded.
 template <typename T>
 constexpr Kernels<T> table() {
-  return {single_nearest<T>, single_rows<T>, single_keys<T>, tiled_rows<T>, tiled_query_grad<T>, tiled_key_grad<T>};
+  return {single_nearest<T>,   single_rows<T>,    single_keys<T>, tiled_rows<T>,
+          tiled_query_grad<T>, tiled_key_grad<T>, select_near<T>};
 }
 extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();
@@ -31,6 +34,13 @@ constexpr LinearKernels<T> linear_table() {
 }
 extern constexpr LinearKernels<float> kFloatLinearKernels = linear_table<float>();
 extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<double>();
+
+template <typename T>
+constexpr GridKernels<T> grid_table() {
+  return {grid_product, grid_moments<T>, grid_evaluate<T>};
+}
+extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
+extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();
 
 }  // namespace NWFAST_ISA
 }  // namespace nwfast

@@ -1,0 +1,162 @@
+// The rows of a batch element on the way back: which arithmetic serves each, and what the tiles read of it.
+
+#pragma once
+
+#include "../tiled.h"
+
+namespace nwfast {
+namespace backward {
+
+// What the rows of a batch element are differentiated in.
+struct Parts {
+  Rows narrow, wide, far;
+  Rows nan;  // rows that are NaN as a whole and matter: so are all gradients that they add to
+};
+
+// The gradients of one row's results.
+struct RowGrad {
+  RowGrad(int64_t channels) : out(channels) {}
+
+  template <typename R>
+  void read_from(const Problem& problem, const BackwardTask<R>& task, int64_t b, int64_t i) {
+    const View &grad = task.grad_out, &grad_lse = task.grad_lse;
+    read(grad, grad.offset(problem.batch, b) + i * grad.row_stride, problem.channels, grad.column_stride, out.get());
+    lse = 0;
+    if (grad_lse.data) read(grad_lse, grad_lse.offset(problem.batch, b) + i * grad_lse.row_stride, 1, 0, &lse);
+    size = std::fabs(lse);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      if (!(std::fabs(out[c]) <= size)) size = std::fabs(out[c]);  // NaN stays
+    }
+  }
+
+  Buffer<double> out;
+  double lse = 0, size = 0;
+};
+
+template <typename T>
+struct BackwardBatch : TiledBatch<T> {
+  Buffer<T> row_query, value_grad, lse_grad, offset_grad, inverse_total;
+  Buffer<double> shift;
+  Buffer<int64_t> row_of, own;  // the rows, and the places of their own keys
+  int64_t rows = 0;
+
+  template <typename R>
+  void gather(const Problem& problem, const BackwardTask<R>& task, int64_t b, const Rows& some) {
+    const int64_t m = problem.queries, channels = problem.channels, features = problem.features;
+    const int64_t pitch = this->data.channel_pitch;
+    rows = static_cast<int64_t>(some.size());
+    row_query.allocate(rows * features);
+    value_grad.allocate(rows * pitch);
+    offset_grad.allocate(rows);
+    lse_grad.allocate(rows);
+    inverse_total.allocate(rows);
+    shift.allocate(rows);
+    row_of.allocate(rows);
+    own.allocate(rows);
+    RowGrad grad(channels);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = b * m + some[i];
+      grad.read_from(problem, task, b, some[i]);
+      T dot = 0;  // as the kernels sum it, so that it cancels where a row's weight is all on one key
+      for (int64_t c = 0; c < channels; ++c) {
+        value_grad[i * pitch + c] = static_cast<T>(grad.out[c]);
+        const T mean = static_cast<T>(static_cast<T>(task.out[row * channels + c]) - this->centre[c]);
+        dot = std::fma(mean, static_cast<T>(grad.out[c]), dot);
+      }
+      for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
+      std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
+      lse_grad[i] = static_cast<T>(grad.lse);
+      offset_grad[i] = dot;
+      inverse_total[i] = static_cast<T>(this->weight_unit / task.state[2 * row + 1]);
+      shift[i] = task.state[2 * row];
+      row_of[i] = some[i];
+      own[i] = this->own_place(some[i]);
+    }
+  }
+
+  template <typename Task>
+  void fill(const Problem& problem, int64_t begin, Task& task) const {
+    task.data = this->data;
+    task.query = row_query.get() + begin * problem.features;
+    task.excluded = problem.exclude_self ? own.get() + begin : nullptr;
+    task.shift = shift.get() + begin;
+    task.inverse_total = inverse_total.get() + begin;
+    task.offset_grad = offset_grad.get() + begin;
+    task.lse_grad = lse_grad.get() + begin;
+    task.value_grad = value_grad.get() + begin * this->data.channel_pitch;
+  }
+
+  // The offsets of the rows of a task, from outputs that are not rounded to the dtype of the results: moments about a
+  // far query multiply that rounding by the square of its distance.
+  static void exact_offsets(const TiledQueryGrad<T>& of, T* offsets) {
+    const int64_t channels = of.data.channels;
+    double total[kMostRowTask], row_shift[kMostRowTask];
+    Buffer<double> sums(of.rows * channels);
+    TiledRows<T> task;
+    task.data = of.data;
+    task.rows = of.rows;
+    task.query = of.query;
+    task.excluded = of.excluded;
+    task.total = total;
+    task.shift = row_shift;
+    task.values = sums.get();
+    kernels<T>().tiled_rows(task);
+    for (int64_t i = 0; i < of.rows; ++i) {
+      const T* const grad = of.value_grad + i * of.data.channel_pitch;
+      T dot = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
+      }
+      offsets[i] = dot;
+    }
+  }
+};
+
+// The arithmetic of each row that adds something. Batches that some row needs are prepared.
+template <typename R>
+struct Element {
+  std::unique_ptr<BackwardBatch<float>> narrow;
+  std::unique_ptr<BackwardBatch<double>> wide;
+  std::unique_ptr<FarBatch> far;
+  Parts parts;
+
+  // `nearer`: whether keys may lie nearer than all that count, which only double has the range for.
+  Element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool weigh, bool nearer,
+          const SpatialPlan& plan) {
+    const bool finite = finite_w(problem, b);
+    RowGrad grad(problem.channels);
+    if (sizeof(R) == 4 && finite && !nearer) {
+      narrow = std::make_unique<BackwardBatch<float>>();
+      narrow->prepare(problem, b, Values::kBackward, weigh, plan.key_order());
+      if (!narrow->usable) narrow.reset();
+    }
+    for (const int64_t i : plan.rows()) {
+      grad.read_from(problem, task, b, i);
+      const double* const state = task.state + 2 * (b * problem.queries + i);
+      if (grad.size == 0 || (finite && state[1] == 0)) continue;
+      if (!finite || std::isnan(state[1])) {
+        parts.nan.push_back(i);
+      } else if (narrow && !narrow->odd[i] && state[0] <= most_score<float, R>(problem) &&
+                 !(grad.size < 0x1p-50 || grad.size > 0x1p40)) {
+        parts.narrow.push_back(i);
+      } else if (state[0] <= most_score<double, R>(problem)) {
+        parts.wide.push_back(i);
+      } else {
+        parts.far.push_back(i);
+      }
+    }
+    if (!parts.wide.empty()) {
+      wide = std::make_unique<BackwardBatch<double>>();
+      wide->prepare(problem, b, Values::kBackward, weigh, plan.key_order());
+      Rows left;
+      for (const int64_t i : parts.wide) (wide->usable && !wide->odd[i] ? left : parts.far).push_back(i);
+      parts.wide.swap(left);
+      wide->gather(problem, task, b, parts.wide);
+    }
+    if (narrow) narrow->gather(problem, task, b, parts.narrow);
+    if (!parts.far.empty()) far = std::make_unique<FarBatch>(problem, b);
+  }
+};
+
+}  // namespace backward
+}  // namespace nwfast

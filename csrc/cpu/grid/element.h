@@ -1,0 +1,243 @@
+// One batch element of the grid method: its points sorted into cells, with what the kernels read of them, and the rows
+// that are summed over all keys instead.
+
+#pragma once
+
+#include "../dense/tiled.h"
+#include "points.h"
+
+namespace nwfast {
+namespace grid {
+
+constexpr double kLeastOthers = 0.25;  // of what a row's own key added to an expansion, to be taken out of it
+constexpr double kMostCoordinate = 1e100, kLeastSpread = 1e-150, kMostScale = 1e60;
+
+template <typename R>
+struct Element {
+  Plan plan;
+  Points<R> keys, queries;
+  Problem sorted;                // one batch element: keys and queries in their new order
+  TiledBatch<R> batch;           // the same as direct sums read it
+  Buffer<int64_t> own;           // (queries) the places of the keys that rows leave out, -1 for none
+  Buffer<int64_t> key_place;     // (all keys) by the caller's number, where rows leave keys out
+  std::vector<int64_t> outside;  // rows outside of the grid, by the caller's numbers
+  double mass = 0;               // of all keys, in units of batch.weight_unit
+  int64_t all_queries = 0;
+
+  // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold.
+  bool prepare(const Problem& problem, int64_t b, int columns, int order, Values layout, bool weigh, bool serial) {
+    const int64_t n = problem.keys, m = problem.queries;
+    const int features = static_cast<int>(problem.features);
+    constexpr int64_t kMostPoints = int64_t{1} << 31;
+    if (n >= kMostPoints || m >= kMostPoints || problem.channels > 4096) return false;
+    all_queries = m;
+    w_.allocate(features);
+    read(problem.w, problem.w.offset(problem.batch, b), features, problem.w.column_stride, w_.get());
+    Buffer<R> key(features * n), query(features * m);
+    Extent extent;
+    extent.features = features;
+    extent.keys = n;
+    extent.queries = m;
+    extent.columns = columns;
+    extent.order = order;
+    for (int f = 0; f < features; ++f) {
+      extent.scale[f] = std::fabs(w_[f]);
+      if (!(extent.scale[f] < kMostScale)) return false;
+      Range keys_range, queries_range;
+      read_column(problem.key, problem.key.offset(problem.batch, b), n, f, serial, key.get() + f * n, keys_range);
+      if (!keys_range.finite || keys_range.magnitude() > kMostCoordinate) return false;
+      read_column(problem.query, problem.query.offset(problem.batch, b), m, f, serial, query.get() + f * m,
+                  queries_range);
+      extent.key_low[f] = extent.low[f] = keys_range.low;
+      extent.key_high[f] = extent.high[f] = keys_range.high;
+      if (queries_range.high >= queries_range.low) {
+        // Queries further away than this from all keys are not summed in cells.
+        const double log_span = std::log(static_cast<double>(n) / Accuracy<R>::kBeyond);
+        const double distance = kLevelDistance[kLevels - 1];
+        const double far = std::sqrt(distance * distance + 2 * log_span) / extent.scale[f];
+        extent.low[f] = std::fmin(keys_range.low, std::fmax(queries_range.low, keys_range.low - far));
+        extent.high[f] = std::fmax(keys_range.high, std::fmin(queries_range.high, keys_range.high + far));
+        extent.low[f] = std::fmax(extent.low[f], -kMostCoordinate);
+        extent.high[f] = std::fmin(extent.high[f], kMostCoordinate);
+      }
+      const double spread = extent.high[f] - extent.low[f];
+      if (spread > 0 && spread < kLeastSpread) return false;
+      const int64_t samples = std::min<int64_t>(n, 1024);
+      for (int64_t i = 0; i < samples; ++i) extent.sample[f].push_back(key[f * n + i * n / samples]);
+    }
+    if (!make_plan<R>(extent, plan)) return false;
+    std::vector<int64_t> none;
+    keys.sort(plan, key.get(), n, false, serial, none);
+    queries.sort(plan, query.get(), m, true, serial, outside);
+    return none.empty() && read_rest(problem, b, layout, weigh, serial);
+  }
+
+  double weight(int64_t j) const { return batch.weight.get() && weighted_ ? batch.weight[j] : 1; }
+  double value(int64_t j, int64_t c) const {
+    return static_cast<double>(value_[c * keys.n + j]) - static_cast<double>(batch.centre[c]);
+  }
+  // The weight of a key, and that times its values, as charges.
+  void load(int64_t begin, int64_t n, double* charge, int64_t pitch) const {
+    for (int64_t j = 0; j < n; ++j) charge[j] = weight(begin + j);
+    for (int64_t c = 0; c < sorted.channels; ++c) {
+      const double centre = batch.centre[c];
+      const R* const from = value_.get() + c * keys.n + begin;
+      for (int64_t j = 0; j < n; ++j) charge[(c + 1) * pitch + j] = (static_cast<double>(from[j]) - centre) * charge[j];
+    }
+  }
+  // log2 of the least total, in units of batch.weight_unit, of which what lies beyond a radius is a small enough share.
+  double least_total(double radius) const {
+    return std::log2(mass / Accuracy<R>::kBeyond) - radius * radius * kHalfLog2E;
+  }
+  // |x_i - u_j|^2 in bandwidths.
+  double square(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int f = 0; f < plan.features; ++f) {
+      const double x = queries.columns[f * queries.pitch + i], u = keys.columns[f * keys.pitch + j];
+      sum += (x - u) * w_[f] * ((x - u) * w_[f]);
+    }
+    return sum;
+  }
+  // Whether a key's charge is more than those of the keys beside it together. Where it is not, a small sum without it
+  // is one of terms that cancel, which no other way of adding them makes better.
+  bool stands_out(int64_t j, int64_t c) const {
+    const std::vector<Box>& boxes = keys.boxes;
+    const auto after = std::upper_bound(boxes.begin(), boxes.end(), j,
+                                        [](int64_t place, const Box& box) { return place < box.begin; });
+    const Box& box = after[-1];
+    constexpr int64_t kBeside = 4;
+    const double own = std::fabs(weight(j) * value(j, c));
+    double beside = 0;
+    for (int64_t k = std::max(box.begin, j - kBeside); k <= j + kBeside && k < box.end; ++k) {
+      if (k != j) beside += std::fabs(weight(k) * value(k, c));
+    }
+    return !(beside >= own);
+  }
+
+  double w(int64_t f) const { return w_[f]; }
+
+ private:
+  static void read_column(const View& view, int64_t offset, int64_t n, int f, bool serial, R* to, Range& range) {
+    constexpr int64_t kPart = 65536;
+    std::vector<Range> ranges((n + kPart - 1) / kPart);
+    parallel_blocks(static_cast<int64_t>(ranges.size()), serial, [&](int64_t part) {
+      const int64_t begin = part * kPart, count = std::min(kPart, n - begin);
+      read(view, offset + f * view.column_stride + begin * view.row_stride, count, view.row_stride, to + begin);
+      ranges[part].include(to + begin, count);
+    });
+    for (const Range& part : ranges) {
+      range.low = std::fmin(range.low, part.low);
+      range.high = std::fmax(range.high, part.high);
+      range.finite &= part.finite;
+    }
+  }
+
+  // Values and weights in the order of keys; the sorted problem, and what follows from it.
+  bool read_rest(const Problem& problem, int64_t b, Values layout, bool weigh, bool serial) {
+    const int64_t n = keys.n, channels = problem.channels;
+    value_.allocate(n * channels);
+    const int64_t offset = problem.value.offset(problem.batch, b);
+    constexpr int64_t kPart = 16384;
+    const int64_t parts = (n + kPart - 1) / kPart;
+    std::vector<char> finite(parts, 1);
+    parallel_blocks(parts, serial, [&](int64_t part) {
+      const int64_t begin = part * kPart, count = std::min(kPart, n - begin);
+      for (int64_t c = 0; c < channels; ++c) {
+        R* const to = value_.get() + c * n + begin;
+        gather(problem.value, offset + c * problem.value.column_stride, keys.order.get() + begin, count,
+               problem.value.row_stride, to);
+        for (int64_t j = 0; j < count; ++j) finite[part] &= std::isfinite(to[j]);
+      }
+    });
+    if (std::find(finite.begin(), finite.end(), 0) != finite.end()) return false;
+    sorted = Problem();
+    sorted.batch.rank = 0;
+    sorted.batch.count = 1;
+    sorted.queries = queries.n;
+    sorted.keys = n;
+    sorted.features = problem.features;
+    sorted.channels = channels;
+    sorted.exclude_self = problem.exclude_self;
+    set_view(sorted.query, queries.columns.get(), queries.pitch);
+    set_view(sorted.key, keys.columns.get(), keys.pitch);
+    set_view(sorted.value, value_.get(), n);
+    sorted.w.data = w_.get();
+    sorted.w.dtype = Dtype::kDouble;
+    sorted.w.column_stride = 1;
+    mass = static_cast<double>(n);
+    if (problem.key_weight.data) {
+      weighted_ = true;
+      weight_.allocate(n);
+      gather(problem.key_weight, problem.key_weight.offset(problem.batch, b), keys.order.get(), n,
+             problem.key_weight.row_stride, weight_.get());
+      bool valid = true, any = false;
+      for (int64_t j = 0; j < n; ++j) {
+        valid &= weight_[j] >= 0 && weight_[j] < 1e290 && (weight_[j] == 0 || weight_[j] > 1e-290);
+        any |= weight_[j] > 0;
+      }
+      if (!valid || !any) return false;
+      sorted.key_weight.data = weight_.get();
+      sorted.key_weight.dtype = Dtype::kDouble;
+      sorted.key_weight.row_stride = 1;
+    }
+    if (problem.exclude_self) {
+      key_place.allocate(n);
+      own.allocate(queries.n);
+      for (int64_t j = 0; j < n; ++j) key_place[keys.order[j]] = j;
+      for (int64_t i = 0; i < queries.n; ++i) own[i] = key_place[queries.order[i]];
+      sorted.own = own.get();
+    }
+    batch.prepare(sorted, 0, layout, weigh, nullptr);
+    if (!batch.usable) return false;
+    if (weighted_) {
+      mass = 0;
+      for (int64_t j = 0; j < n; ++j) mass += batch.weight[j];
+    }
+    return true;
+  }
+
+  static void set_view(View& view, const R* data, int64_t pitch) {
+    view.data = data;
+    view.dtype = sizeof(R) == 4 ? Dtype::kFloat : Dtype::kDouble;
+    view.row_stride = 1;
+    view.column_stride = pitch;
+  }
+
+  Buffer<double> w_, weight_;
+  Buffer<R> value_;  // (channels, keys)
+  bool weighted_ = false;
+};
+
+// A part of an element's rows as a problem of its own, over all keys.
+template <typename R>
+struct CarefulRows {
+  std::vector<int64_t> rows;  // by the caller's numbers
+  Problem problem;
+
+  CarefulRows(const Element<R>& element, const Problem& from, int64_t b, std::vector<int64_t> some)
+      : rows(std::move(some)) {
+    const int64_t count = static_cast<int64_t>(rows.size());
+    problem = element.sorted;
+    problem.queries = count;
+    query_.allocate(count * from.features);
+    const int64_t offset = from.query.offset(from.batch, b);
+    for (int64_t i = 0; i < count; ++i) {
+      read(from.query, offset + rows[i] * from.query.row_stride, from.features, from.query.column_stride,
+           query_.get() + i * from.features);
+    }
+    problem.query.data = query_.get();
+    problem.query.row_stride = from.features;
+    problem.query.column_stride = 1;
+    if (!from.exclude_self) return;
+    own_.allocate(count);
+    for (int64_t i = 0; i < count; ++i) own_[i] = element.key_place[rows[i]];
+    problem.own = own_.get();
+  }
+
+ private:
+  Buffer<R> query_;
+  Buffer<int64_t> own_;
+};
+
+}  // namespace grid
+}  // namespace nwfast

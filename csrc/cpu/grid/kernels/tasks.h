@@ -1,0 +1,72 @@
+// What the kernels of the grid method are given: plain arrays. See tensors.h for what they compute.
+
+#pragma once
+
+#include <cstdint>
+
+namespace nwfast {
+
+constexpr int kGridTerms = 24;            // of the series of one feature
+constexpr int kMostSlots = 7;             // values, first and second derivatives in three features
+constexpr int64_t kMatrixPadding = 8;     // doubles behind each array that kernels may read, and do not use
+constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
+
+// Polynomials of even degree come first, in all tensors: the place of degree n among `terms`.
+constexpr int place_of_degree(int n, int terms) { return n % 2 ? terms / 2 + n / 2 : n / 2; }
+
+// The translation of tensors along one feature: to (rows, terms) = sum_o (left (rows, terms) @ matrix_o), over boxes o
+// cells lower and o cells higher. The matrix of -o has the entries of that of o, with changed signs where degrees of
+// source and target differ in parity.
+struct GridProduct {
+  double* to;
+  int64_t rows;
+  int terms;
+  int64_t row_stride, depth_stride;      // of left, one of them 1; rows of matrices and of the result are contiguous
+  int64_t offset;                        // of the tensors from where they are said to be
+  const double *centre, *centre_matrix;  // of the box at the same place, or null
+  int64_t pairs;
+  const double *const *lower, *const *higher;  // (pairs) either may be null
+  const double* const* matrix;                 // (pairs)
+};
+
+// moments (columns, terms[0], terms[1], terms[2]) += sum_i charge_ci T_a(t_i0) T_b(t_i1) T_c(t_i2), with Chebyshev
+// polynomials of the places t = (x - centre) scale in a box.
+template <typename R>
+struct GridMoments {
+  const R* x[3];  // null for an axis of one term
+  int64_t n;
+  double centre[3], scale[3];
+  int terms[3];
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  int columns;
+  double* moments;
+};
+
+// A series and its derivatives by the places in a box: for each point
+//   sums (slots, columns, sums_pitch) = sum_abc series (columns, terms[2], terms[1], terms[0])_cba T_a T_b T_c
+// Slot 0 has the values; with `order` 1 slots 1 to 3 the first derivatives by axis; with 2 slots 4 to 6 the second.
+template <typename R>
+struct GridEvaluate {
+  const R* x[3];
+  int64_t n;
+  double centre[3], scale[3];
+  int terms[3];
+  int order;
+  const double* series;
+  int columns;
+  double* sums;
+  int64_t sums_pitch;
+};
+
+template <typename R>
+struct GridKernels {
+  void (*product)(const GridProduct&);
+  void (*moments)(const GridMoments<R>&);
+  void (*evaluate)(const GridEvaluate<R>&);
+};
+
+template <typename R>
+const GridKernels<R>& grid_kernels();
+
+}  // namespace nwfast

@@ -1,0 +1,219 @@
+// Choice of the grid, and the matrices between its boxes.
+
+#include "plan.h"
+
+#include <numeric>
+
+namespace nwfast {
+namespace grid {
+namespace {
+
+using Real = long double;
+
+constexpr int kTerms[] = {4, 8, 12, 16, 20, 24};
+constexpr Real kPi = 3.14159265358979323846264338327950288L;
+
+double root_factorial(int n) {
+  double product = 1;
+  for (int i = 2; i <= n; ++i) product *= std::sqrt(static_cast<double>(i));
+  return product;
+}
+
+// The largest half width at which `terms` keep the error.
+double half_width(int terms, double error) { return 2 * std::pow(error * root_factorial(terms) / 8.72, 1.0 / terms); }
+
+// Rounded down to six significant bits.
+double short_number(double x) {
+  int exponent;
+  const double fraction = std::frexp(x, &exponent);
+  return std::ldexp(std::floor(fraction * 64), exponent - 6);
+}
+
+// The error that a series may have, such that its derivatives are as good as is asked for: those of a polynomial of
+// degree T on [-1, 1] are up to T^2 and T^2 (T^2 - 1) / 3 times as large.
+template <typename R>
+double truncation_of(int features, int terms, int order) {
+  const double square = static_cast<double>(terms) * terms;
+  const double growth = order == 0 ? 1 : order == 1 ? square : square * (square - 1) / 3;
+  return Accuracy<R>::kTruncation[features - 2] / growth;
+}
+
+// One axis for boxes of this half width; `terms` at most.
+template <typename R>
+void set_axis(const Extent& extent, int f, double half, int terms, Axis& axis) {
+  axis = Axis();
+  axis.feature = f;
+  axis.scale = extent.scale[f];
+  axis.from = extent.low[f];
+  axis.to = extent.high[f];
+  const double spread = extent.high[f] - extent.low[f];
+  axis.terms = terms;
+  axis.single = !(spread * axis.scale > 2 * half);
+  if (axis.single) {
+    axis.side = spread > 0 ? spread : 1;
+    axis.middle = extent.low[f] + spread / 2;
+    axis.half = spread * axis.scale / 2;
+    for (const int fewer : kTerms) {
+      // Small distances are what derivatives are made of: errors are small beside those, too.
+      const double error = linear::expansion_error(fewer, axis.half);
+      const double most = linear::expansion_error(terms, half) * std::fmin(1, axis.half * axis.half);
+      if (fewer < terms && error <= most) axis.terms = std::min(axis.terms, fewer);
+    }
+    return;
+  }
+  axis.side = short_number(2 * half / axis.scale);
+  axis.half = axis.width() / 2;
+}
+
+// Numbers of occupied boxes, told by a sample.
+double occupied(const Extent& extent, const Axis (&axes)[kAxes]) {
+  double all = 1;
+  const size_t count = extent.sample[0].size();
+  std::vector<double> cell(count);
+  for (int f = 0; f < extent.features; ++f) {
+    const Axis& axis = axes[f];
+    if (axis.single) continue;
+    all *= (extent.key_high[f] - extent.key_low[f]) / axis.side + 1;
+    for (size_t i = 0; i < count; ++i) cell[i] = cell[i] * 1e6 + std::floor(extent.sample[f][i] / axis.side) * 1.37;
+  }
+  std::sort(cell.begin(), cell.end());
+  const double distinct = static_cast<double>(std::unique(cell.begin(), cell.end()) - cell.begin());
+  const double most = std::fmin(all, static_cast<double>(extent.keys)), samples = static_cast<double>(count);
+  // Of B boxes that are alike, B (1 - exp(-samples / B)) show.
+  double low = distinct, high = std::fmax(most, distinct);
+  for (int step = 0; step < 40; ++step) {
+    const double middle = std::sqrt(low * high);
+    (middle * -std::expm1(-samples / middle) < distinct ? low : high) = middle;
+  }
+  return std::fmin(high, most);
+}
+
+}  // namespace
+
+template <typename R>
+bool make_plan(const Extent& extent, Plan& plan) {
+  plan.features = extent.features;
+  plan.log_span = std::log(static_cast<double>(extent.keys) / Accuracy<R>::kBeyond);
+  plan.radius = plan.radius_at(kLevelDistance[0]);
+  double best = INFINITY;
+  const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
+  Axis chosen[kAxes];
+  for (const int terms : kTerms) {
+    if (terms == 4) continue;
+    const double half =
+        std::min(half_width(terms, truncation_of<R>(extent.features, terms, extent.order)), Accuracy<R>::kLargestHalf);
+    if (2 * plan.radius / (2 * half) + 3 > kMostPairs) continue;
+    Axis axes[kAxes];
+    double size = 1, translation = 0, sides = 0;
+    for (int f = 0; f < extent.features; ++f) {
+      set_axis<R>(extent, f, half, terms, axes[f]);
+      size *= axes[f].terms;
+      const double apart = axes[f].single ? 0 : std::ceil(plan.radius / axes[f].width());
+      const double spread = axes[f].single ? 0 : (extent.high[f] - extent.low[f]) / axes[f].side;
+      sides += (2 * std::fmin(apart, spread) + 1) * axes[f].terms;
+    }
+    const double boxes = occupied(extent, axes);
+    translation = boxes * size * sides;
+    const double cost = points * size * (1 + 2.0 / terms) + translation;
+    if (!(cost < best)) continue;
+    best = cost;
+    plan.boxes = boxes;
+    plan.work = cost;
+    std::copy(axes, axes + kAxes, chosen);
+  }
+  // Most cells first; without a third feature the axis in the middle is empty.
+  double cells[kAxes] = {};
+  for (int f = 0; f < extent.features; ++f) {
+    const Axis& axis = chosen[f];
+    cells[f] = axis.single ? 1 : (extent.high[f] - extent.low[f]) / axis.side + 2;
+  }
+  int by_cells[kAxes] = {0, 1, 2};
+  std::stable_sort(by_cells, by_cells + extent.features, [&](int a, int b) { return cells[a] > cells[b]; });
+  const int places[2][kAxes] = {{0, 2, 1}, {0, 1, 2}};
+  double all = 1;
+  plan.truncation = 0;
+  for (int a = 0; a < kAxes; ++a) plan.axis[a] = Axis();
+  for (int i = 0; i < extent.features; ++i) {
+    const int f = by_cells[i];
+    Axis& axis = plan.axis[places[extent.features - 2][i]];
+    axis = chosen[f];
+    plan.truncation += linear::expansion_error(axis.terms, axis.half);
+    if (axis.single) continue;
+    const double most = std::fmax(std::fabs(extent.key_low[f]), std::fabs(extent.key_high[f]));
+    if (!(most * axis.scale < kMostScaled) || !(most / axis.side < kMostIndex / 4)) return false;
+    // Around the keys lie cells of queries, as far as rows may be summed directly.
+    const double around = std::ceil(plan.radius_at(kLevelDistance[kLevels - 1]) / axis.width()) + 1;
+    axis.low = static_cast<int64_t>(std::floor(extent.key_low[f] / axis.side) - around);
+    axis.cells = static_cast<int64_t>(std::floor(extent.key_high[f] / axis.side) + around) - axis.low + 1;
+    axis.cells += static_cast<int64_t>(around);  // so that no window reaches into the next row of cells
+    axis.low -= static_cast<int64_t>(around);
+    axis.cells += static_cast<int64_t>(around);
+    all *= static_cast<double>(axis.cells);
+    const double spread = std::ceil((extent.high[f] - extent.low[f]) / axis.side) + 1;
+    axis.reach = static_cast<int64_t>(std::fmin(std::ceil(plan.radius / axis.width()), spread));
+  }
+  plan.truncation *= 1 + plan.truncation;  // products of the errors of two features
+  return all < kMostCells;
+}
+template bool make_plan<float>(const Extent&, Plan&);
+template bool make_plan<double>(const Extent&, Plan&);
+
+namespace {
+
+// Chebyshev coefficients, in source and target, of exp(-z^2 / 2) for boxes `apart` cells apart.
+void fill_matrix(const Axis& axis, int64_t apart, double* matrix) {
+  const int terms = axis.terms;
+  const Real half = axis.half;
+  // Where all distances are small, what differs from 1 has to keep its own digits.
+  const bool small = apart == 0 && half < 0.25L;
+  std::vector<Real> polynomial(terms * terms), values(terms * terms), half_done(terms * terms);
+  std::vector<Real> node(terms);
+  for (int p = 0; p < terms; ++p) {
+    node[p] = std::cos(kPi * (p + 0.5L) / terms);
+    for (int n = 0; n < terms; ++n) {
+      polynomial[n * terms + p] = std::cos(kPi * (p + 0.5L) * n / terms) * (n > 0 ? 2.0L : 1.0L) / terms;
+    }
+  }
+  for (int p = 0; p < terms; ++p) {
+    for (int q = 0; q < terms; ++q) {
+      const Real z = half * (node[p] - node[q] + 2 * static_cast<Real>(apart));
+      values[p * terms + q] = small ? std::expm1(-z * z / 2) : std::exp(-z * z / 2);
+    }
+  }
+  for (int m = 0; m < terms; ++m) {
+    for (int q = 0; q < terms; ++q) {
+      Real sum = 0;
+      for (int p = 0; p < terms; ++p) sum += polynomial[m * terms + p] * values[p * terms + q];
+      half_done[m * terms + q] = sum;
+    }
+  }
+  for (int n = 0; n < terms; ++n) {
+    for (int m = 0; m < terms; ++m) {
+      Real sum = 0;
+      for (int q = 0; q < terms; ++q) sum += polynomial[n * terms + q] * half_done[m * terms + q];
+      if (small && n == 0 && m == 0) sum += 1;
+      matrix[place_of_degree(n, terms) * terms + place_of_degree(m, terms)] = static_cast<double>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void fill_matrices(Plan& plan) {
+  for (Axis& axis : plan.axis) {
+    const int terms = axis.terms;
+    axis.matrices.assign((axis.reach + 1) * terms * terms + kMatrixPadding, 0);
+    axis.gap.assign(axis.reach + 1, 0);
+    if (terms == 1) {
+      axis.matrices[0] = 1;
+      continue;
+    }
+    for (int64_t apart = 0; apart <= axis.reach; ++apart) {
+      fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
+      axis.gap[apart] = axis.gap_of(apart) * axis.gap_of(apart);
+    }
+  }
+}
+
+}  // namespace grid
+}  // namespace nwfast

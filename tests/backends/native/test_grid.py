@@ -1,0 +1,252 @@
+"""The fast Gauss transform of two and three features: every result, against extended precision and against itself."""
+
+import numpy as np
+import pytest
+import torch
+from exact import BOXES, assert_accurate, solve
+
+import nwfast
+
+pytestmark = pytest.mark.usefixtures("native")
+
+KINDS = (
+    "uniform",
+    "clusters",
+    "lattice",
+    "duplicates",
+    "line",
+    "circle",
+    "scales",
+    "one place",
+    "offset",
+)
+NAMES = ("query", "key", "value", "w", "key_weight")
+
+
+def places(kind: str, n: int, features: int, generator: np.random.Generator) -> np.ndarray:
+    """n points, about 1 wide but for those of features of other scales."""
+    u = generator.random((n, features))
+    if kind == "clusters":
+        centres = generator.random((5, features))
+        return centres[generator.integers(0, 5, n)] + 0.01 * generator.standard_normal((n, features))
+    if kind == "lattice":
+        side = int(np.ceil(n ** (1 / features)))
+        return np.stack(np.unravel_index(np.arange(n) % side**features, (side,) * features), 1) / side
+    if kind == "duplicates":
+        return np.round(u * 6) / 6
+    if kind == "line":
+        return u[:, :1] * np.arange(1, features + 1) / features
+    if kind == "circle":
+        angle = 2 * np.pi * u[:, 0]
+        return np.stack([np.cos(angle), np.sin(angle), 0 * angle][:features], 1) / 2
+    if kind == "scales":
+        return u * np.array([1e-6, 1e6, 1.0])[:features]
+    if kind == "one place":
+        return np.full_like(u, u[0, 0])
+    if kind == "offset":
+        return u + 1000
+    return u
+
+
+def scaled(kind: str, w: float, features: int) -> np.ndarray:
+    """w for each feature, such that the extent of the data in bandwidths is w."""
+    return w / np.array([1e-6, 1e6, 1.0])[:features] if kind == "scales" else np.full(features, w)
+
+
+def assert_right(
+    query, key, value, w, key_weight=None, exclude_self=False, grad_lse=True, method="fgt"
+) -> dict[str, torch.Tensor]:
+    """out, lse and all gradients within what rounding allows."""
+    inputs = [query, key, value, w] + ([] if key_weight is None else [key_weight])
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    weight = None if key_weight is None else leaves[4]
+    out, lse = nwfast.nadaraya_watson(
+        *leaves[:4],
+        key_weight=weight,
+        exclude_self=exclude_self,
+        method=method,
+        backend="native",
+        return_lse=True,
+    )
+    cotangents = torch.randn_like(out), torch.randn_like(lse) if grad_lse else None
+    outputs = (out, lse) if grad_lse else (out,)
+    gradients = torch.autograd.grad(outputs, leaves, cotangents if grad_lse else cotangents[:1])
+    right = solve(query, key, value, w, key_weight, *cotangents, exclude_self=exclude_self, boxes=BOXES)
+    found = dict(zip(("out", "lse", *NAMES), (out, lse, *gradients), strict=False))
+    for name, result in found.items():
+        assert_accurate(result, right[name], name)
+    return found
+
+
+def problem(kind, features, w, dtype, n=300, m=200, channels=1, seed=1):
+    generator = np.random.default_rng(seed)
+    points = places(kind, n + m, features, generator)[generator.permutation(n + m)]
+    key, query = torch.from_numpy(points[:n]).to(dtype), torch.from_numpy(points[n:]).to(dtype)
+    value = torch.from_numpy(generator.standard_normal((n, channels))).to(dtype)
+    return query, key, value, torch.from_numpy(scaled(kind, w, features)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("w", [0.0, 1e-6, 0.3, 6.0, 300.0, 1e6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", [2, 3])
+def test_at_every_bandwidth(features, kind, w, dtype):
+    assert_right(*problem(kind, features, w, dtype))
+
+
+def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
+    """As the two textbook lines in float64, which serve near the data: 8 units of the scale of each result."""
+
+    def textbook(query, key, value, w):
+        score = -((query[:, None] - key) * w).square().sum(-1) / 2
+        if exclude_self:
+            score = score.masked_fill(torch.eye(len(key), dtype=torch.bool), -torch.inf)
+        return score.softmax(1) @ value, score.logsumexp(1)
+
+    def fgt(query, key, value, w):
+        return nwfast.nadaraya_watson(
+            query, key, value, w, exclude_self=exclude_self, method="fgt", backend="native", return_lse=True
+        )
+
+    inputs = query, key, value, w
+    cotangents = (
+        torch.randn(len(query), value.shape[1]).to(query.dtype),
+        torch.randn(len(query)).to(query.dtype),
+    )
+    found = []
+    for function, dtype in ((fgt, query.dtype), (textbook, torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        gradients = torch.autograd.grad(outputs, leaves, [x.to(dtype) for x in cotangents])
+        found.append((*outputs, *gradients))
+    # Sums of many cotangents of either sign, one by one, are small beside their terms.
+    bound = 2.0**-20 if query.dtype == torch.float32 else 1e-12
+    for name, mine, right in zip(("out", "lse", *NAMES), *found, strict=False):
+        error = float((mine.double() - right).abs().max() / right.abs().max())
+        assert error <= bound, (name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("w", [1.0, 4.0, 12.0])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("features", [2, 3])
+def test_crowded_boxes(features, exclude_self, w, dtype):
+    """So many points a box that all are expanded."""
+    query, key, value, w = problem("uniform", features, w, dtype, n=2000, m=2000)
+    assert_as_textbook(key.clone() if exclude_self else query, key, value, w, exclude_self)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("distance", [10.0, 100.0, 1e4])
+@pytest.mark.parametrize("features", [2, 3])
+def test_far_queries(features, distance, dtype):
+    query, key, value, w = problem("uniform", features, 4.0, dtype, n=600)
+    query[::7] += distance / 4 * torch.randn(len(query[::7]), features, dtype=dtype)
+    query[3] = torch.tensor([1e30, -1e30, 1.0][:features], dtype=dtype)
+    assert_right(query, key, value, w, grad_lse=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("w", [0.5, 6.0, 60.0])
+@pytest.mark.parametrize("features", [2, 3])
+def test_leave_one_out(features, w, dtype):
+    _, key, value, w = problem("uniform", features, w, dtype, n=400)
+    value[5] = 1e6  # the row's own value would drown all others
+    assert_right(key.clone(), key, value, w, exclude_self=True)
+    assert_right(key.flip(0), key, value, w, exclude_self=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("w", [0.5, 6.0, 60.0])
+@pytest.mark.parametrize("features", [2, 3])
+def test_key_weights(features, w, dtype):
+    query, key, value, w = problem("uniform", features, w, dtype, n=400, channels=5)
+    weight = torch.rand(len(key), dtype=dtype) * 10.0 ** torch.randint(-6, 1, (len(key),)).to(dtype)
+    assert_right(query, key, value, w, weight)
+    weight[::3] = 0
+    plain = assert_right(query, key, value, w, weight)
+    key[::3] = torch.nan
+    value[::6] = torch.inf
+    masked = assert_right(query, key, value, w, weight)
+    for name in ("out", "lse"):
+        torch.testing.assert_close(masked[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("features", [2, 3])
+def test_batches_strides_and_halves(features, dtype):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    key, query = draw(2, 1, features, 500).transpose(-1, -2), draw(1, 3, 400, 2 * features)[..., ::2]
+    value, w = draw(2, 1, 500, 5), 5 * draw(2, 3, features)
+    assert_right(query, key, value, w, grad_lse=False)
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_lone_keys_beside_crowds(features):
+    """Sums that are small beside what expansions of the crowd may be off by are not left at that."""
+    for distance in (4.0, 7.0, 10.0, 13.0):
+        generator = np.random.default_rng(3)
+        key = torch.from_numpy(generator.standard_normal((6000, features)) * 0.2)
+        key[:3] = distance + torch.from_numpy(generator.random((3, features)))
+        query = torch.cat((key[:300], distance + torch.from_numpy(generator.random((300, features)))))
+        value = torch.from_numpy(generator.standard_normal((6000, 1)))
+        for dtype in (torch.float32, torch.float64):
+            assert_as_textbook(*(x.to(dtype) for x in (query, key, value, torch.ones(features))))
+
+
+@pytest.mark.parametrize("features", [2, 3])
+@pytest.mark.parametrize("w", [3.0, 30.0, 300.0])
+def test_same_bits_for_any_number_of_threads(features, w):
+    query, key, value, w = problem("clusters", features, w, torch.float32, n=30_000, m=20_000, channels=2)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = [x.clone().requires_grad_() for x in (query, key, value, w)]
+            out, lse = nwfast.nadaraya_watson(*leaves, method="fgt", backend="native", return_lse=True)
+            results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_rows_that_are_no_numbers(features):
+    query, key, value, w = problem("uniform", features, 5.0, torch.float32, n=2000)
+    expected = nwfast.nadaraya_watson(query, key, value, w, method="fgt", backend="native")
+    query[3, 0], query[5, 1] = torch.nan, torch.inf
+    out = nwfast.nadaraya_watson(query, key, value, w, method="fgt", backend="native")
+    assert out[[3, 5]].isnan().all()
+    kept = torch.ones(len(query), dtype=torch.bool)
+    kept[[3, 5]] = False
+    assert torch.equal(out[kept], expected[kept])
+    key[7] = torch.nan  # counts for every row
+    out = nwfast.nadaraya_watson(query, key, value, w, method="fgt", backend="native")
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_auto_agrees_with_both(features):
+    for w in (1.0, 30.0, 1000.0):
+        query, key, value, w = problem("uniform", features, w, torch.float64, n=5000, m=4000)
+        outs = [
+            nwfast.nadaraya_watson(query, key, value, w, method=method, backend="native")
+            for method in ("auto", "dense", "fgt")
+        ]
+        assert torch.equal(outs[0], outs[1]) or torch.equal(outs[0], outs[2])
+        torch.testing.assert_close(outs[1], outs[2], rtol=0, atol=1e-12 * float(value.abs().max()))
+
+
+def test_more_features_are_refused():
+    four = torch.rand(5, 4)
+    with pytest.raises(ValueError, match=r"up to 3 features on backend='native', got .* D = 4 features"):
+        nwfast.nadaraya_watson(four, four, four, method="fgt", backend="native")
+    with pytest.raises(ValueError, match=r"one feature on backend='numba', got .* D = 2 features"):
+        nwfast.nadaraya_watson(four[:, :2], four[:, :2], four, method="fgt", backend="numba")
