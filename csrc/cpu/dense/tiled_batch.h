@@ -92,7 +92,8 @@ class TiledBatch {
     w.allocate(features);
     unit.allocate(features);
     read(problem.w, problem.w.offset(batch, b), features, problem.w.column_stride, w.get());
-    key_.allocate(features * data.pitch);
+    // Vectors may begin at any key, and end as far beyond the last.
+    key_.allocate(features * data.pitch + kPadding);
     query.allocate(m * features);
     Buffer<T> column(m);
     bool uniform = true;
@@ -186,7 +187,7 @@ class TiledBatch {
     centre.allocate(channels);
     Buffer<T> column(data.pitch);
     if (columns) {
-      value_columns_.allocate(channels * data.pitch);
+      value_columns_.allocate(channels * data.pitch + kPadding);
     } else {
       value_rows_.allocate(n * data.channel_pitch);
       std::fill(value_rows_.get(), value_rows_.get() + n * data.channel_pitch, T(0));
@@ -213,7 +214,7 @@ class TiledBatch {
   void pack_weights(const Problem& problem, int64_t offset) {
     const int64_t n = problem.keys;
     weight.allocate(n);
-    log_weight_.allocate(n);
+    log_weight_.allocate(data.pitch + kPadding);
     read_keys(problem.key_weight, offset, n, weight.get());
     double low = INFINITY, high = 0;
     for (int64_t j = 0; j < n; ++j) {
@@ -226,6 +227,7 @@ class TiledBatch {
       weight_unit = std::ldexp(1.0, std::ilogb(high));
       usable &= std::log2(high) - std::log2(low) <= Limits<T>::kWeightRange;
     }
+    std::fill(log_weight_.get() + n, log_weight_.get() + data.pitch + kPadding, T(0));
     for (int64_t j = 0; j < n; ++j) {
       weight[j] /= weight_unit;
       log_weight_[j] = static_cast<T>(std::log2(weight[j]));  // NaN for a negative weight

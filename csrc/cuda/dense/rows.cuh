@@ -246,7 +246,8 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
         }
         if (tangents && p != 0) {  // else the offset may be infinite
           const double value = row.value(j, 0) - centre[0], k = row.key(j, 0), q = row.query(0), origin = row.base(0);
-          const double from = origin - k, squares = from * ((q - k) + (q - origin));
+          // In bandwidths first: squares of lengths may be beyond all numbers.
+          const double from = row.w(0) * (origin - k), squares = from * ((q - k) + (q - origin));
           square += p * squares;
           square_value += p * squares * value;
           offset += p * from;
@@ -269,10 +270,10 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
       square = warp_sum(square), square_value = warp_sum(square_value);
       offset = warp_sum(offset), offset_value = warp_sum(offset_value);
       if (lane == 0 && result.tangent_w.data) {
-        result.tangent_w.write(place, total == 0 ? 0 : -w * (square_value - mean * square) / total);
+        result.tangent_w.write(place, total == 0 ? 0 : -(square_value - mean * square) / total);
       }
       if (lane == 0 && result.tangent_q.data) {
-        result.tangent_q.write(place, total == 0 ? 0 : -w * (w * ((offset_value - mean * offset) / total)));
+        result.tangent_q.write(place, total == 0 ? 0 : -w * ((offset_value - mean * offset) / total));
       }
     }
   }

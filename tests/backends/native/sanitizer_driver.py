@@ -141,6 +141,39 @@ def fast_gauss_transform(generator: np.random.Generator, fewer: bool) -> None:
         check(query, key, value, torch.tensor([3.0], dtype=dtype, requires_grad=True), method="fgt")
 
 
+def several_features(generator: np.random.Generator, fewer: bool) -> None:
+    """Grids of boxes, expanded or not: crowds, gaps, lone points, rows far from all keys, masked keys, batches."""
+    n = 400 if fewer else 1500
+    for features, w, dtype in itertools.product(
+        (2, 3), (0.0, 2.0, 30.0, 1e4), (torch.float64, torch.float32)
+    ):
+        clusters = generator.uniform(0, 1, (n, features)) * 0.2 + generator.integers(0, 3, (n, 1))
+        drawn = generator.uniform(0, 1, (n, features)) if w == 2.0 else clusters
+        drawn[:: n // 3] *= 40
+        query = np.r_[drawn[: n // 3], generator.uniform(-1, 4, (n // 4, features)), [[1e4] * features]]
+        arrays = (
+            query,
+            drawn,
+            np.sin(drawn[:, :1] * [1.0, 3.0]),
+            np.full(features, w),
+            generator.uniform(0.1, 2, n),
+        )
+        leaves = [torch.from_numpy(array).to(dtype).requires_grad_() for array in arrays]
+        with torch.no_grad():
+            leaves[4][::5] = 0
+        near = leaves[0].detach()[:-1].requires_grad_()
+        check(leaves[0].detach(), *leaves[1:4], method="fgt")
+        check(near, *leaves[1:4], method="fgt", return_lse=True)
+        check(leaves[1], leaves[1], leaves[2][:, :1].detach(), leaves[3], method="fgt", exclude_self=True)
+        if w == 2.0:
+            check(near, *leaves[1:4], method="fgt", key_weight=leaves[4])
+    for dtype, n_keys in itertools.product(DTYPES, SIZES[:14]):
+        key, query = (torch.from_numpy(generator.uniform(0, 2, shape)).to(dtype).requires_grad_()
+                      for shape in ((2, 1, n_keys, 2), (1, 2, 33, 2)))  # fmt: skip
+        value = torch.from_numpy(generator.normal(size=(2, 2, n_keys, 2))).to(dtype).requires_grad_()
+        check(query, key, value, torch.tensor([3.0], dtype=dtype, requires_grad=True), method="fgt")
+
+
 def special_values() -> None:
     """No queries, no keys of weight, NaN and infinity: nothing of it may lead an index astray."""
     x, nan = torch.linspace(0, 4, 37), float("nan")
@@ -171,10 +204,13 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     if sys.argv[1:] == ["read_out_of_bounds"]:
         read_out_of_bounds()
+    elif sys.argv[1:] == ["general"]:
+        general_form(np.random.default_rng(1))
     else:
         generator, fewer = np.random.default_rng(0), sys.argv[1:] == ["fewer"]
         general_form(generator)
         one_feature(generator, fewer)
         fast_gauss_transform(generator, fewer)
+        several_features(generator, fewer)
         special_values()
     print("done with", importlib.import_module("nwfast._C").instruction_set())

@@ -91,6 +91,11 @@ def test_of_every_instruction_set(full_package, capability):
     assert_clean(drive(full_package, NWFAST_CPU_CAPABILITY=capability), names[capability])
 
 
+@pytest.mark.full
+def test_where_tiles_are_skipped(package):
+    assert_clean(drive(package, "general", NWFAST_CPU_SKIPPING="always"), "baseline")
+
+
 def test_an_out_of_bounds_read_is_caught(package):
     process = drive(package, "read_out_of_bounds")
     assert process.returncode != 0

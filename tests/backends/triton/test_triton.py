@@ -79,7 +79,7 @@ def test_interpreter(group):
 # them by `make test-full`: each takes a process that loads all.
 FAULTS = {
     "index": (
-        "triton/forward.py",
+        "triton/terms.py",
         "key += element(table, b, key_b, 1, batches, TABLE)",
         "key += element(table, b, query_b, 1, batches, TABLE)",
         "test_batch_of_shared_queries",
