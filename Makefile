@@ -39,7 +39,7 @@ test test-full: export OMP_WAIT_POLICY = passive
 
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint  ## lint, the suite, the doctests and one run of every benchmark, untimed: 8 minutes on two cores
+test: lint  ## lint, the suite, the doctests and one run of every benchmark, untimed
 	$(PYTEST) $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
 
