@@ -89,54 +89,72 @@ T from_ordered_bits(typename RadixBits<T>::Type bits) {
   return x;
 }
 
-// The same order by several threads, and the sorted numbers: each pass counts and moves parts of the array side by
-// side. sorted may be x.
-template <typename T>
-void sort_numbers(const T* x, int64_t n, bool serial, uint32_t* order, T* sorted) {
-  typedef typename RadixBits<T>::Type U;
-  struct Item {
-    U bits;
-    uint32_t index;
-  };
-  constexpr int kDigit = 11, kBuckets = 1 << kDigit, kPasses = (8 * sizeof(U) + kDigit - 1) / kDigit;
-  const int64_t parts = std::min<int64_t>(4, n / 16384 + 1), size = (n + parts - 1) / parts;
-  Buffer<Item> first(n), second(n);
-  std::vector<int64_t> places(parts * kBuckets);
-  const auto over_parts = [&](const auto& body) {
-    parallel_blocks(parts, serial, [&](int64_t part) {
-      body(places.data() + part * kBuckets, part * size, std::min(n, (part + 1) * size));
-    });
-  };
-  over_parts([items = first.get(), x](int64_t*, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) items[i] = {ordered_bits(x[i]), static_cast<uint32_t>(i)};
-  });
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int shift = pass * kDigit;
-    over_parts([shift, items = first.get()](int64_t* own, int64_t begin, int64_t end) {
-      std::fill(own, own + kBuckets, 0);
-      for (int64_t i = begin; i < end; ++i) ++own[items[i].bits >> shift & (kBuckets - 1)];
+// A number's bits, and which it was.
+template <typename U>
+struct SortItem {
+  U bits;
+  uint32_t index;
+};
+
+inline int64_t parts_of(int64_t n) { return std::min<int64_t>(4, n / 16384 + 1); }
+
+// Calls body(part, begin, end) for the parts of an array of n, side by side.
+template <typename Body>
+void over_parts(int64_t n, bool serial, const Body& body) {
+  const int64_t parts = parts_of(n), size = (n + parts - 1) / parts;
+  parallel_blocks(parts, serial,
+                  [&](int64_t part) { body(part, std::min(n, part * size), std::min(n, (part + 1) * size)); });
+}
+
+// Sorts items by their bits, below 2^bits, equal ones in their order: each pass counts and moves the parts of the
+// array.
+template <typename U>
+void sort_items(Buffer<SortItem<U>>& items, int64_t n, int bits, bool serial) {
+  const int digits = std::max(1, (bits + 10) / 11), digit_bits = (bits + digits - 1) / digits;
+  const int64_t buckets = int64_t{1} << digit_bits, parts = parts_of(n);
+  const U mask = static_cast<U>(buckets - 1);
+  Buffer<SortItem<U>> moved(n);
+  std::vector<int64_t> places(parts * buckets);
+  for (int pass = 0; pass < digits; ++pass) {
+    const int shift = pass * digit_bits;
+    over_parts(n, serial, [&, from = items.get()](int64_t part, int64_t begin, int64_t end) {
+      int64_t* const own = places.data() + part * buckets;
+      std::fill(own, own + buckets, 0);
+      for (int64_t i = begin; i < end; ++i) ++own[from[i].bits >> shift & mask];
     });
     int64_t sum = 0;
     bool one_bucket = false;
-    for (int digit = 0; digit < kBuckets; ++digit) {
+    for (int64_t digit = 0; digit < buckets; ++digit) {
       const int64_t before = sum;
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t count = places[part * kBuckets + digit];
-        places[part * kBuckets + digit] = sum;
+        const int64_t count = places[part * buckets + digit];
+        places[part * buckets + digit] = sum;
         sum += count;
       }
       one_bucket |= sum - before == n;
     }
     if (one_bucket) continue;
-    over_parts([shift, from = first.get(), to = second.get()](int64_t* own, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[own[from[i].bits >> shift & (kBuckets - 1)]++] = from[i];
+    over_parts(n, serial, [&, from = items.get(), to = moved.get()](int64_t part, int64_t begin, int64_t end) {
+      int64_t* const own = places.data() + part * buckets;
+      for (int64_t i = begin; i < end; ++i) to[own[from[i].bits >> shift & mask]++] = from[i];
     });
-    first.swap(second);
+    items.swap(moved);
   }
-  over_parts([items = first.get(), order, sorted](int64_t*, int64_t begin, int64_t end) {
+}
+
+// The same order by several threads, and the sorted numbers. sorted may be x.
+template <typename T>
+void sort_numbers(const T* x, int64_t n, bool serial, uint32_t* order, T* sorted) {
+  typedef typename RadixBits<T>::Type U;
+  Buffer<SortItem<U>> items(n);
+  over_parts(n, serial, [to = items.get(), x](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = {ordered_bits(x[i]), static_cast<uint32_t>(i)};
+  });
+  sort_items(items, n, 8 * sizeof(U), serial);
+  over_parts(n, serial, [from = items.get(), order, sorted](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      order[i] = items[i].index;
-      sorted[i] = from_ordered_bits<T>(items[i].bits);
+      order[i] = from[i].index;
+      sorted[i] = from_ordered_bits<T>(from[i].bits);
     }
   });
 }

@@ -22,23 +22,21 @@ struct Element {
   Buffer<int64_t> key_place;     // (all keys) by the caller's number, where rows leave keys out
   std::vector<int64_t> outside;  // rows outside of the grid, by the caller's numbers
   double mass = 0;               // of all keys, in units of batch.weight_unit
-  int64_t all_queries = 0;
 
   // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold.
-  bool prepare(const Problem& problem, int64_t b, int columns, int order, Values layout, bool weigh, bool serial) {
+  bool prepare(const Problem& problem, int64_t b, int order, Values layout, bool weigh, bool serial) {
     const int64_t n = problem.keys, m = problem.queries;
     const int features = static_cast<int>(problem.features);
     constexpr int64_t kMostPoints = int64_t{1} << 31;
     if (n >= kMostPoints || m >= kMostPoints || problem.channels > 4096) return false;
-    all_queries = m;
     w_.allocate(features);
     read(problem.w, problem.w.offset(problem.batch, b), features, problem.w.column_stride, w_.get());
     Buffer<R> key(features * n), query(features * m);
     Extent extent;
+    plan.log_span = log_span_of<R>(n);
     extent.features = features;
     extent.keys = n;
     extent.queries = m;
-    extent.columns = columns;
     extent.order = order;
     for (int f = 0; f < features; ++f) {
       extent.scale[f] = std::fabs(w_[f]);
@@ -52,9 +50,7 @@ struct Element {
       extent.key_high[f] = extent.high[f] = keys_range.high;
       if (queries_range.high >= queries_range.low) {
         // Queries further away than this from all keys are not summed in cells.
-        const double log_span = std::log(static_cast<double>(n) / Accuracy<R>::kBeyond);
-        const double distance = kLevelDistance[kLevels - 1];
-        const double far = std::sqrt(distance * distance + 2 * log_span) / extent.scale[f];
+        const double far = plan.radius_at(kLevelDistance[kLevels - 1]) / extent.scale[f];
         extent.low[f] = std::fmin(keys_range.low, std::fmax(queries_range.low, keys_range.low - far));
         extent.high[f] = std::fmax(keys_range.high, std::fmin(queries_range.high, keys_range.high + far));
         extent.low[f] = std::fmax(extent.low[f], -kMostCoordinate);
@@ -210,11 +206,11 @@ struct Element {
 
 // A part of an element's rows as a problem of its own, over all keys.
 template <typename R>
-struct CarefulRows {
+struct LeftOverRows {
   std::vector<int64_t> rows;  // by the caller's numbers
   Problem problem;
 
-  CarefulRows(const Element<R>& element, const Problem& from, int64_t b, std::vector<int64_t> some)
+  LeftOverRows(const Element<R>& element, const Problem& from, int64_t b, std::vector<int64_t> some)
       : rows(std::move(some)) {
     const int64_t count = static_cast<int64_t>(rows.size());
     problem = element.sorted;

@@ -43,7 +43,6 @@ bool faster(const Problem& problem) {
   extent.features = features;
   extent.keys = problem.keys;
   extent.queries = problem.queries;
-  extent.columns = static_cast<int>(columns);
   extent.order = 0;
   std::vector<double> query[kAxes];
   const int64_t keys = sample(problem.key, problem.batch, problem.keys, kKeySample, features, extent.sample);
@@ -85,8 +84,8 @@ bool faster(const Problem& problem) {
   const double windows = std::fmin(m, plan.boxes) * (1 + again / static_cast<double>(queries));
   const double direct = pairs * Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) + windows * kCell[features - 2];
   const double series = kSeriesCall + plan.work * columns * kMultiply;
-  const double careful = far / static_cast<double>(queries) * dense;
-  return fixed + std::fmin(direct, series) + careful < dense;
+  const double left_over = far / static_cast<double>(queries) * dense;
+  return fixed + std::fmin(direct, series) + left_over < dense;
 }
 
 }  // namespace

@@ -7,8 +7,6 @@ namespace nwfast {
 namespace grid {
 namespace {
 
-constexpr double kMostOwnValue = 32;  // times the sum of all others that an excluded key may have added
-
 template <typename R>
 class Forward {
  public:
@@ -17,9 +15,9 @@ class Forward {
 
   bool run() {
     const int columns = static_cast<int>(problem_.channels) + 1;
-    if (!element_.prepare(problem_, b_, columns, 0, Values::kForward, true, serial_)) return false;
+    if (!element_.prepare(problem_, b_, 0, Values::kForward, true, serial_)) return false;
     const int64_t m = element_.queries.n;
-    std::vector<int64_t> careful = element_.outside;
+    std::vector<int64_t> left_over = element_.outside;
     left_.assign(m, 1);
     std::vector<int64_t> expanded;
     if (m > 0) expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, 0, serial_);
@@ -33,9 +31,9 @@ class Forward {
       sum_directly(rows, level);
     }
     for (int64_t i = 0; i < m; ++i) {
-      if (left_[i]) careful.push_back(element_.queries.order[i]);
+      if (left_[i]) left_over.push_back(element_.queries.order[i]);
     }
-    sum_carefully(std::move(careful));
+    sum_left_over(std::move(left_over));
     return true;
   }
 
@@ -97,7 +95,7 @@ class Forward {
     for (int64_t c = 0; c < problem_.channels && keeps; ++c) {
       const double own = weight * element_.value(j, c);
       values[c] -= own;
-      keeps = kMostOwnValue * std::fabs(values[c]) >= std::fabs(own) || !element_.stands_out(j, c);
+      keeps = linear::kMostOwnValue * std::fabs(values[c]) >= std::fabs(own) || !element_.stands_out(j, c);
     }
     return keeps;
   }
@@ -140,16 +138,16 @@ class Forward {
         [](const Run&) {});
   }
 
-  void sum_carefully(std::vector<int64_t> rows) {
+  void sum_left_over(std::vector<int64_t> rows) {
     if (rows.empty()) return;
     std::sort(rows.begin(), rows.end());
-    const CarefulRows<R> careful(element_, problem_, b_, std::move(rows));
-    const int64_t count = careful.problem.queries, channels = problem_.channels;
+    const LeftOverRows<R> left_over(element_, problem_, b_, std::move(rows));
+    const int64_t count = left_over.problem.queries, channels = problem_.channels;
     Buffer<R> out(count * channels), lse(count);
     Buffer<double> state(2 * count);
-    tiled_forward<R>(careful.problem, {out.get(), lse.get(), state.get(), nullptr, nullptr});
+    tiled_forward<R>(left_over.problem, {out.get(), lse.get(), state.get(), nullptr, nullptr});
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = b_ * problem_.queries + careful.rows[i];
+      const int64_t row = b_ * problem_.queries + left_over.rows[i];
       std::copy_n(out.get() + i * channels, channels, result_.out + row * channels);
       if (result_.lse) result_.lse[row] = lse[i];
       if (result_.state) std::copy_n(state.get() + 2 * i, 2, result_.state + 2 * row);

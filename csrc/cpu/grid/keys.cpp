@@ -28,7 +28,7 @@ class KeyBackward {
     const int64_t channels = problem_.channels, features = problem_.features;
     if (problem_.queries == 0) return false;
     const int order = task_.grad_key ? 1 : 0;
-    if (!element_.prepare(problem_, b_, static_cast<int>(channels) + 1, order, Values::kBackward, false, serial_)) {
+    if (!element_.prepare(problem_, b_, order, Values::kBackward, false, serial_)) {
       return false;
     }
     gradients_ = std::make_unique<RowGradients<R>>(element_, problem_, task_, b_, serial_);
@@ -51,7 +51,7 @@ class KeyBackward {
     for (int level = 0; level < kLevels; ++level) {
       sum_directly(light[level], element_.plan.radius_at(kLevelDistance[level]), direct);
     }
-    if (!gradients_->careful.empty()) sum_carefully();
+    if (!gradients_->left_over.empty()) sum_left_over();
     write();
     return true;
   }
@@ -92,7 +92,7 @@ class KeyBackward {
       } else if (level < kLevels) {
         light[static_cast<int>(level)].push_back(i);
       } else {
-        gradients_->careful.push_back(element_.queries.order[i]);
+        gradients_->left_over.push_back(element_.queries.order[i]);
       }
     }
   }
@@ -251,16 +251,16 @@ class KeyBackward {
     for (const auto& range : ranges) place = std::copy(from + range.begin * width, from + range.end * width, place);
   }
 
-  void sum_carefully() {
+  void sum_left_over() {
     const int64_t n = element_.keys.n, features = problem_.features, channels = problem_.channels;
-    std::vector<int64_t> rows = gradients_->careful;
+    std::vector<int64_t> rows = gradients_->left_over;
     std::sort(rows.begin(), rows.end());
-    CarefulBackward<R> careful(element_, problem_, task_, b_, std::move(rows));
+    LeftOverBackward<R> left_over(element_, problem_, task_, b_, std::move(rows));
     Buffer<R> key(n * features), value(n * channels), weight(n);
-    careful.task.grad_key = task_.grad_key ? key.get() : nullptr;
-    careful.task.grad_value = task_.grad_value ? value.get() : nullptr;
-    careful.task.grad_key_weight = task_.grad_key_weight ? weight.get() : nullptr;
-    tiled_key_backward<R>(careful.rows.problem, careful.task);
+    left_over.task.grad_key = task_.grad_key ? key.get() : nullptr;
+    left_over.task.grad_value = task_.grad_value ? value.get() : nullptr;
+    left_over.task.grad_key_weight = task_.grad_key_weight ? weight.get() : nullptr;
+    tiled_key_backward<R>(left_over.rows.problem, left_over.task);
     for (int64_t i = 0; task_.grad_key && i < n * features; ++i) sum_key_[i] += key[i];
     for (int64_t i = 0; task_.grad_value && i < n * channels; ++i) sum_value_[i] += value[i];
     for (int64_t i = 0; task_.grad_key_weight && i < n; ++i) sum_weight_[i] += weight[i];

@@ -13,22 +13,6 @@ using Real = long double;
 constexpr int kTerms[] = {4, 8, 12, 16, 20, 24};
 constexpr Real kPi = 3.14159265358979323846264338327950288L;
 
-double root_factorial(int n) {
-  double product = 1;
-  for (int i = 2; i <= n; ++i) product *= std::sqrt(static_cast<double>(i));
-  return product;
-}
-
-// The largest half width at which `terms` keep the error.
-double half_width(int terms, double error) { return 2 * std::pow(error * root_factorial(terms) / 8.72, 1.0 / terms); }
-
-// Rounded down to six significant bits.
-double short_number(double x) {
-  int exponent;
-  const double fraction = std::frexp(x, &exponent);
-  return std::ldexp(std::floor(fraction * 64), exponent - 6);
-}
-
 // The error that a series may have, such that its derivatives are as good as is asked for: those of a polynomial of
 // degree T on [-1, 1] are up to T^2 and T^2 (T^2 - 1) / 3 times as large.
 template <typename R>
@@ -61,7 +45,7 @@ void set_axis(const Extent& extent, int f, double half, int terms, Axis& axis) {
     }
     return;
   }
-  axis.side = short_number(2 * half / axis.scale);
+  axis.side = linear::short_number(2 * half / axis.scale);
   axis.half = axis.width() / 2;
 }
 
@@ -93,15 +77,15 @@ double occupied(const Extent& extent, const Axis (&axes)[kAxes]) {
 template <typename R>
 bool make_plan(const Extent& extent, Plan& plan) {
   plan.features = extent.features;
-  plan.log_span = std::log(static_cast<double>(extent.keys) / Accuracy<R>::kBeyond);
+  plan.log_span = log_span_of<R>(extent.keys);
   plan.radius = plan.radius_at(kLevelDistance[0]);
   double best = INFINITY;
   const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
   Axis chosen[kAxes];
   for (const int terms : kTerms) {
     if (terms == 4) continue;
-    const double half =
-        std::min(half_width(terms, truncation_of<R>(extent.features, terms, extent.order)), Accuracy<R>::kLargestHalf);
+    const double half = std::min(linear::half_width(terms, truncation_of<R>(extent.features, terms, extent.order)),
+                                 Accuracy<R>::kLargestHalf);
     if (2 * plan.radius / (2 * half) + 3 > kMostPairs) continue;
     Axis axes[kAxes];
     double size = 1, translation = 0, sides = 0;

@@ -19,7 +19,8 @@
 // kernels. Which way is less work is told by counts.
 //
 // Which sums to trust. A row whose total is not well above what its way may have left out or rounded, is summed again:
-// directly, within a larger radius, and what that does not settle, over all keys by the dense driver (careful.h).
+// directly, within a larger radius, and what that does not settle, over all keys by the dense driver (LeftOverRows of
+// element.h).
 //
 // Everything is in double but direct sums, which have the precision of the data.
 
@@ -120,9 +121,15 @@ struct Extent {
   double scale[kAxes], low[kAxes], high[kAxes];  // |w|; of keys and queries
   double key_low[kAxes], key_high[kAxes];
   int64_t keys, queries;
-  int columns, order;                 // of charges; of the derivatives that are asked for
+  int order;                          // of the derivatives that are asked for
   std::vector<double> sample[kAxes];  // some of the keys
 };
+
+// Plan::log_span of so many keys.
+template <typename R>
+double log_span_of(int64_t keys) {
+  return std::log(static_cast<double>(keys) / Accuracy<R>::kBeyond);
+}
 
 // The error of sums of values that are bounded by `bound` (see Expansion), with that of rounding.
 inline double error_of(const Plan& plan, double bound) { return (plan.truncation + 1e-15) * bound; }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "../order.h"
 #include "plan.h"
 
 namespace nwfast {
@@ -27,53 +28,17 @@ inline Place place_of(const Plan& plan, int64_t cell) {
   return {{cell / c / b, cell / c % b, cell % c}};
 }
 
-// Sorts numbers below 2^bits, equal ones in their order, by several threads: parts of the array side by side.
+// Sorts the numbers of cells, below 2^bits, and with them the order of their points.
 inline void sort_cells(Buffer<int64_t>& cell, Buffer<uint32_t>& order, int64_t n, int bits, bool serial) {
-  struct Item {
-    uint64_t cell;
-    uint32_t index;
-  };
-  const int digits = std::max(1, (bits + 10) / 11), digit_bits = (bits + digits - 1) / digits;
-  const int64_t buckets = int64_t{1} << digit_bits;
-  const int64_t parts = std::min<int64_t>(4, n / 16384 + 1), size = (n + parts - 1) / parts;
-  Buffer<Item> first(n), second(digits > 0 ? n : 0);
-  std::vector<int64_t> places(parts * buckets);
-  const auto over_parts = [&](const auto& body) {
-    parallel_blocks(parts, serial, [&](int64_t part) {
-      body(places.data() + part * buckets, std::min(n, part * size), std::min(n, (part + 1) * size));
-    });
-  };
-  over_parts([&](int64_t*, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) first[i] = {static_cast<uint64_t>(cell[i]), order[i]};
+  Buffer<SortItem<uint64_t>> items(n);
+  over_parts(n, serial, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) items[i] = {static_cast<uint64_t>(cell[i]), order[i]};
   });
-  for (int pass = 0; pass < digits; ++pass) {
-    const int shift = pass * digit_bits;
-    const uint64_t mask = static_cast<uint64_t>(buckets - 1);
-    over_parts([&, from = first.get()](int64_t* own, int64_t begin, int64_t end) {
-      std::fill(own, own + buckets, 0);
-      for (int64_t i = begin; i < end; ++i) ++own[from[i].cell >> shift & mask];
-    });
-    int64_t sum = 0;
-    bool one_bucket = false;
-    for (int64_t digit = 0; digit < buckets; ++digit) {
-      const int64_t before = sum;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t count = places[part * buckets + digit];
-        places[part * buckets + digit] = sum;
-        sum += count;
-      }
-      one_bucket |= sum - before == n;
-    }
-    if (one_bucket) continue;
-    over_parts([&, from = first.get(), to = second.get()](int64_t* own, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[own[from[i].cell >> shift & mask]++] = from[i];
-    });
-    first.swap(second);
-  }
-  over_parts([&](int64_t*, int64_t begin, int64_t end) {
+  sort_items(items, n, bits, serial);
+  over_parts(n, serial, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      cell[i] = static_cast<int64_t>(first[i].cell);
-      order[i] = first[i].index;
+      cell[i] = static_cast<int64_t>(items[i].bits);
+      order[i] = items[i].index;
     }
   });
 }

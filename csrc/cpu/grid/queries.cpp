@@ -24,7 +24,7 @@ class QueryBackward {
   bool run() {
     const int64_t m = problem_.queries, features = problem_.features, channels = problem_.channels;
     const int order = task_.grad_w ? 2 : 1;
-    if (!element_.prepare(problem_, b_, static_cast<int>(channels) + 1, order, Values::kBackward, true, serial_)) {
+    if (!element_.prepare(problem_, b_, order, Values::kBackward, true, serial_)) {
       return false;
     }
     if (task_.grad_query) std::fill_n(task_.grad_query + b_ * m * features, m * features, R(0));
@@ -50,13 +50,13 @@ class QueryBackward {
       for (int level = 0; level < kLevels; ++level) sum_directly(level);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      if (gradients_->level[i] == kLevels) gradients_->careful.push_back(element_.queries.order[i]);
+      if (gradients_->level[i] == kLevels) gradients_->left_over.push_back(element_.queries.order[i]);
     }
     std::vector<double> grad_w(features, 0);
     for (int64_t i = 0; task_.grad_w && i < rows; ++i) {
       for (int64_t f = 0; f < features; ++f) grad_w[f] += by_w_[i * features + f];
     }
-    if (!gradients_->careful.empty()) sum_carefully(grad_w);
+    if (!gradients_->left_over.empty()) sum_left_over(grad_w);
     for (int64_t f = 0; task_.grad_w && f < features; ++f) task_.grad_w[b_ * features + f] = grad_w[f];
     return true;
   }
@@ -217,20 +217,20 @@ class QueryBackward {
     over_windows(element_, runs_of(element_.queries, rows), radius, serial_, body, [](const Run&) {});
   }
 
-  void sum_carefully(std::vector<double>& grad_w) {
+  void sum_left_over(std::vector<double>& grad_w) {
     const int64_t features = problem_.features;
-    std::vector<int64_t> rows = gradients_->careful;
+    std::vector<int64_t> rows = gradients_->left_over;
     std::sort(rows.begin(), rows.end());
-    CarefulBackward<R> careful(element_, problem_, task_, b_, std::move(rows));
-    const int64_t count = careful.rows.problem.queries;
+    LeftOverBackward<R> left_over(element_, problem_, task_, b_, std::move(rows));
+    const int64_t count = left_over.rows.problem.queries;
     Buffer<R> grad_query(count * features);
     Buffer<double> by_w(features);
-    if (task_.grad_query) careful.task.grad_query = grad_query.get();
-    if (task_.grad_w) careful.task.grad_w = by_w.get();
-    tiled_query_backward<R>(careful.rows.problem, careful.task);
+    if (task_.grad_query) left_over.task.grad_query = grad_query.get();
+    if (task_.grad_w) left_over.task.grad_w = by_w.get();
+    tiled_query_backward<R>(left_over.rows.problem, left_over.task);
     for (int64_t i = 0; task_.grad_query && i < count; ++i) {
       std::copy_n(grad_query.get() + i * features, features,
-                  task_.grad_query + (b_ * problem_.queries + careful.rows.rows[i]) * features);
+                  task_.grad_query + (b_ * problem_.queries + left_over.rows.rows[i]) * features);
     }
     for (int64_t f = 0; task_.grad_w && f < features; ++f) grad_w[f] += by_w[f];
   }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../row_grad.h"
 #include "direct.h"
 
 namespace nwfast {
@@ -15,8 +16,8 @@ struct RowGradients {
   Buffer<double> out, lse;          // (rows, channels); (rows)
   Buffer<double> log_total, total;  // log2 of the row's total, and 1 over it, in units of batch.weight_unit
   Buffer<double> shift, inverse;    // of the state; weight_unit / total of it
-  std::vector<char> level;       // of direct sums that serve a row: kLevels for none, kIdle for rows that add nothing
-  std::vector<int64_t> careful;  // rows that are left to the dense driver, by the caller's numbers
+  std::vector<char> level;         // of direct sums that serve a row: kLevels for none, kIdle for rows that add nothing
+  std::vector<int64_t> left_over;  // rows that are left to the dense driver, by the caller's numbers
   static constexpr char kIdle = 100;
 
   RowGradients(const Element<R>& element, const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial) {
@@ -37,7 +38,7 @@ struct RowGradients {
     parallel_blocks((m + kPointTask - 1) / kPointTask, serial, [&](int64_t part) {
       for (int64_t i = part * kPointTask; i < std::min(m, (part + 1) * kPointTask); ++i) {
         const int64_t original = element.queries.order[i];
-        const double size = read_row(problem, task, b, original, out.get() + i * channels, lse[i]);
+        const double size = read_row_grad(problem, task, b, original, out.get() + i * channels, lse[i]);
         const double* const state = task.state + 2 * (b * problem.queries + original);
         log_total[i] = std::log2(state[1] / unit) - state[0];
         total[i] = std::exp2(state[0]) / (state[1] / unit);
@@ -56,25 +57,9 @@ struct RowGradients {
     double grad_lse;
     for (const int64_t row : element.outside) {
       const double* const state = task.state + 2 * (b * problem.queries + row);
-      if (read_row(problem, task, b, row, grad.data(), grad_lse) == 0 || state[1] == 0) continue;
-      careful.push_back(row);
+      if (read_row_grad(problem, task, b, row, grad.data(), grad_lse) == 0 || state[1] == 0) continue;
+      left_over.push_back(row);
     }
-  }
-
-  // The gradients of a row's results; returns the size of the largest.
-  static double read_row(const Problem& problem, const BackwardTask<R>& task, int64_t b, int64_t row, double* grad,
-                         double& grad_lse) {
-    const View &view = task.grad_out, &lse_view = task.grad_lse;
-    read(view, view.offset(problem.batch, b) + row * view.row_stride, problem.channels, view.column_stride, grad);
-    grad_lse = 0;
-    if (lse_view.data) {
-      read(lse_view, lse_view.offset(problem.batch, b) + row * lse_view.row_stride, 1, 0, &grad_lse);
-    }
-    double size = std::fabs(grad_lse);
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      if (!(std::fabs(grad[c]) <= size)) size = std::fabs(grad[c]);  // NaN stays
-    }
-    return size;
   }
 };
 
@@ -120,12 +105,12 @@ struct PackedRows {
 
 // The backward pass of rows that are left to the dense driver, as a problem of its own.
 template <typename R>
-struct CarefulBackward {
-  CarefulRows<R> rows;
+struct LeftOverBackward {
+  LeftOverRows<R> rows;
   BackwardTask<R> task;
 
-  CarefulBackward(const Element<R>& element, const Problem& problem, const BackwardTask<R>& from, int64_t b,
-                  std::vector<int64_t> some)
+  LeftOverBackward(const Element<R>& element, const Problem& problem, const BackwardTask<R>& from, int64_t b,
+                   std::vector<int64_t> some)
       : rows(element, problem, b, std::move(some)) {
     const int64_t count = rows.problem.queries, channels = problem.channels;
     out_.allocate(count * channels);
@@ -134,7 +119,7 @@ struct CarefulBackward {
     lse_.allocate(count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = b * problem.queries + rows.rows[i];
-      RowGradients<R>::read_row(problem, from, b, rows.rows[i], grad_.get() + i * channels, lse_[i]);
+      read_row_grad(problem, from, b, rows.rows[i], grad_.get() + i * channels, lse_[i]);
       std::copy_n(from.out + row * channels, channels, out_.get() + i * channels);
       std::copy_n(from.state + 2 * row, 2, state_.get() + 2 * i);
     }

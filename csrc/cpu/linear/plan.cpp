@@ -16,17 +16,15 @@ double root_factorial(int n) {
   return product;
 }
 
-// The largest half width at which `terms` keep the error.
+}  // namespace
+
 double half_width(int terms, double error) { return 2 * std::pow(error * root_factorial(terms) / 8.72, 1.0 / terms); }
 
-// Rounded down to six significant bits.
 double short_number(double x) {
   int exponent;
   const double fraction = std::frexp(x, &exponent);
   return std::ldexp(std::floor(fraction * 64), exponent - 6);
 }
-
-}  // namespace
 
 double expansion_error(int terms, double half) {
   // Two interpolations, one of which has the other's Lebesgue constant (about 3) before it.

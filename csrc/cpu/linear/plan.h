@@ -101,6 +101,12 @@ struct Accuracy<double> {
 // Bound of the error of interpolating exp(-(x-u)^2/2) in x and u on boxes of this half width, each at `terms`
 // Chebyshev nodes, for boxes that touch: |d^T/dx^T exp(-x^2/2)| <= 1.09 sqrt(T!) exp(-x^2/4).
 double expansion_error(int terms, double half);
+// The largest half width at which so many terms keep the error.
+double half_width(int terms, double error);
+// Rounded down to six significant bits.
+double short_number(double x);
+
+constexpr double kMostOwnValue = 32;  // times the sum of all others that an excluded key may have added
 
 // Boxes and the matrices that translate between them.
 struct Plan {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../../row_grad.h"
 #include "../tiled.h"
 
 namespace nwfast {
@@ -19,14 +20,7 @@ struct RowGrad {
 
   template <typename R>
   void read_from(const Problem& problem, const BackwardTask<R>& task, int64_t b, int64_t i) {
-    const View &grad = task.grad_out, &grad_lse = task.grad_lse;
-    read(grad, grad.offset(problem.batch, b) + i * grad.row_stride, problem.channels, grad.column_stride, out.get());
-    lse = 0;
-    if (grad_lse.data) read(grad_lse, grad_lse.offset(problem.batch, b) + i * grad_lse.row_stride, 1, 0, &lse);
-    size = std::fabs(lse);
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      if (!(std::fabs(out[c]) <= size)) size = std::fabs(out[c]);  // NaN stays
-    }
+    size = read_row_grad(problem, task, b, i, out.get(), lse);
   }
 
   Buffer<double> out;

@@ -278,13 +278,7 @@ NWFAST_INLINE void fill_derivatives(const double* t, int terms, double (*table)[
   }
 }
 
-// Sums over two features of `rows` rows of a series at kEvaluateLanes points.
-template <int kOrder>
-struct Partial {
-  static constexpr int kSlots = kOrder == 0 ? 1 : kOrder == 1 ? 3 : 5;  // value, by a, by b, by aa, by bb
-  DVec sums[kSlots][kEvaluateVectors];
-};
-
+// Sums over one feature of kRows rows of a series at kEvaluateLanes points, by its polynomials and their derivatives.
 template <int kOrder, int kRows>
 NWFAST_INLINE void contract_rows(const double* series, int depth, const double (*a)[kGridTerms][kEvaluateLanes],
                                  DVec (&sums)[kOrder + 1][kRows][kEvaluateVectors]) {
@@ -307,6 +301,33 @@ NWFAST_INLINE void contract_rows(const double* series, int depth, const double (
   }
 }
 
+// Adds kRows rows of a series, times the polynomials of another feature from degree number `at` on: the value, its
+// derivatives by the first feature and by the other, and the second ones.
+template <int kOrder, int kRows>
+NWFAST_INLINE void add_rows(const double* series, int depth, const double (*a)[kGridTerms][kEvaluateLanes],
+                            const double (*other)[kGridTerms][kEvaluateLanes], int at, DVec (&value)[kEvaluateVectors],
+                            DVec (&by_a)[kEvaluateVectors], DVec (&by_other)[kEvaluateVectors],
+                            DVec (&by_aa)[kEvaluateVectors], DVec (&by_others)[kEvaluateVectors]) {
+  DVec rows[kOrder + 1][kRows][kEvaluateVectors] = {};
+  contract_rows<kOrder, kRows>(series, depth, a, rows);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kEvaluateVectors; ++v) {
+      const DVec factor = load(other[0][at + r] + v * kD);
+      value[v] += rows[0][r][v] * factor;
+      if (kOrder > 0) {
+        by_a[v] += rows[kOrder > 0][r][v] * factor;
+        by_other[v] += rows[0][r][v] * load(other[1][at + r] + v * kD);
+      }
+      if (kOrder > 1) {
+        by_aa[v] += rows[kOrder][r][v] * factor;
+        by_others[v] += rows[0][r][v] * load(other[2][at + r] + v * kD);
+      }
+    }
+  }
+}
+
 // The series of one column at kEvaluateLanes points: all slots of it. kFlat: there is no second feature.
 template <int kOrder, bool kFlat>
 NWFAST_INLINE void evaluate_column(const double* series, const int* terms,
@@ -319,48 +340,14 @@ NWFAST_INLINE void evaluate_column(const double* series, const int* terms,
   }
   if (kFlat) {
     for (int c = 0; c < c_terms; c += kRows, series += kRows * a_terms) {
-      DVec rows[kOrder + 1][kRows][kEvaluateVectors] = {};
-      contract_rows<kOrder, kRows>(series, a_terms, table[0], rows);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kEvaluateVectors; ++v) {
-          const DVec factor = load(table[2][0][c + r] + v * kD);
-          sums[0][v] += rows[0][r][v] * factor;
-          if (kOrder > 0) {
-            sums[1][v] += rows[kOrder > 0][r][v] * factor;
-            sums[3][v] += rows[0][r][v] * load(table[2][1][c + r] + v * kD);
-          }
-          if (kOrder > 1) {
-            sums[4][v] += rows[kOrder][r][v] * factor;
-            sums[6][v] += rows[0][r][v] * load(table[2][2][c + r] + v * kD);
-          }
-        }
-      }
+      add_rows<kOrder, kRows>(series, a_terms, table[0], table[2], c, sums[0], sums[1], sums[3], sums[4], sums[6]);
     }
     return;
   }
   for (int c = 0; c < c_terms; ++c) {
     DVec part[5][kEvaluateVectors] = {};  // value, by a, by b, by aa, by bb
     for (int b = 0; b < b_terms; b += kRows, series += kRows * a_terms) {
-      DVec rows[kOrder + 1][kRows][kEvaluateVectors] = {};
-      contract_rows<kOrder, kRows>(series, a_terms, table[0], rows);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kEvaluateVectors; ++v) {
-          const DVec factor = load(table[1][0][b + r] + v * kD);
-          part[0][v] += rows[0][r][v] * factor;
-          if (kOrder > 0) {
-            part[1][v] += rows[kOrder > 0][r][v] * factor;
-            part[2][v] += rows[0][r][v] * load(table[1][1][b + r] + v * kD);
-          }
-          if (kOrder > 1) {
-            part[3][v] += rows[kOrder][r][v] * factor;
-            part[4][v] += rows[0][r][v] * load(table[1][2][b + r] + v * kD);
-          }
-        }
-      }
+      add_rows<kOrder, kRows>(series, a_terms, table[0], table[1], b, part[0], part[1], part[2], part[3], part[4]);
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kEvaluateVectors; ++v) {

@@ -7,7 +7,6 @@
 namespace nwfast {
 namespace linear {
 
-constexpr double kMostOwnValue = 32;              // times the sum of all others that an excluded key may have added
 constexpr int64_t kEvaluated = 512;               // rows whose results are written together
 constexpr int64_t kPaddedRows = kEvaluated + 32;  // kernels write up to 32 rows at a time
 
