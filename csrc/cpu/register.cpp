@@ -12,6 +12,7 @@
 
 #include "../common/tensors.h"
 #include "drivers.h"
+#include "isa/processor.h"
 #include "left_out.h"
 #include "tangents.h"
 

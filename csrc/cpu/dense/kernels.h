@@ -8,8 +8,6 @@
 
 #include <cstdint>
 
-#include "../isa/levels.h"
-
 namespace nwfast {
 
 constexpr int64_t kPadding = 16;  // packed arrays are padded to a multiple of the widest vector
@@ -167,22 +165,5 @@ struct Kernels {
 // The table for the best instruction set that this processor has.
 template <typename T>
 const Kernels<T>& kernels();
-const char* instruction_set();
-
-// The instruction sets that there are kernels for; the best that this processor has.
-enum class Level { kBaseline, kAvx2, kAvx512 };
-Level processor_level();
-
-// The one of three tables of kernels that this processor can run.
-template <typename Table>
-const Table& table_for(const Table& avx512, const Table& avx2, const Table& baseline) {
-  const Level level = processor_level();
-  return level == Level::kAvx512 ? avx512 : level == Level::kAvx2 ? avx2 : baseline;
-}
-#ifdef NWFAST_X86
-#define NWFAST_TABLE(name) table_for(avx512::name, avx2::name, baseline::name)
-#else
-#define NWFAST_TABLE(name) baseline::name
-#endif
 
 }  // namespace nwfast

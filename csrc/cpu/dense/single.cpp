@@ -223,7 +223,7 @@ struct KeySide {
   bool fits(const SingleBatch<T>& batch, int64_t rows) const {
     double most = 0;
     for (int64_t block = 0; block < (rows + kRowBlock - 1) / kRowBlock; ++block) most = std::fmax(most, largest[block]);
-    return sizeof(T) == 8 || most * std::fmax(1, 2 * batch.values.magnitude()) < Limits<T>::kMostValue;
+    return sizeof(T) == 8 || most * std::fmax(1, 2 * batch.values.magnitude()) < SingleLimits<T>::kMostValue;
   }
 
   template <typename R>

@@ -28,9 +28,9 @@ constexpr int64_t kSortQueries = 128;  // from so many queries on, sorting the k
 enum class Purpose { kValues, kQueryGradients, kKeyGradients };
 
 template <typename T>
-struct Limits;
+struct SingleLimits;
 template <>
-struct Limits<float> {
+struct SingleLimits<float> {
   static constexpr double kLow = 0x1p-30, kHigh = 0x1p50;  // of the scale, where coordinates lie within (-2^9, 2^9)
   static constexpr double kNone = 0x1p-100;
   static constexpr double kNegligible = kNegligibleFloat;
@@ -40,7 +40,7 @@ struct Limits<float> {
   static constexpr double kTieScore = 0x1p18;  // from here on, the scores of keys at one rounded distance differ
 };
 template <>
-struct Limits<double> {
+struct SingleLimits<double> {
   static constexpr double kLow = 0x1p-40, kHigh = 0x1p480, kNone = 0x1p-600;
   static constexpr double kNegligible = kNegligibleDouble;
   static constexpr double kWeightRange = 900;
@@ -70,7 +70,7 @@ class SingleBatch {
     if (!std::isfinite(w)) w = NAN;  // there is no limit: all results are NaN
     if (!scale_coordinates(purpose) || !centre_values()) return false;
     if (weighted_ || absent_) read_weights(problem, b);
-    if (sizeof(T) == 4 && (weight_span_ > Limits<T>::kWeightRange || !holds_charges())) return false;
+    if (sizeof(T) == 4 && (weight_span_ > SingleLimits<T>::kWeightRange || !holds_charges())) return false;
     order();
     if (weighted_) {
       value_charge_.allocate(keys_);
@@ -79,7 +79,8 @@ class SingleBatch {
     if (sorted_ && weighted_) link_positive();
     windowed_ = sorted_ && finite_;
     if (windowed_) {
-      negligible_ = Limits<T>::kNegligible + std::log2(static_cast<double>(keys_)) + (weighted_ ? weight_span_ : 0);
+      negligible_ =
+          SingleLimits<T>::kNegligible + std::log2(static_cast<double>(keys_)) + (weighted_ ? weight_span_ : 0);
     }
     return true;
   }
@@ -190,7 +191,7 @@ class SingleBatch {
                ? std::ldexp(1.0, std::min(1000, -std::ilogb(magnitude)))
                : 1;
     scale_ = std::fabs(w) * std::sqrt(kHalfLog2E) / unit;
-    if (scale_ > Limits<T>::kHigh) {
+    if (scale_ > SingleLimits<T>::kHigh) {
       if (sizeof(T) == 4) return false;
       wide_ = true;  // as they are: what is small beside the largest coordinate may still be large beside 1 / w
       unit = magnitude > 0x1p1019 ? 0x1p-4 : 1;
@@ -201,7 +202,7 @@ class SingleBatch {
     if (wide_) return true;
     // Below, all weights are 1 to rounding and tangents would underflow. Average pooling has scores that underflow to
     // 0.
-    if (scale_ < Limits<T>::kLow) scale_ = w == 0 ? Limits<T>::kNone : Limits<T>::kLow;
+    if (scale_ < SingleLimits<T>::kLow) scale_ = w == 0 ? SingleLimits<T>::kNone : SingleLimits<T>::kLow;
     const double half = (range.high - range.low) / 2 * scale_ * unit;
     if (sizeof(T) == 4 && queries_ >= kScaledQueries && finite() && half > 0x1p-3 && half < kScaledReach &&
         (purpose == Purpose::kValues || spread(key_.get(), keys_, range)) &&
@@ -267,7 +268,7 @@ class SingleBatch {
     values = Range();
     values.include(value_.get(), keys_);
     finite_ &= values.finite;
-    if (values.magnitude() > Limits<T>::kMostValue) return false;
+    if (values.magnitude() > SingleLimits<T>::kMostValue) return false;
     const T middle = static_cast<T>(values.centre());
     centre = static_cast<double>(middle);
     for (int64_t j = 0; j < keys_; ++j) value_[j] -= middle;
@@ -277,7 +278,7 @@ class SingleBatch {
   // Whether what is left of the range below values times weights is enough for their products with small scores.
   bool holds_charges() const {
     const double size = values.magnitude();
-    return size == 0 || std::log2(size) - weight_span_ > Limits<T>::kLeastCharge;
+    return size == 0 || std::log2(size) - weight_span_ > SingleLimits<T>::kLeastCharge;
   }
 
   void read_weights(const Problem& problem, int64_t b) {
@@ -358,7 +359,7 @@ class SingleBatch {
   void settle_ties(const SingleRows<T>& rows, int64_t i, T& nearest) const {
     const T x = rows.query[i], distance = std::fabs(x - nearest);
     const double offset = static_cast<double>(distance) * scale_;
-    if (!(offset * offset > Limits<T>::kTieScore)) return;
+    if (!(offset * offset > SingleLimits<T>::kTieScore)) return;
     for (int64_t j = 0; j < keys_; ++j) {
       if (std::fabs(x - key_[j]) != distance || (weighted_ && weight_[j] == 0)) continue;
       if ((!rows.excluded || rows.excluded[i] != j) && nearer(x, key_[j], nearest)) nearest = key_[j];

@@ -14,15 +14,15 @@
 namespace nwfast {
 
 template <typename T>
-struct Limits;
+struct TiledLimits;
 template <>
-struct Limits<float> {
+struct TiledLimits<float> {
   static constexpr int kLeast = -50, kLow = -10, kHigh = 45, kMostRaise = 40;  // exponents of scaled coordinates
   static constexpr double kLeastValue = 0x1p-30, kMostValue = 0x1p40;
   static constexpr double kWeightRange = 60;  // log2 of the ratio of key weights
 };
 template <>
-struct Limits<double> {
+struct TiledLimits<double> {
   static constexpr int kLeast = -480, kLow = -300, kHigh = 450, kMostRaise = 400;
   static constexpr double kLeastValue = 0x1p-600, kMostValue = 0x1p500;
   static constexpr double kWeightRange = 500;
@@ -123,7 +123,7 @@ class TiledBatch {
     for (int64_t f = 0; f < features; ++f) {
       scale_feature(f, uniform ? near_all : near[f], uniform ? largest_all : largest[f], m, features);
       // The gradient of its w is by squares of one feature alone, however small beside others.
-      usable &= near[f] == 0 || near[f] * unit[f] >= std::ldexp(1.0, Limits<T>::kLeast);
+      usable &= near[f] == 0 || near[f] * unit[f] >= std::ldexp(1.0, TiledLimits<T>::kLeast);
     }
     data.key = key_.get();
     data.feature_scale = uniform ? nullptr : feature_scale_.get();
@@ -149,14 +149,15 @@ class TiledBatch {
   void scale_feature(int64_t f, double near, double largest, int64_t m, int64_t features) {
     const double scale = std::fabs(w[f]) * kRoot;
     int exponent = scale > 0 ? std::ilogb(scale) : largest > 0 ? -std::ilogb(largest) : 0, raise = 0;
-    if (scale > 0 && near > 0) raise = std::max(0, Limits<T>::kLow - (exponent + std::ilogb(near)));
-    usable &= raise <= Limits<T>::kMostRaise;
+    if (scale > 0 && near > 0) raise = std::max(0, TiledLimits<T>::kLow - (exponent + std::ilogb(near)));
+    usable &= raise <= TiledLimits<T>::kMostRaise;
     exponent = std::min(std::max(exponent + raise, -1000), 1000);
     unit[f] = std::ldexp(1.0, exponent);
     feature_scale_[f] = static_cast<T>(scale / unit[f]);
     const double factor = unit[f];
     T* const key = key_.get() + f * data.pitch;
-    const double most = std::ldexp(1.0, std::max(Limits<T>::kHigh, 20 + std::min(raise, Limits<T>::kMostRaise)));
+    const double most =
+        std::ldexp(1.0, std::max(TiledLimits<T>::kHigh, 20 + std::min(raise, TiledLimits<T>::kMostRaise)));
     if (!infinite_ && largest * factor <= most / 2) {
       for (int64_t j = 0; j < data.n; ++j) key[j] = static_cast<T>(key[j] * factor);
       for (int64_t i = 0; i < m; ++i) query[i * features + f] = static_cast<T>(query[i * features + f] * factor);
@@ -200,7 +201,7 @@ class TiledBatch {
       centre[c] = static_cast<T>(values[c].centre());
       finite_values_ &= values[c].finite;
       const double size = values[c].magnitude();
-      usable &= size == 0 || (size > Limits<T>::kLeastValue && size < Limits<T>::kMostValue);
+      usable &= size == 0 || (size > TiledLimits<T>::kLeastValue && size < TiledLimits<T>::kMostValue);
       for (int64_t j = 0; j < n; ++j) packed[j] -= centre[c];
       for (int64_t j = n; j < data.pitch; ++j) packed[j] = 0;
       if (!columns) {
@@ -225,7 +226,7 @@ class TiledBatch {
     }
     if (high > 0) {
       weight_unit = std::ldexp(1.0, std::ilogb(high));
-      usable &= std::log2(high) - std::log2(low) <= Limits<T>::kWeightRange;
+      usable &= std::log2(high) - std::log2(low) <= TiledLimits<T>::kWeightRange;
     }
     std::fill(log_weight_.get() + n, log_weight_.get() + data.pitch + kPadding, T(0));
     for (int64_t j = 0; j < n; ++j) {

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include "levels.h"
+#include "processor.h"
 
 #define NWFAST_ISA baseline
 #define NWFAST_LEVEL 128
