@@ -1,6 +1,7 @@
 """The numbers that all kernels share: the one source from which C++, CUDA, Numba and Triton take theirs.
 
-Triton and the fast kernels of CUDA have an exp2 of the device, and need the scales alone.
+Triton has an exp2 of the device. So do CUDA's float32 kernels, but for a share of the powers of the single forward
+kernel (EXP2_FLOOR_FLOAT); CUDA in double takes EXP2_FLOOR_DOUBLE.
 
 ``python csrc/common/write_constants.py`` writes csrc/common/constants.h from it (`make format` does so); a test
 compares the two and measures every polynomial. Nothing is imported here, so that the header can be written without

@@ -116,13 +116,16 @@ def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
     found = []
     for function, dtype in ((fgt, query.dtype), (textbook, torch.float64)):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-        outputs = function(*leaves)
-        gradients = torch.autograd.grad(outputs, leaves, [x.to(dtype) for x in cotangents])
+        by_row = leaves[3].expand(len(query), 1, -1)  # w of each row
+        outputs = function(*leaves[:3], leaves[3] if function is fgt else by_row)
+        gradients = torch.autograd.grad(outputs, leaves, [x.to(dtype) for x in cotangents], retain_graph=True)
         found.append((*outputs, *gradients))
-    # Sums of many cotangents of either sign, one by one, are small beside their terms.
+    # A sum over all rows may be small beside its terms.
+    terms = torch.autograd.grad(outputs, by_row, [x.double() for x in cotangents])[0].abs().sum(0).max()
     bound = 2.0**-20 if query.dtype == torch.float32 else 1e-12
     for name, mine, right in zip(("out", "lse", *NAMES), *found, strict=False):
-        error = float((mine.double() - right).abs().max() / right.abs().max())
+        scale = right.abs().max() if name != "w" else terms
+        error = float((mine.double() - right).abs().max() / scale)
         assert error <= bound, (name, error)
 
 

@@ -28,12 +28,13 @@ def linear_gradients(tensors, grad_out, grad_lse=None, **options):
 
 
 def exact_gradients(query, key, value, w, grad):
-    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision, (N,) values."""
+    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision, and |grad| at a key at most."""
     expected = exact(query, key, value, w)
     q, k, v, g = (tensor.double().numpy().astype(np.longdouble) for tensor in (query, key, value, grad))
     used = expected.p * g[:, None]
     by_key = w**2 * (used * (v - expected.out) * (q[:, None] - k)).sum(0)
-    return g * expected.tangent_q[:, 0], by_key, used.sum(0), (g * expected.tangent_w[:, 0]).sum()
+    by_w = (g * expected.tangent_w[:, 0]).sum()
+    return (g * expected.tangent_q[:, 0], by_key, used.sum(0), by_w), float(np.abs(used).sum(0).max())
 
 
 def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
@@ -41,9 +42,10 @@ def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
     grad = torch.randn(len(query), dtype=query.dtype)
     bandwidth = torch.tensor(w, dtype=query.dtype)
     found = linear_gradients((query, key, value, bandwidth), grad)
-    wanted = exact_gradients(query, key, value, float(bandwidth), grad)
-    pull = float(grad.abs().max() * value.abs().max())
-    scales = pull * w, pull * w, float(grad.abs().max()), pull * len(query) ** 0.5 / max(w, 1e-3)
+    wanted, crowd = exact_gradients(query, key, value, float(bandwidth), grad)
+    most, largest = float(grad.abs().max()), float(value.abs().max())
+    crowd = max(crowd, most)
+    scales = most * largest * w, crowd * largest * w, crowd, most * largest * len(query) ** 0.5 / max(w, 1e-3)
     for name, actual, exactly, scale in zip(
         ("query", "key", "value", "w"), found, wanted, scales, strict=True
     ):

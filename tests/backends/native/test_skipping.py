@@ -19,6 +19,11 @@ RESULTS = ("out", "lse", "query", "key", "value", "w", "key_weight")
 M, N = 150, 420
 
 
+def seeded(number):
+    """As every test's generators, in the process that is started too."""
+    return torch.Generator().manual_seed(number + 1000 * int(os.environ.get("NWFAST_TEST_SEED", "0")))
+
+
 def points(n, d, generator, clusters=6, spread=0.4):
     """Clusters with gaps between them, in no order."""
     centres = 10 * torch.rand(clusters, d, generator=generator, dtype=torch.float64)
@@ -28,7 +33,7 @@ def points(n, d, generator, clusters=6, spread=0.4):
 
 def draw(d, kind, dtype):
     """The arguments of a call: query, key, value, w, key_weight and exclude_self."""
-    generator = torch.Generator().manual_seed(100 * d + len(kind))
+    generator = seeded(100 * d + len(kind))
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
@@ -91,7 +96,7 @@ CASES += [(3, "exclude_self", torch.float16), (70, "clusters", torch.float32), (
 
 def cotangents(out, lse):
     """Of very different sizes; none of rows that are not numbers."""
-    generator = torch.Generator().manual_seed(9)
+    generator = seeded(9)
     sizes = 10 ** (6 * torch.rand(lse.shape, generator=generator) - 3)
     sizes = sizes * (out.isfinite().all(-1) & lse.isfinite())
     grad = torch.randn(out.shape, generator=generator) * sizes[..., None]
@@ -110,23 +115,24 @@ def compute(tensors, exclude_self):
 
 
 def main(path):
-    """Compute all cases, by one thread and by two."""
+    """Draw and compute all cases, by one thread and by two."""
     found = {}
     for case in CASES:
         tensors, exclude_self = draw(*case)
         several = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            several.append(compute(tensors, exclude_self)[0])
-        found[str(case)] = several
-    tensors, _ = beside_large_values()
-    found["beside large values"] = compute(tensors, False)[0]["out"]
+            results, given = compute(tensors, exclude_self)
+            several.append(results)
+        found[str(case)] = tensors, exclude_self, given, several
+    tensors, share = beside_large_values()
+    found["beside large values"] = tensors, share, compute(tensors, False)[0]["out"]
     torch.save(found, path)
 
 
 def beside_large_values():
     """Rows among small values; far from them keys whose values are so large that they still add a tenth."""
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     key = torch.rand(N, 3, generator=generator)
     key[N // 2 :, 0] += 9.0
     value = 1 + torch.rand(N, 1, generator=generator)
@@ -158,12 +164,10 @@ def always(tmp_path_factory, missing_toolchain):
 def test_results_are_right(case, always):
     from exact import assert_accurate, solve
 
-    tensors, exclude_self = draw(*case)
-    found, other = always[str(case)]
+    tensors, exclude_self, given, (found, other) = always[str(case)]
     for name, result in found.items():
         assert torch.equal(result.nan_to_num(7), other[name].nan_to_num(7)), f"{name} depends on the threads"
-    grad, grad_lse = cotangents(found["out"], found["lse"])
-    right = solve(*tensors, grad, grad_lse, exclude_self=exclude_self)
+    right = solve(*tensors, *given, exclude_self=exclude_self)
     for name, result in found.items():
         none = ~np.isfinite(right[name].value.astype(np.float64))
         np.testing.assert_array_equal(
@@ -174,15 +178,15 @@ def test_results_are_right(case, always):
 
 
 def test_keys_far_away_count_where_their_values_are_large(always):
-    tensors, share = beside_large_values()
+    tensors, share, out = always["beside large values"]
     assert 0 < share < 2.0**-40
     right = nwfast.nadaraya_watson(*(x.double() for x in tensors[:4]), backend="reference")
-    torch.testing.assert_close(always["beside large values"].double(), right, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.double(), right, rtol=2e-6, atol=0)
     assert float((right - 1).max()) > 0.5
 
 
 def large_problem(d, dtype, n=2100, m=2010):
-    generator = torch.Generator().manual_seed(d)
+    generator = seeded(d)
     both = points(n + m, d, generator, clusters=20, spread=0.2).to(dtype)
     value = torch.sin(both[:n].sum(1, keepdim=True))
     weight = torch.rand(n, generator=generator).to(dtype)

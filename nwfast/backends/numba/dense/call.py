@@ -20,6 +20,7 @@ from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, 
 from .. import base as place
 from .. import left_out as left_out_keys
 from .keys import backward_keys
+from .order import order_of, ordered, restored
 from .rows import EMPTY, FAR, QUERY_BLOCK, backward_rows, backward_tangents, forward_rows
 from .tiles import TILE
 
@@ -41,6 +42,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
     key, value = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+    order = order_of(query, key, w, exclude_self, QUERY_BLOCK)
+    if order is not None:
+        query = ordered(query, order.rows, -2)
+        key, value = ordered(key, order.keys, -2), ordered(value, order.keys, -2)
+        key_weight = ordered(key_weight, order.keys, -1)
     call = _Call(query, key, value, w, key_weight, exclude_self)
     rows = (*call.batch, call.m)
     out = torch.empty((*rows, call.c), dtype=call.dtype)
@@ -53,6 +59,8 @@ def forward(
     about[place.TANGENT_W] = by_w.data_ptr() if tangent_w else 0
     about[place.TANGENT_Q] = by_q.data_ptr() if tangent_q else 0
     call.run(forward_rows, call.m, QUERY_BLOCK)
+    if order is not None:  # several features: without tangents
+        out, lse, state = [restored(t, order.rows, len(call.batch)) for t in (out, lse, state)]
     return out, lse, state, by_w, by_q
 
 
@@ -79,6 +87,55 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
+    anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+    order = order_of(query, anchored, w, exclude_self, QUERY_BLOCK)
+    if order is None:
+        return _backward(
+            grad_out, grad_lse, query, key, value, w, key_weight, out, state, tangent_w, tangent_q,
+            exclude_self, needs,
+        )  # fmt: skip
+    rows, keys = order
+    at = out.ndim - 2  # the dimension of rows, and of keys: results have all leading dimensions
+    grad_query, grad_key, grad_value, grad_w, grad_weight = _backward(
+        ordered(grad_out, rows, at),
+        ordered(grad_lse, rows, at),
+        ordered(query, rows, -2),
+        ordered(key, keys, -2),
+        ordered(value, keys, -2),
+        w,
+        ordered(key_weight, keys, -1),
+        ordered(out, rows, at),
+        ordered(state, rows, at),
+        tangent_w,
+        tangent_q,
+        exclude_self,
+        needs,
+    )
+    return (
+        restored(grad_query, rows, at),
+        restored(grad_key, keys, at),
+        restored(grad_value, keys, at),
+        grad_w,
+        restored(grad_weight, keys, at),
+    )
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    tangent_w: Tensor,
+    tangent_q: Tensor,
+    exclude_self: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of inputs in the order in which they are to be computed."""
     left_out = left_out_keys.places(key_weight)
     held = key, value
     key, value = left_out_keys.anchored(key, value, left_out)

@@ -179,6 +179,22 @@ def project(gradient, values, level, n, projected):
 
 
 @njit(**EXACT)
+def nearest_tile(queries, fit, count, w, low, high):
+    """The tile that is nearest to the first fit row: the sooner tops are low, the more tiles are skipped."""
+    if queries.shape[1] == 1:  # whose tops do not change
+        return 0
+    for r in range(count):
+        if fit[r]:
+            nearest, least = 0, np.inf
+            for tile in range(len(low)):
+                score = least_score(queries[r], w, low[tile], high[tile])
+                if score < least:
+                    nearest, least = tile, score
+            return nearest
+    return 0
+
+
+@njit(**EXACT)
 def sum_rows(about, given, start, count, block, exponent, room, pull, row_sums):
     """Fill the sums of the fit rows of a block, the first of which is `start`.
 
@@ -197,7 +213,10 @@ def sum_rows(about, given, start, count, block, exponent, room, pull, row_sums):
     projected = np.empty(size if through_gradients else 0, queries.dtype)
     sums[:] = 0.0
     tops[:] = 0.0 if n_features == 1 else np.inf
-    for tile in range((n + TILE - 1) // TILE):
+    tiles = (n + TILE - 1) // TILE
+    nearest = nearest_tile(queries, fit, count, w, low, high)
+    for turn in range(tiles):
+        tile = (nearest + turn) % tiles
         first = tile * TILE
         size = min(TILE, n - first)
         packed = False
