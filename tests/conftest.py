@@ -2,9 +2,10 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,24 @@ def _seeded(default_rng: Callable, seed: int | None = None) -> np.random.Generat
 class _Generator(torch.Generator):
     def manual_seed(self, seed: int) -> torch.Generator:
         return super().manual_seed(seed + 1000 * SEED)
+
+
+def every_other(names: str, *axes: Sequence) -> pytest.MarkDecorator:
+    """All combinations of the axes as parameters, every other one as on a chequered board: the rest is marked full.
+
+    With three axes or more, of two values or more, any two values of two axes still meet.
+    """
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *(axis[i] for axis, i in zip(axes, place, strict=True)),
+                marks=[pytest.mark.full] * (sum(place) % 2),
+            )
+            for place in itertools.product(*(range(len(axis)) for axis in axes))
+        ],
+        ids=str,
+    )
 
 
 @pytest.fixture(scope="session")

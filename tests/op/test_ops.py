@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from conftest import every_other
 from oracle import textbook
 from torch.autograd import forward_ad
 
@@ -273,9 +274,8 @@ def test_transforms(backend, form, transform):
         close(a, b)
 
 
-@pytest.mark.parametrize("form", ["1-D", "heads"])
-@pytest.mark.parametrize(
-    "mapped", [c for r in range(1, 6) for c in itertools.combinations(range(5), r)], ids=str
+@every_other(
+    "form, mapped", ("1-D", "heads"), [c for r in range(1, 6) for c in itertools.combinations(range(5), r)]
 )
 def test_vmap_over_any_subset(backend, form, mapped):
     leaves, _ = inputs(form)

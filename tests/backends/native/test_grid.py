@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from exact import BOXES, assert_accurate, solve
 
 import nwfast
@@ -20,6 +21,7 @@ KINDS = (
     "one place",
     "offset",
 )
+DTYPES = (torch.float32, torch.float64)
 NAMES = ("query", "key", "value", "w", "key_weight")
 
 
@@ -86,10 +88,7 @@ def problem(kind, features, w, dtype, n=300, m=200, channels=1, seed=1):
     return query, key, value, torch.from_numpy(scaled(kind, w, features)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("w", [0.0, 1e-6, 0.3, 6.0, 300.0, 1e6])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, kind, w, dtype", (2, 3), KINDS, (0.0, 1e-6, 0.3, 6.0, 300.0, 1e6), DTYPES)
 def test_at_every_bandwidth(features, kind, w, dtype):
     assert_right(*problem(kind, features, w, dtype))
 
@@ -129,19 +128,14 @@ def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
         assert error <= bound, (name, error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("w", [1.0, 4.0, 12.0])
-@pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, exclude_self, w, dtype", (2, 3), (False, True), (1.0, 4.0, 12.0), DTYPES)
 def test_crowded_boxes(features, exclude_self, w, dtype):
     """So many points a box that all are expanded."""
     query, key, value, w = problem("uniform", features, w, dtype, n=2000, m=2000)
     assert_as_textbook(key.clone() if exclude_self else query, key, value, w, exclude_self)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("distance", [10.0, 100.0, 1e4])
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, distance, dtype", (2, 3), (10.0, 100.0, 1e4), DTYPES)
 def test_far_queries(features, distance, dtype):
     query, key, value, w = problem("uniform", features, 4.0, dtype, n=600)
     query[::7] += distance / 4 * torch.randn(len(query[::7]), features, dtype=dtype)
@@ -149,9 +143,7 @@ def test_far_queries(features, distance, dtype):
     assert_right(query, key, value, w, grad_lse=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("w", [0.5, 6.0, 60.0])
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, w, dtype", (2, 3), (0.5, 6.0, 60.0), DTYPES)
 def test_leave_one_out(features, w, dtype):
     _, key, value, w = problem("uniform", features, w, dtype, n=400)
     value[5] = 1e6  # the row's own value would drown all others
@@ -159,9 +151,7 @@ def test_leave_one_out(features, w, dtype):
     assert_right(key.flip(0), key, value, w, exclude_self=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("w", [0.5, 6.0, 60.0])
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, w, dtype", (2, 3), (0.5, 6.0, 60.0), DTYPES)
 def test_key_weights(features, w, dtype):
     query, key, value, w = problem("uniform", features, w, dtype, n=400, channels=5)
     weight = torch.rand(len(key), dtype=dtype) * 10.0 ** torch.randint(-6, 1, (len(key),)).to(dtype)
@@ -175,8 +165,7 @@ def test_key_weights(features, w, dtype):
         torch.testing.assert_close(masked[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("features", [2, 3])
+@every_other("features, dtype", (2, 3), (torch.float16, torch.bfloat16, *DTYPES))
 def test_batches_strides_and_halves(features, dtype):
     generator = torch.Generator().manual_seed(2)
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of, some_rows
@@ -53,9 +54,7 @@ def assert_forward(query, key, value, w, key_weight=None, exclude_self=False, bo
         assert error(tangent_q, by_q, spread * w + np.abs(by_q).max()) <= 10 * bound
 
 
-@pytest.mark.parametrize("w", BANDWIDTHS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_other("kind, w, dtype", KINDS, BANDWIDTHS, (torch.float64, torch.float32))
 def test_forward_at_every_bandwidth(kind, w, dtype):
     generator = np.random.default_rng(1)
     keys = keys_of(kind, 1500, generator)
@@ -193,27 +192,6 @@ def test_results_come_in_the_order_of_the_caller(w):
     wanted = torch.empty(30_000)
     wanted[row_order] = linear(query[row_order], key[key_order], value[key_order], w)
     torch.testing.assert_close(linear(query, key, value, w), wanted, rtol=0, atol=2e-7)
-
-
-@pytest.mark.parametrize("w", [3.0, 1e3, 1e5])
-@pytest.mark.parametrize("presorted", [True, False])
-def test_threads_do_not_change_a_bit(w, presorted):
-    generator = np.random.default_rng(8)
-    key = torch.from_numpy(np.r_[generator.uniform(0, 5, 40_000), np.full(30_000, 2.0), [9.0, 9.5]])
-    query = torch.from_numpy(generator.uniform(-1, 12, 50_000))
-    if presorted:
-        key, query = key.sort().values, query.sort().values
-    value = torch.cos(key)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(kernel(query, key, value, w))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        for one, other in zip(results[0], others, strict=True):
-            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 300.0, 1e5])

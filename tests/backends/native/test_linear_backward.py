@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from exact import BOXES, assert_accurate, solve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,9 +54,7 @@ def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
         assert error <= bound * max(scale, float(np.max(np.abs(exactly)))), f"{name}: {error}, scale {scale}"
 
 
-@pytest.mark.parametrize("w", BANDWIDTHS[1:])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_other("kind, w, dtype", KINDS, BANDWIDTHS[1:], (torch.float64, torch.float32))
 def test_gradients_at_every_bandwidth(kind, w, dtype):
     generator = np.random.default_rng(1)
     keys = keys_of(kind, 1000, generator)
@@ -177,25 +176,6 @@ def test_homogeneity(kind, w):
     terms = torch.cat([query * by_query, key * by_key])
     size = float(terms.abs().sum() + w * (query * grad).abs().sum())
     assert abs(float(w * by_w - terms.sum())) <= 1e-12 * size
-
-
-@pytest.mark.parametrize("w", [3.0, 1e3, 1e5])
-def test_threads_do_not_change_a_bit_of_gradients(w):
-    generator = np.random.default_rng(5)
-    key = torch.from_numpy(np.r_[generator.uniform(0, 5, 30_000), np.full(10_000, 2.0), [9.0, 9.5]])
-    query = torch.from_numpy(generator.uniform(-1, 12, 30_000))
-    tensors = query, key, torch.cos(key), torch.tensor(w, dtype=torch.float64)
-    grad = torch.randn(30_000, dtype=torch.float64)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(linear_gradients(tensors, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        for one, other in zip(results[0], others, strict=True):
-            assert torch.equal(one, other)
 
 
 def test_batches_and_shared_keys():

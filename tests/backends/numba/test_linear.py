@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import BANDWIDTHS, KINDS, exact, keys_of, problems, queries_of, some_rows
@@ -123,9 +124,7 @@ def case(kind, n, m, seed, dtype=torch.float64):
 # Forward.
 
 
-@pytest.mark.parametrize("w", BANDWIDTHS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_other("kind, w, dtype", KINDS, BANDWIDTHS, (torch.float64, torch.float32))
 def test_forward_at_every_bandwidth(kind, w, dtype):
     assert_forward(*case(kind, 1500, 1000, 1, dtype), w)
 
@@ -447,29 +446,6 @@ def test_more_than_one_feature_is_refused():
     x = torch.rand(5, 2)
     with pytest.raises(ValueError, match="D = 1 feature, got D = 2"):
         linear.forward(x, x, x, torch.ones(2), None, False, False, False)
-
-
-@pytest.mark.parametrize("w", [3.0, 1e3, 1e5])
-@pytest.mark.parametrize("presorted", [True, False])
-def test_threads_do_not_change_a_bit(w, presorted):
-    generator = np.random.default_rng(8)
-    key = torch.from_numpy(np.r_[generator.uniform(0, 5, 40_000), np.full(30_000, 2.0), [9.0, 9.5]])
-    query = torch.from_numpy(generator.uniform(-1, 12, 50_000))
-    if presorted:
-        key, query = key.sort().values, query.sort().values
-    inputs = canonical(query, key, torch.cos(key), w)
-    threads, everything = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results = linear.forward(*inputs, False, False, False)
-            grad_out = torch.cos(torch.arange(50_000.0, dtype=torch.float64))[:, None]
-            gradients = backward(linear, grad_out, grad_out[:, 0], inputs, results)
-            everything.append((*results, *gradients))
-    finally:
-        torch.set_num_threads(threads)
-    for others in everything[1:]:
-        assert all(map(torch.equal, everything[0], others))
 
 
 def test_method_of_the_public_function():
