@@ -7,6 +7,7 @@ from torch import Tensor
 from . import backends
 from .backends import reference
 from .op import call
+from .op import local_linear as lines
 from .validation import canonical, check_method
 
 
@@ -164,6 +165,138 @@ def nadaraya_watson(
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
     return out if lse is None else (out, lse)
+
+
+@overload
+def local_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_slope: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def local_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_slope: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def local_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = ...,
+    *,
+    key_weight: Tensor | None = ...,
+    exclude_self: bool = ...,
+    method: str = ...,
+    backend: str = ...,
+    return_slope: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def local_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: float | Tensor = 1.0,
+    *,
+    key_weight: Tensor | None = None,
+    exclude_self: bool = False,
+    method: str = "auto",
+    backend: str = "auto",
+    return_slope: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Local linear regression with a Gaussian kernel: at each query the weighted least-squares line (plane) there.
+
+    .. math::
+
+        (\mathrm{fit}_i, \mathrm{slope}_i) = \arg\min_{\alpha, \beta} \sum_j a_j
+        e^{-\frac12 \sum_f (w_f (q_{if} - k_{jf}))^2} \, |v_j - \alpha - \beta^T (k_j - q_i)|^2
+
+    Where data ends, or is denser on one side, it has not the bias of `nadaraya_watson`. Linear functions are
+    reproduced. In O(M + N) memory, and with up to three features on the CPU in O(M + N) time.
+
+    Parameters
+    ----------
+    query, key, value, w, key_weight, exclude_self, method, backend
+        As for `nadaraya_watson`. With w = 0 the fit is ordinary least squares over all keys.
+    return_slope : bool
+        Also return the fitted slopes, in the unit of value per unit of query.
+
+    Returns
+    -------
+    fit : Tensor
+        The shape and dtype of what `nadaraya_watson` returns.
+    slope : Tensor
+        With ``return_slope=True`` only: (..., M, C, D), or (..., M, D) where fit has no channel dimension; without
+        features (query (M,)) the shape of fit.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `nadaraya_watson`.
+
+    Notes
+    -----
+    Computed in float64 whatever the dtype of the inputs: the kernels of `nadaraya_watson` give the weights' means and
+    covariances.
+
+    The weights may be on fewer than D + 1 points, or on points with a direction in which they do not differ, to
+    rounding (variances of less than some 1e-11 of the squared bandwidth, or of the squared extent of all keys where
+    that is less). The slope is then the one of least norm in units of the bandwidth (the norm of slope / w), and fades to it
+    continuously: at a query far from all keys but one the fit is the value of that key, as that of
+    `nadaraya_watson`. It is NaN only where that is.
+
+    Differentiable in query, key, value, w and key_weight, twice (the second derivative builds (M, N) matrices), in the
+    time of the method. Gradients other than that of value lose digits where keys extend over many bandwidths: up to
+    6000 to each side of their middle they are good to 1e-8 of their scale, beyond that they build (M, N) matrices, or
+    raise RuntimeError if these do not fit the memory. Of rows with faded directions derivatives are those at a fixed set of
+    directions. Inside torch.func transforms and forward-mode AD the plain-PyTorch formula serves, with (M, N) matrices.
+
+    References
+    ----------
+    Cleveland (1979), "Robust Locally Weighted Regression and Smoothing Scatterplots"; Fan and Gijbels (1996), "Local
+    Polynomial Modelling and Its Applications".
+
+    Examples
+    --------
+    >>> import torch, nwfast
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> nwfast.local_linear(torch.tensor([1.0, 3.0]), x, 2 * x + 1, w=1.0)
+    tensor([3., 7.])
+    >>> nwfast.local_linear(torch.tensor([1.0]), x, x**2, w=1.0, return_slope=True)[1]
+    tensor([2.])
+    """
+    check_method(method)
+    one_feature = isinstance(query, Tensor) and query.ndim == 1
+    *form, drop = canonical(query, key, value, w, key_weight, exclude_self)
+    query, key = form[:2]
+    backend = backends.resolve(backend, query.device, method)
+    kernel = call.choose_kernel(backend, method, query.shape[-1], query.shape[-2] * key.shape[-2])
+    fit, slope = lines.local_linear(kernel, *form, exclude_self)
+    fit = call.drop_last(fit, drop).to(query.dtype)
+    if not return_slope:
+        return fit
+    slope = slope.mT.to(query.dtype)
+    return fit, slope.reshape(fit.shape) if one_feature else slope.squeeze(-2) if drop else slope
 
 
 def attention_weights(

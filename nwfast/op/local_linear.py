@@ -1,0 +1,252 @@
+"""Local linear regression as one pair of operators over the kernels of all backends.
+
+With weights p of a row (those of the Nadaraya-Watson fit) and D features,
+
+    m = E[v],  e = E[k] - q,  S = Cov(k, k),  B = Cov(k, v),  slope = S^+ B,  fit = m - e . slope
+
+Everything is in float64. The kernels give E of v and k, and B and S are d out / d q / w^2 for the values [v, k]: one
+query-side pass for each column. Where w is next to 0 it is raised until scores differ by less than rounding.
+
+First derivatives (functions of p alone but for q) are those of a Nadaraya-Watson fit with the values v, k v, k and k k,
+whose cotangents make of them, with s the cotangent of the slope and g that of the fit,
+
+    Psi_j = (g + U . (k_j - E[k])) (v_j - m - slope . (k_j - E[k])),   U = S^+ (s - g e)
+
+so that every backend, in its own time and O(M + N) memory, gives them. The squares in it cancel: where keys extend over
+so many bandwidths that this shows, and for second derivatives, the reference is differentiated.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import is_captured
+from ..backends import local_linear as formula
+from . import by_reference
+from .autograd import _reduce_to, _reduce_weights
+from .by_reference import NEEDS
+from .schema import KERNELS, _register_autograd, _register_fake
+
+# Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to 1e-8.
+MOST_EXTENT = 6000.0
+
+torch.library.define(
+    "nwfast::local_linear",
+    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, str kernel) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "nwfast::local_linear_backward",
+    "(Tensor grad_fit, Tensor grad_slope, Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, "
+    "Tensor slope, Tensor means, Tensor inverse, bool exclude_self, str kernel, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def local_linear(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+) -> tuple[Tensor, Tensor]:
+    """(fit (*B, M, C), slope (*B, M, D, C)) of canonical inputs in float64, differentiable."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if kernel == "reference" or forward_mode or torch._C._are_functorch_transforms_active():
+        if not is_captured():
+            by_reference.require_memory("forward-mode derivative", query, key, value)
+        return formula.forward(query, key, value, w, key_weight, exclude_self)
+    query, key, value, w = query.double(), key.double(), value.double(), w.double()
+    key_weight = key_weight if key_weight is None else key_weight.double()
+    return torch.ops.nwfast.local_linear.default(query, key, value, w, key_weight, exclude_self, kernel)[:2]
+
+
+def _forward(query, key, value, w, key_weight, exclude_self, kernel):
+    kernels = KERNELS[kernel]
+    features, channels = query.shape[-1], value.shape[-1]
+    frame = formula.frame(query, key, w, key_weight)
+    w = torch.maximum(w.abs(), 2.0**-27 / frame.reach)
+    batch = backends.batch_shape(query, key, value)
+    columns = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (value, frame.key)], -1)
+    none = query.new_empty(0)
+    means, _, state, *_ = kernels.forward(query, key, columns, w, key_weight, exclude_self, False, False)
+    moments = query.new_empty(*means.shape[:-1], features, features + channels)
+    for c in range(features + channels):
+        column, mean = columns[..., c : c + 1].contiguous(), means[..., c : c + 1].contiguous()
+        grad = kernels.backward(
+            torch.ones_like(mean), None, query, key, column, w, key_weight, mean, state, none, none, exclude_self,
+            backends.NEEDS_QUERY,
+        )[0]  # fmt: skip
+        moments[..., c] = grad / w.unsqueeze(-2) / w.unsqueeze(-2)
+    offset = means[..., channels:] - frame.query
+    inverse = formula.inverse_of(frame, offset, moments[..., channels:])
+    slope = inverse @ moments[..., :channels]
+    mean = means[..., :channels]
+    slope = torch.where(mean.isnan().unsqueeze(-2), torch.nan, slope)
+    fit = formula.fit_of(mean, offset, slope)
+    return fit, slope, means, inverse
+
+
+def _fake_forward(query, key, value, w, key_weight, exclude_self, kernel):
+    rows = (*backends.batch_shape(query, key, value), query.shape[-2])
+    features, channels = query.shape[-1], value.shape[-1]
+    shapes = (channels,), (features, channels), (channels + features,), (features, features)
+    return tuple(query.new_empty((*rows, *shape)) for shape in shapes)
+
+
+def _backward(
+    grad_fit, grad_slope, query, key, value, w, key_weight, slope, means, inverse, exclude_self, kernel, needs
+):
+    features, channels = query.shape[-1], value.shape[-1]
+    batch = backends.batch_shape(query, key, value)
+    frame = formula.frame(query, key, w, key_weight)
+    only_value = needs == backends.NEEDS_VALUE
+    if not only_value and bool((w.abs().unsqueeze(-2) * frame.extent > MOST_EXTENT).any()):
+        by_reference.require_memory("second derivative", query, key, value)
+        inputs = query, key, value, w, key_weight
+        return _by_reference(grad_fit, grad_slope, *inputs, exclude_self, needs)
+    idle = ((grad_fit == 0).all(-1) & (grad_slope == 0).all(-1).all(-1))[..., None]
+
+    def of_key(part):
+        return part.expand(*batch, *part.shape[-2:])
+
+    key_place = of_key(frame.key)
+    centre = value.masked_fill(~(frame.counted.unsqueeze(-1) & value.isfinite()), 0.0).mean(-2, keepdim=True)
+    height = of_key((value - centre).masked_fill(~frame.counted.unsqueeze(-1), 0.0))
+    offset = means[..., channels:] - frame.query
+    charge = inverse @ (grad_slope - offset.unsqueeze(-1) * grad_fit.unsqueeze(-2))  # U, (*B, M, D, C)
+    charge = charge.masked_fill(~charge.isfinite(), 0.0)
+    slope = slope.masked_fill(~slope.isfinite(), 0.0)
+    middle = means[..., channels:].unsqueeze(-2)
+    grad = grad_fit - (middle @ charge).squeeze(-2)
+    level = (middle @ slope).squeeze(-2) - (means[..., :channels] - centre)
+    pairs = torch.triu_indices(features, features, device=query.device)
+    columns = [height, (key_place.unsqueeze(-1) * height.unsqueeze(-2)).flatten(-2)]
+    factors = [grad, charge.flatten(-2)]
+    if not only_value:
+        columns += [key_place, key_place[..., pairs[0]] * key_place[..., pairs[1]]]
+        linear = (charge * level.unsqueeze(-2) - slope * grad.unsqueeze(-2)).sum(-1)
+        square = charge @ slope.mT
+        square = (
+            torch.where(pairs[0] == pairs[1], 1.0, 2.0) * (square + square.mT)[..., pairs[0], pairs[1]] / 2
+        )
+        factors += [linear, -square]
+    values = torch.cat(columns, -1)
+    cotangent = torch.cat(factors, -1)
+    kernels = KERNELS[kernel]
+    out, lse, state, *_ = kernels.forward(query, key, values, w, key_weight, exclude_self, False, False)
+    cotangent = cotangent.masked_fill(idle | (lse == -torch.inf).unsqueeze(-1), 0.0)
+    asked = needs | (backends.NEEDS_VALUE if needs & backends.NEEDS_KEY else 0)
+    none = query.new_empty(0)
+    found = list(
+        kernels.backward(
+            cotangent, None, query, key, values, w, key_weight, out, state, none, none, exclude_self, asked
+        )
+    )
+    if needs & backends.NEEDS_QUERY:
+        alive = ~(idle | (lse == -torch.inf).unsqueeze(-1))
+        found[0] = found[0] + torch.where(alive, (slope * grad_fit.unsqueeze(-2)).sum(-1), 0.0)
+    if asked & backends.NEEDS_VALUE:
+        sums = found[2]
+        by_value, by_product = sums[..., :channels], sums[..., channels : channels * (1 + features)]
+        by_product = by_product.unflatten(-1, (features, channels))
+        if needs & backends.NEEDS_KEY:
+            by_key = sums[..., channels * (1 + features) :]
+            by_pair = sums.new_zeros(*sums.shape[:-1], features, features)
+            by_pair[..., pairs[0], pairs[1]] = by_key[..., features:]
+            by_pair = by_pair + by_pair.mT
+            explicit = by_key[..., :features] + (by_product @ height.unsqueeze(-1)).squeeze(-1)
+            found[1] = found[1] + explicit + (by_pair @ key_place.unsqueeze(-1)).squeeze(-1)
+        found[2] = by_value + (key_place.unsqueeze(-2) @ by_product).squeeze(-2)
+    return tuple(
+        full if needs & flag else query.new_empty(0) for full, flag in zip(found, NEEDS, strict=True)
+    )
+
+
+def _by_reference(grad_fit, grad_slope, query, key, value, w, key_weight, exclude_self, needs):
+    """What the backward operator returns, as a plain differentiable function."""
+    batch = backends.batch_shape(query, key, value)
+
+    def full(tensor: Tensor) -> Tensor:
+        return tensor.expand(*batch, *tensor.shape[len(batch) :])
+
+    inputs = [full(query), full(key), full(value), w]
+    if key_weight is not None:
+        inputs.append(full(key_weight))
+
+    def outputs(query, key, value, w, key_weight=None):
+        return formula.forward(query, key, value, w, key_weight, exclude_self)
+
+    found = torch.func.vjp(outputs, *inputs)[1]((grad_fit, grad_slope))
+    return tuple(found[place] if needs & flag else query.new_empty(0) for place, flag in enumerate(NEEDS))
+
+
+def _fake_backward(
+    grad_fit, grad_slope, query, key, value, w, key_weight, slope, means, inverse, exclude_self, kernel, needs
+):
+    batch = backends.batch_shape(query, key, value)
+    shapes = (
+        (*batch, *query.shape[-2:]),
+        (*batch, *key.shape[-2:]),
+        (*batch, *value.shape[-2:]),
+        w.shape,
+        (*batch, key.shape[-2]),
+    )
+    return tuple(
+        query.new_empty(shape if needs & flag else 0) for shape, flag in zip(shapes, NEEDS, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.exclude_self, ctx.kernel = inputs[5:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _formula(ctx, grad_fit, grad_slope, *_):
+    *inputs, slope, means, inverse = ctx.saved_tensors
+    if grad_fit is None and grad_slope is None:
+        return (None,) * 7
+    if grad_fit is None:
+        grad_fit = slope.new_zeros(*slope.shape[:-2], slope.shape[-1])
+    if grad_slope is None:
+        grad_slope = torch.zeros_like(slope)
+    needed = ctx.needs_input_grad[:5]
+    needs = sum(flag for need, flag in zip(needed, NEEDS, strict=True) if need)
+    full = torch.ops.nwfast.local_linear_backward.default(
+        grad_fit, grad_slope, *inputs, slope, means, inverse, ctx.exclude_self, ctx.kernel, needs
+    )
+    reduce = (_reduce_to,) * 4 + (_reduce_weights,)
+    gradients = [reduce[i](full[i], inputs[i]) if needed[i] else None for i in range(5)]
+    return *gradients, None, None
+
+
+def _save_for_second(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.exclude_self, _, ctx.needs = inputs[10:]
+    ctx.mark_non_differentiable(
+        *(gradient for gradient, flag in zip(output, NEEDS, strict=True) if not ctx.needs & flag)
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _second(ctx, *grads):
+    inputs = ctx.saved_tensors
+    by_reference.require_memory("second derivative", *inputs[2:5])
+
+    def gradients(*arguments):
+        return _by_reference(*arguments, ctx.exclude_self, ctx.needs)
+
+    return *by_reference.pull_back(gradients, inputs, grads), *(None,) * 6
+
+
+for _name, _run, _fake, _gradients, _saved in (
+    ("local_linear", _forward, _fake_forward, _formula, _save),
+    ("local_linear_backward", _backward, _fake_backward, _second, _save_for_second),
+):
+    torch.library.impl(f"nwfast::{_name}", "CompositeExplicitAutograd", _run)
+    _register_fake(f"nwfast::{_name}", _fake)
+    _register_autograd(getattr(torch.ops.nwfast, _name).default, _gradients, _saved)
