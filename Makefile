@@ -28,7 +28,7 @@ help:  ## list the targets
 setup:  ## virtual environment, pinned packages, C++ extension
 	@$(MAKE) --no-print-directory --jobs 2 .venv/installed $(EXTENSION)
 
-demo: setup  ## the chapter, then a year of flights; options as in make demo ARGS="--n 100000"
+demo: setup  ## the chapter, a year of flights, a map; options as in make demo ARGS="--n 100000"
 	$(BIN)/python -m nwfast demo $(ARGS)
 
 info: setup  ## versions, what can run here and what cannot, and why

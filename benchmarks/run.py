@@ -115,8 +115,10 @@ def renew(file: dict, newer: dict) -> dict:
             raise SystemExit(f"not of the same {same}: {file[same]} and {newer[same]}")
     groups = {group["name"]: group for group in newer["groups"]}
     bars = {bar["what"]: bar for bar in newer["bars"]}
+    measured = {name: own for name, own in newer.items() if isinstance(own, list) and own}
     return {
         **file,
+        **measured,
         "groups": [groups.get(group["name"], group) for group in file["groups"]],
         "bars": [bars.get(bar["what"], bar) for bar in file["bars"]],
         "wrong": list(dict.fromkeys(file["wrong"] + newer["wrong"])),

@@ -28,7 +28,7 @@ def test_budget(benchmark, session, scale, name):
     assert worst.share <= 1, worst
 
 
-@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.forward])
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.takes(1, 1)])
 def test_against_distance(benchmark, session, scale, name):
     peer = PEERS[name]
     reason = peer.why_not()

@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         from benchmarks.conftest import scale_of
 
         scale: Scale = scale_of(metafunc.config)
-        cases = [(name, n, "") for n in scale.memory for name, peer in PEERS.items() if peer.forward]
+        cases = [(name, n, "") for n in scale.memory for name, peer in PEERS.items() if peer.takes(1, 1)]
         cases += [(name, scale.points, "w") for name, peer in PEERS.items() if peer.gradients]
         ids = [f"{name}-{n}{'-w' if wanted else ''}" for name, n, wanted in cases]
         metafunc.parametrize("case", cases, ids=ids)

@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, what can run here and what cannot, and why")
     demo = commands.add_parser(
         "demo",
-        help="run the chapter, then a year of flights; write figures and an HTML page",
-        description="Run the chapter on kernel regression, then smooth a year of flights; write figures and a page.",
+        help="run the chapter, then a year of flights and a map; write figures and an HTML page",
+        description="The chapter on kernel regression, a year of flights, and a map; writes figures and a page.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--n", type=int, default=50, help="training examples")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="to compute in")
     demo.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="where to compute")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="directory to write to")
-    demo.add_argument("--no-flights", dest="flights", action="store_false", help="leave the flights out")
+    demo.add_argument("--no-flights", dest="flights", action="store_false", help="leave flights and map out")
     demo.add_argument("--quiet", action="store_true", help="show no progress bar")
     return parser
 

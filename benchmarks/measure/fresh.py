@@ -51,7 +51,7 @@ print(json.dumps({{"added_MB": added, "seconds": seconds, "error": error.item()}
 _WORKING = """
 import gc, json, sys
 sys.path[:0] = {paths!r}
-from benchmarks.problems import workloads
+from benchmarks.problems import several, workloads
 from benchmarks.peers import PEERS
 
 def status(name):
@@ -59,7 +59,7 @@ def status(name):
         if line.startswith(name):
             return int(line.split()[1]) * 1024 / 1e6
 
-given = workloads.data({n})
+given = workloads.data({n}) if {features} == 1 else several.data({n}, {features}, several.W[{features}])
 peer = PEERS[{peer!r}]
 build = (lambda: peer.gradients(given, {wanted!r})) if {wanted!r} else (lambda: peer.forward(given))
 call = build()
@@ -88,9 +88,9 @@ def peak_memory(n: int) -> dict[str, float]:
     return _run(_MEMORY.format(n=n))
 
 
-def working_memory(peer: str, n: int, wanted: str = "") -> dict[str, float]:
+def working_memory(peer: str, n: int, wanted: str = "", features: int = 1) -> dict[str, float]:
     """MB that a call of a peer adds at N = M = n: the forward pass, or forward and backward to `wanted`."""
-    code = _WORKING.format(paths=[str(ROOT)], peer=peer, n=n, wanted=wanted)
+    code = _WORKING.format(paths=[str(ROOT)], peer=peer, n=n, wanted=wanted, features=features)
     return _run(code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
 
 

@@ -13,6 +13,8 @@ class Scale:
     points: int  # N = M of the dense questions
     scaling: tuple[int, ...]
     narrow: tuple[tuple[int, float], ...]  # N and w of linear time at narrow bandwidths
+    several: tuple[int, ...]  # N = M with two and three features, ascending
+    several_narrow: dict[int, tuple[float, ...]]  # features: w of the search for the slowest bandwidth
     selection: tuple[int, ...]
     memory: tuple[int, ...]
     memory_peak: int  # N = M of the bar on memory
@@ -33,6 +35,8 @@ FULL = Scale(
     points=8192,
     scaling=(K, 10 * K, 100 * K, MILLION, 10 * MILLION),
     narrow=((MILLION, 100.0), (MILLION, 10_000.0)),
+    several=(10 * K, 65_536, MILLION),
+    several_narrow={2: (3, 10, 30, 100, 300, 1000), 3: (3, 10, 30, 100, 300)},
     selection=(500, 2000, 10 * K, 100 * K, MILLION),
     memory=(2048, 8192, 65_536, MILLION),
     memory_peak=200 * K,
@@ -47,6 +51,8 @@ QUICK = replace(
     points=512,
     scaling=(500, 1000, 10 * K),
     narrow=((10 * K, 100.0),),
+    several=(1000, 4000),
+    several_narrow={2: (3, 100), 3: (3, 100)},
     selection=(500, 1000),
     memory=(512, 2048),
     memory_peak=20 * K,
@@ -61,6 +67,8 @@ SMOKE = replace(
     points=256,
     scaling=(300,),
     narrow=((300, 10.0),),
+    several=(1000,),
+    several_narrow={2: (10,), 3: (10,)},
     selection=(500,),
     memory=(300,),
     memory_peak=10 * K,

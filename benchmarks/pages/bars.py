@@ -7,6 +7,7 @@ from benchmarks.measure.alternate import spread
 from benchmarks.measure.bar import Bar
 from benchmarks.measure.scale import Scale
 from benchmarks.measure.session import Session, ratio
+from benchmarks.problems import several
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def ratios(scale: Scale) -> list[Ratio]:
     for kind, limit in ("forward", 1.2), ("forward + backward", 2), ("training step", 2):
         group = f"{kind}, n = {m}, keys ({m}, {m - 1})"
         found.append(Ratio(f"{group}, against the textbook", group, "textbook", "native", limit))
-    return found + list(_linear_time(scale))
+    return found + list(_linear_time(scale)) + list(_several(scale))
 
 
 def _linear_time(scale: Scale) -> Iterator[Ratio]:
@@ -61,6 +62,60 @@ def _linear_time(scale: Scale) -> Iterator[Ratio]:
             yield Ratio(f"{what}, Numba over C++", group, "numba fgt", "native fgt", 3, at_least=False)
 
 
+def _several(scale: Scale) -> Iterator[Ratio]:
+    """Two and three features in linear time, against the dense kernel and against its own forward pass."""
+    for n, limit in (several.CROSSOVER, 1), (scale.several[-2:][0], 40):
+        group = f"forward, N = M = {n}, D = 2, C = 1, unit square, w = {several.W[2]:g}"
+        yield Ratio(f"{group}: linear time, against dense", group, "native", "native fgt", limit)
+    n = scale.several[-1]
+    for features, w in several.W.items():
+        group = f"gradients, N = M = {n}, D = {features}, w = {w:g}"
+        for kind, limit in ("to w, q", 2), ("to q, k, v, w", 5), ("leave-one-out step in w", 3):
+            what = f"D = {features}, N = M = {n}, {kind}, over the forward"
+            yield Ratio(what, group, kind, "forward", limit, at_least=False)
+    group = f"growth, N = M = {n} and {4 * n}, D = 2, w = {several.W[2]:g}"
+    small, large = f"N = M = {n}", f"N = M = {4 * n}"
+    yield Ratio(f"D = 2, {large} over {small}", group, large, small, 5, at_least=False)
+
+
+MOST_SECONDS = {2: 0.3, 3: 1.5}  # of the forward pass at any bandwidth, by features
+LEAST_RATE = 1000  # times the dense kernel's pairs a second, with two features
+
+
+def _bandwidths(records: dict[str, list]) -> Iterator[Bar]:
+    """The slowest bandwidth of each kind of data."""
+    rates = {own["features"]: own["pairs_per_second"] for own in records.get("dense rate", [])}
+    kinds: dict[tuple[int, str], list[dict]] = {}
+    for own in records.get("bandwidths", []):
+        kinds.setdefault((own["features"], own["where"]), []).append(own)
+    for (features, where), all_w in kinds.items():
+        slowest = max(all_w, key=lambda own: own["seconds"]["median"])
+        what = f"D = {features}, N = M = {slowest['n']}, {where}, slowest w"
+        seconds = slowest["seconds"].values()
+        yield Bar(f"{what}: forward", MOST_SECONDS[features], *seconds, at_least=False, unit="s")
+        if features == 2 and rates:
+            rate = slowest["n"] ** 2 / slowest["seconds"]["median"] / rates[features]
+            yield Bar(f"{what}: pair rate over the dense kernel's", LEAST_RATE, *[rate] * 3)
+
+
+MOST_SEVERAL_MB = 1500
+MOST_CHOICE = 1.3
+LEAST_SKIPPING = 5
+
+
+def _once(records: dict[str, list]) -> Iterator[Bar]:
+    """What is measured once."""
+    for own in records.get("memory of several", []):
+        what = f"D = {own['features']}, N = M = {own['n']}, memory beyond the inputs"
+        yield Bar(what, MOST_SEVERAL_MB, *[own["added_MB"]] * 3, at_least=False, unit="MB")
+    for own in records.get("skipping", []):
+        what = f"D = {own['features']}, {own['clusters']} clusters, N = M = {own['n']}, skipping, over none"
+        yield Bar(what, LEAST_SKIPPING, *[own["ratio"]] * 3)
+    for own in records.get("choice", []):
+        what = f'D = {own["features"]}, "auto" over the faster method, worst of {own["cases"]} cases'
+        yield Bar(what, MOST_CHOICE, *[own["ratio"]] * 3, at_least=False)
+
+
 MOST_ADDED_MB = 100
 MOST_IMPORT_MS = 50
 
@@ -73,6 +128,7 @@ def bars(session: Session) -> list[Bar]:
         slow, fast = (outcomes[label].seconds if label in outcomes else [] for label in (own.slow, own.fast))
         if slow and fast:
             found.append(Bar(own.what, own.limit, **ratio(slow, fast), at_least=own.at_least))
+    found += [*_bandwidths(session.records), *_once(session.records)]
     for call in session.records.get("first call", []):
         what = f"forward, N = M = {call['n']}, memory over import"
         found.append(Bar(what, MOST_ADDED_MB, *[call["added_MB"]] * 3, at_least=False, unit="MB"))

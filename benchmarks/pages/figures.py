@@ -19,6 +19,8 @@ STYLES = {
     "kerneljax": ("#6FA85B", ">"),
     "FINUFFT ratio": ("#9C3A1F", "*"),
     "KDEpy binned": ("#B0A48F", "p"),
+    "KernelDensity": ("#D18B47", "1"),
+    "RadiusNeighbors": ("#7A4FBF", "2"),
     "kernelsmooth": ("#5B5B9E", "d"),
     "statsmodels": ("#9E9E5B", "8"),
     "hessband": ("#5B9E9E", "H"),
@@ -98,21 +100,44 @@ def _place(content: dict) -> str:
 
 
 def time_against_n(content: dict):
-    """Log-log, all peers of the scaling question at its own bandwidth."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """Log-log, a panel for each number of features: all peers at one bandwidth."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for group in content["groups"]:
-        if group["question"] == "scaling in N" and group["name"].endswith("w = 3"):
-            for entry in group["entries"]:
-                lines.setdefault(entry["label"], []).append((group["n"], entry["seconds"]["median"]))
-    if not lines:
+        for title, (question, ending) in _AGAINST_N.items():
+            if group["question"] == question and group["name"].endswith(ending):
+                for entry in group["entries"]:
+                    lines = panels.setdefault(title, {}).setdefault(entry["label"], [])
+                    lines.append((group["n"], entry["seconds"]["median"]))
+    if not panels:
         return None
-    figure, axes = _figure()
-    for name, points in lines.items():
-        _line(axes, name, *map(list, zip(*sorted(points), strict=True)))
-    axes.set(xscale="log", yscale="log", xlabel="N = M", ylabel="seconds, forward pass")
-    axes.set_title(f"Time against N: one feature, sorted, w = 3; {_place(content)}", fontsize=10, loc="left")
-    _legend_outside(axes)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 + 4.2 * len(panels), 5.2), layout="constrained")
+    names: dict[str, object] = {}
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            _line(axes, name, *map(list, zip(*sorted(points), strict=True)))
+        axes.set(xscale="log", yscale="log", xlabel="N = M")
+        axes.set_title(title, fontsize=10, loc="left")
+        handles, labels = axes.get_legend_handles_labels()
+        names.update(
+            {label: handle for label, handle in zip(labels, handles, strict=True) if label not in names}
+        )
+    figure.axes[0].set_ylabel("seconds, forward pass")
+    figure.suptitle(f"Time against N; {_place(content)}", fontsize=10)
+    order = [name for name in STYLES if name in names] + [name for name in names if name not in STYLES]
+    figure.legend([names[name] for name in order], order, loc="outside right center", frameon=False)
     return figure
+
+
+# Title: the question, and how the names of its groups end.
+_AGAINST_N = {
+    "one feature, sorted, w = 3": ("scaling in N", "one channel, w = 3"),
+    "D = 2, unordered, w = 50": ("two and three features", "unit square, w = 50"),
+    "D = 3, unordered, w = 30": ("two and three features", "unit cube, w = 30"),
+}
 
 
 def memory_against_n(content: dict):

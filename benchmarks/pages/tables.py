@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Iterator
 
+SEVERAL = "two and three features"
 OWN = ("native", "numba", "native fgt", "numba fgt")
 QUESTIONS = {
     "dense forward": "How fast is the forward pass over all pairs?",
@@ -10,6 +11,7 @@ QUESTIONS = {
     "key-side gradients": "What do all gradients cost, with the second pass that keys and values need?",
     "small n": "What does the op cost beside its arithmetic, at the chapter's n = 50?",
     "scaling in N": "How does the time grow with N? Sorted data, w = 3 unless said.",
+    SEVERAL: "How fast are two and three features in linear time? Unordered points, uniform and in narrow clusters.",
     "bandwidth selection": "How long does one full bandwidth selection by leave-one-out take?",
 }
 # Two OpenMP threads on two cores wait a whole time slice at each barrier once a third thread runs: the textbook at
@@ -109,11 +111,13 @@ def _readme_rows(content: dict) -> Iterator[list[str]]:
     for group in sorted(content["groups"], key=lambda group: order.index(group["question"])):
         found = {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
         linear = "native fgt" in found
+        several = group["question"] == SEVERAL
         if group["question"] == "scaling in N" and not (linear and group["n"] >= 100_000):
             continue
-        if not found:
+        clustered = "clusters" in group["name"]
+        if not found or (several and group["n"] < (100_000 if clustered else 50_000)):
             continue
-        own = "native fgt" if linear and "native" not in found else "native"
+        own = "native fgt" if linear and (several or "native" not in found) else "native"
         cells = [_time(found, own), _time(found, "numba fgt" if own != "native" else "numba")]
         cells += [_time(found, name) for name in _NAMED[2:]]
         others = [entry for label, entry in found.items() if label not in (*OWN, *_NAMED)]
@@ -160,7 +164,7 @@ def page(content: dict, about: dict[str, dict]) -> str:
         "in float64 before it is timed: `error` is the largest difference to them, relative to the largest entry. The "
         "peers of a table take turns in one process, with as many threads as there are cores; what is shown are "
         "medians, with the quartiles of the rounds. Gpair/s counts all pairs of a query and a key, visited or not. "
-        f"Queries and keys are uniform on (0, 5). {setting(content)}."
+        f"Queries and keys are uniform on (0, 5) unless said. {setting(content)}."
     )
     lines = [
         "# Benchmarks",
@@ -181,6 +185,8 @@ def page(content: dict, about: dict[str, dict]) -> str:
             lines += ["![Time against N](figures/time-against-n.svg)", ""]
         for group in groups:
             lines += _group(group)
+        if question == SEVERAL:
+            lines += [*_bandwidths(content), *_once(content)]
     lines += _memory(content) + _distance(content) + _budget(content) + _peers(content, about)
     return "\n".join(lines) + "\n"
 
@@ -215,6 +221,56 @@ def _group(group: dict) -> list[str]:
     for reason, labels in reasons.items():
         lines += [*textwrap.wrap(f"Without {', '.join(labels)}: {reason}.", 120), ""]
     return lines
+
+
+def _bandwidths(content: dict) -> list[str]:
+    """The time at each bandwidth, a column each kind of data, the slowest in bold."""
+    kinds: dict[str, dict[float, float]] = {}
+    for own in content.get("bandwidths", []):
+        kind = f"D = {own['features']}, N = M = {own['n']}, {own['where']}"
+        kinds.setdefault(kind, {})[own["w"]] = own["seconds"]["median"]
+    if not kinds:
+        return []
+
+    def cell(times: dict[float, float], w: float) -> str:
+        if w not in times:
+            return ""
+        return f"**{format_time(times[w])}**" if times[w] == max(times.values()) else format_time(times[w])
+
+    every_w = sorted({w for times in kinds.values() for w in times})
+    error = max(own["error"] for own in content["bandwidths"])
+    return [
+        "### All bandwidths, native fgt, forward",
+        "",
+        f"The slowest of each column is bold: steps in w were halved on both sides of it. Largest error: {error:.1e}.",
+        "",
+        *table(["w", *kinds], [[f"{w:g}", *(cell(times, w) for times in kinds.values())] for w in every_w]),
+        "",
+    ]
+
+
+def _once(content: dict) -> Iterator[str]:
+    """Sentences on what is measured once."""
+    said = [
+        f"Dense kernel, D = {own['features']}, no pair skipped: {own['pairs_per_second'] / 1e9:.3g} Gpair/s."
+        for own in content.get("dense rate", [])
+    ]
+    said += [
+        f"Forward, D = {own['features']}, N = M = {own['n']}: takes {own['added_MB']:.3g} MB beyond its inputs."
+        for own in content.get("memory of several", [])
+    ]
+    said += [
+        f'`method="auto"` takes at most {own["ratio"]:.3g} times the faster method, D = {own["features"]}, in '
+        f"{own['cases']} cases; that is at N = M = {own['keys']}, w = {own['w']:g}."
+        for own in content.get("choice", [])
+    ]
+    said += [
+        f"Dense, D = {own['features']}, {own['clusters']} clusters, N = M = {own['n']}, w = {own['w']:.3g}, on one "
+        f"thread: {format_time(own['never'])} without skipping what cannot matter, {format_time(own['auto'])} with it."
+        for own in content.get("skipping", [])
+    ]
+    for sentence in said:
+        yield from (*textwrap.wrap(sentence, 120), "")
 
 
 def _memory(content: dict) -> list[str]:
@@ -290,9 +346,9 @@ def _budget(content: dict) -> list[str]:
     return [
         "## Accuracy on hard data",
         "",
-        "Of eight data sets (uniform, wide and narrow bandwidths, clusters and gaps, far queries, a large offset,",
-        "duplicates, D = 3 with C = 4) the one that comes nearest to what is allowed, against the formulas in long",
-        "double.",
+        "Of nine data sets (uniform, wide and narrow bandwidths, clusters and gaps, far queries, a large offset,",
+        "duplicates, D = 2, D = 3 with C = 4) the one that comes nearest to what is allowed, against the formulas in",
+        "long double.",
         "",
         *table(["", "dtype", "quantity", "data", "largest error", "textbook's", "allowed"], rows),
         "",

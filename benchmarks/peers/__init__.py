@@ -3,13 +3,13 @@
 An adapter only builds calls; whether they are right is checked by whoever times them.
 """
 
-from . import attention, binned, keops, nufft, own, statistics, textbook, xla
+from . import attention, binned, keops, nufft, own, statistics, textbook, trees, xla
 from .own import OWN
 from .peer import Peer
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
-    for module in (own, textbook, attention, keops, xla, nufft, binned, statistics)
+    for module in (own, textbook, attention, keops, xla, nufft, binned, trees, statistics)
     for peer in module.PEERS
 }
 

@@ -96,7 +96,7 @@ def _peer(backend: str, method: str, about: str, **limits: float) -> Peer:
         small=None if linear else functools.partial(small_call, backend),
         select=functools.partial(_select, backend, method),
         minimised_by="scipy",
-        one_feature=linear,
+        most_features=(3 if backend == "native" else 1) if linear else 1000,
         **limits,
     )
 

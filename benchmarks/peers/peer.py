@@ -34,17 +34,33 @@ class Peer:
     package: str = ""  # whose version is recorded
     precision: str = "float32"
     tolerance: float = TOLERANCE  # that its results must keep, relative to the largest entry
+    several_tolerance: float | None = (
+        None  # the same with several features, where it is another; inf: not held to one
+    )
     function: Callable[..., Tensor] | None = None  # ours alone: of tensors, differentiable
     forward: Callable[[Data], Call] | None = None  # -> (out,)
     gradients: Callable[[Data, str], Call] | None = None  # wanted, as "w" or "qkvw" -> (out, *gradients)
     small: Callable[[str, tuple[Tensor, ...]], Call] | None = None  # kind, the chapter's tensors
     select: Callable[[Tensor, Tensor], Call] | None = None  # x, y -> (w,)
     minimised_by: str = ""  # the package that `select` needs beside its own
-    one_feature: bool = False  # one feature and one channel only
+    least_features: int = 1
+    most_features: int = 1000
+    one_channel: bool = False
     compiles: bool = False  # for seconds, at the first call of each kind
     bytes_per_pair: float = 0.0
     seconds_per_pair: float = 1e-10  # on two cores, in float32 or as `precision` says: rough
-    seconds_per_point: float = 0.0
+    seconds_per_point: float = 0.0  # with one feature
+
+    def takes(self, features: int, channels: int) -> bool:
+        """Whether there is a forward pass for so many features and channels."""
+        fits = self.least_features <= features <= self.most_features and (
+            channels == 1 or not self.one_channel
+        )
+        return self.forward is not None and fits
+
+    def allowed(self, features: int) -> float:
+        """The tolerance with so many features."""
+        return self.tolerance if features == 1 else self.several_tolerance or self.tolerance
 
     def too_much(self, pairs: float, points: float, seconds: float, memory: float) -> str:
         """The reason why a problem is left out: it would take longer than `seconds` or more than `memory` bytes."""

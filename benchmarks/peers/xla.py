@@ -159,7 +159,8 @@ PEERS = (
         package="kerneljax",
         forward=_local_constant,
         select=_select,
-        one_feature=True,
+        most_features=1,
+        one_channel=True,
         seconds_per_pair=1e-8,
     ),
 )

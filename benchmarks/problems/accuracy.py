@@ -57,6 +57,7 @@ def cases(n: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor,
         "far queries": (query + 10, key, value, 3.0),
         "large offset": (query + 1000, key + 1000, value, 1.0),
         "duplicates": ((2 * query).round(), (2 * key).round(), value, 1.0),
+        "D = 2, narrow": (uniform(n, 2), uniform(n, 2), value, 30.0),
         "D = 3, C = 4": (5 * uniform(n, 3), 5 * uniform(n, 3), normal(n, 4), 1.0),
     }
     return {
@@ -97,18 +98,19 @@ def findings(n: int, peers: Iterable[Peer]) -> list[Finding]:
         single = dtype == torch.float32
         for case, inputs in cases(n, dtype).items():
             cotangent = torch.linspace(-1, 2, inputs[2].numel(), dtype=dtype).reshape(inputs[2].shape)
+            given = Data(*inputs, cotangent)
             truth = exact(*inputs, cotangent)
             value, w = (float(tensor.abs().max()) for tensor in inputs[2:])
             scales = value, 2 * w * value * inputs[2][0].numel()
             textbook = _errors(two_lines, inputs, cotangent, truth)
             for peer in peers:
-                if peer.one_feature and inputs[0].ndim > 1:
+                if not peer.takes(given.features, given.channels):
                     continue
                 errors = _errors(peer.function, inputs, cotangent, truth)
                 for i, (quantity, scale) in enumerate(zip(("output", "gradient"), scales, strict=True)):
                     own = textbook[i]
                     limit = 2 * own + 4 * 2.0**-23 * scale if single else max(2 * own, 1e-12 * scale)
-                    if peer.one_feature:
+                    if "fgt" in peer.name:
                         limit = max(
                             limit, (2e-6 if single else 1e-12 if quantity == "output" else 1e-11) * scale
                         )

@@ -59,7 +59,7 @@ def _limits(peer: Peer, scale: Scale, given_pairs: float, points: float, times: 
 def _shape(given: Data) -> str:
     if given.features == given.channels == 1:
         return "one feature, one channel"
-    return f"D = {given.features}, C = {given.channels}"
+    return f"D = {given.features}, C = {given.channels}{given.where}"
 
 
 def forward(
@@ -92,11 +92,12 @@ def forward(
             work,
             given.pairs,
             lambda peer=PEERS[name]: peer.forward(make()),
-            functools.partial(verify, PEERS[name].tolerance),
-            _limits(PEERS[name], scale, given.pairs * features, n),
+            functools.partial(verify, PEERS[name].allowed(features)),
+            # A point costs what only depends on points some four times as much in each further feature.
+            _limits(PEERS[name], scale, given.pairs * features, n * 4 ** min(features - 1, 2)),
         )
         for name in names
-        if PEERS[name].forward and not (PEERS[name].one_feature and features * given.channels > 1)
+        if PEERS[name].takes(features, given.channels)
     }
     return Group(question, work, n, seconds, entries)
 

@@ -27,13 +27,14 @@ class WrongResultError(AssertionError):
 
 @dataclass(frozen=True)
 class Data:
-    """float32 inputs and the gradient that comes from above."""
+    """float32 inputs and the gradient that comes from above; `where` says in words where the points lie."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     w: Tensor
     cotangent: Tensor
+    where: str = ""
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ SIZES = (
     (3000, 3000),
     (10_000, 10_000),
     (40_000, 40_000),
+    (100_000, 100_000),
     (10_000, 200),
     (200, 10_000),
     (1000, 300_000),
@@ -39,13 +40,16 @@ SIZES = (
 BANDWIDTHS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
 
 
+def forward(queries: int, keys: int, w: float, ordered: bool = False) -> dict:
+    """The plainest case."""
+    return dict(queries=queries, keys=keys, w=w, ordered=ordered, dtype="float32", channels=0, gradient=False)
+
+
 def cases(features: int) -> Iterator[dict]:
     """All combinations that are measured; points of several features have no order."""
     orders = (True, False) if features == 1 else (False,)
     for (queries, keys), w in itertools.product(SIZES, BANDWIDTHS):
-        yield dict(
-            queries=queries, keys=keys, w=w, ordered=orders[0], dtype="float32", channels=0, gradient=False
-        )
+        yield forward(queries, keys, w, orders[0])
     for w, ordered, dtype, channels, gradient in itertools.product(
         BANDWIDTHS, orders, ("float32", "float64"), (0, 4), (False, True)
     ):

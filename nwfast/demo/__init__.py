@@ -1,1 +1,1 @@
-"""The demo: the chapter on kernel regression, then a year of flights, as figures and a page."""
+"""The demo: the chapter on kernel regression, a year of flights, and a map in two features, as figures and a page."""

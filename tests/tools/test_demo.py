@@ -8,7 +8,7 @@ import torch
 from matplotlib import image
 
 from nwfast import NWKernelRegression, backends, datasets
-from nwfast.demo import chapter, flights
+from nwfast.demo import airports, chapter, flights
 from nwfast.demo.chapter import DemoError, Options
 from nwfast.demo.report import Figure, Section, Table, as_html, as_text
 
@@ -247,6 +247,56 @@ def test_flights_section_has_the_leave_one_out_errors(monkeypatch):
     assert bar.count == 2 + len(candidates)
     assert [figure.name for figure in section.figures] == ["flights.png", "flights-bandwidth.png"]
     assert "600 flights" in section.paragraphs[0]
+
+
+def test_airports_section_learns_the_w_of_least_leave_one_out_error(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    (west, east), (south, north) = datasets.CONTIGUOUS
+    place = torch.rand(300, 2, generator=generator, dtype=torch.float64)
+    place = torch.tensor([west, south]) + place * torch.tensor([east - west, north - south])
+    altitude = 1000 + 800 * torch.sin(place[:, 1]) + 40 * place[:, 0]  # roughest northwards
+    altitude += 20 * torch.randn(300, generator=generator)
+    table = datasets.Airports(place, altitude)
+    monkeypatch.setattr(datasets, "airports", lambda dtype: datasets.Airports(*(x.to(dtype) for x in table)))
+    bar = Bar()
+    section = airports.airports_section(torch.float64, "auto", bar)
+    assert bar.count == airports.STEPS
+
+    def error(w):
+        scores = -(((place[:, None] - place) * w) ** 2).sum(-1) / 2
+        weights = torch.softmax(scores.fill_diagonal_(-torch.inf), dim=1)
+        return (weights @ altitude - altitude).square().mean().sqrt().item()
+
+    (table,) = section.tables
+    both, each = ([float(cell) for cell in row[1:]] for row in table.rows)
+    assert both[0] == both[1]
+    assert each[1] > 3 * each[0]
+    for found in (both, each):
+        shown = torch.tensor(found[:2])  # to three decimals
+        assert error(shown) == pytest.approx(found[4], rel=1e-2)
+    least = error(torch.tensor(each[:2]))
+    assert least < 0.9 * error(torch.tensor(both[:2]))
+    for factor in ([1.1, 1.0], [1 / 1.1, 1.0], [1.0, 1.1], [1.0, 1 / 1.1]):
+        assert error(torch.tensor(each[:2]) * torch.tensor(factor)) > least
+    kilometres = 111.2 / each[1]
+    assert each[3] == pytest.approx(kilometres, abs=0.6)
+    assert [figure.name for figure in section.figures] == ["airports.png"]
+    assert "300 airports" in section.paragraphs[0]
+
+
+def test_surface_of_the_map_is_the_regression_and_ends_beyond_the_data():
+    place, altitude = torch.tensor([[-100.0, 40.0], [-99.0, 40.5]]), torch.tensor([100.0, 300.0])
+    longitude, latitude = torch.linspace(-101, -90, 23), torch.linspace(39, 41, 5)
+    w = torch.tensor([2.0, 1.0])
+    surface = airports._surface(place, altitude, w, longitude, latitude, "auto")
+    assert surface.shape == (5, 23)
+    points = torch.stack(torch.meshgrid(longitude, latitude, indexing="xy"), -1).double()
+    scores = -(((points[..., None, :] - place) * w) ** 2).sum(-1) / 2
+    exact = torch.softmax(scores, -1) @ altitude.double()
+    near = scores.logsumexp(-1) > -8
+    assert 0.3 < near.double().mean() < 0.7
+    assert torch.equal(surface.isnan(), ~near)
+    torch.testing.assert_close(surface[near].double(), exact[near], rtol=1e-5, atol=0)
 
 
 def test_progress_bar_reaches_its_end(tmp_path):
