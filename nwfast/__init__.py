@@ -3,7 +3,15 @@
 from . import backends
 from .functional import attention_weights, nadaraya_watson
 from .index import KeyIndex
+from .leave_one_out import leave_one_out_loss
 from .nn import NWKernelRegression
 
 __version__ = "0.1.0"
-__all__ = ["KeyIndex", "NWKernelRegression", "attention_weights", "backends", "nadaraya_watson"]
+__all__ = [
+    "KeyIndex",
+    "NWKernelRegression",
+    "attention_weights",
+    "backends",
+    "leave_one_out_loss",
+    "nadaraya_watson",
+]
