@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import attention_weights, nadaraya_watson
+from .leave_one_out import leave_one_out_loss
 from .op.call import is_transformed
 from .validation import check_method
 
@@ -211,6 +212,31 @@ class NWKernelRegression(nn.Module):
         if not torch.compiler.is_compiling():
             self._own_call.call = call
         return out
+
+    def leave_one_out_loss(
+        self, x: Tensor, y: Tensor, *, key_weight: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """`nwfast.leave_one_out_loss` of examples x, y with the module's w: what to train w by.
+
+        It computes loss and derivative in one pass. It leaves key i out for query i whatever `exclude_self` says, and
+        `attention_weights` does not count it as a call.
+
+        Parameters
+        ----------
+        x, y, key_weight, reduction
+            As for `nwfast.leave_one_out_loss`.
+
+        Returns
+        -------
+        Tensor
+            A scalar, or a loss for each example with ``reduction="none"``.
+        """
+        w = self.w
+        if isinstance(x, Tensor) and w.dtype != x.dtype:
+            w = _widened(w, x.dtype)
+        return leave_one_out_loss(
+            x, y, w, key_weight=key_weight, reduction=reduction, method=self.method, backend=self.backend
+        )
 
     @property
     def attention_weights(self) -> Tensor:

@@ -15,19 +15,12 @@
 #include "isa/processor.h"
 #include "left_out.h"
 #include "tangents.h"
+#include "tensor_views.h"
 
 namespace nwfast {
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
-  Tensor tensor = empty_on(aoti_torch_device_type_cpu(), 0, sizes, ndim, dtype);
-  size_t count = 1;
-  for (int64_t dim = 0; dim < ndim; ++dim) count *= static_cast<size_t>(sizes[dim]);
-  expect_writes(tensor.mutable_data_ptr(), count * static_cast<size_t>(tensor.element_size()));
-  return tensor;
-}
 
 // How the shapes of the tensors relate to the problem.
 enum class Form { kCanonical, kShared, kPerQuery };
@@ -57,18 +50,6 @@ struct Call {
   int64_t query_rows() const { return form == Form::kPerQuery ? -1 : problem.queries; }
   bool features() const { return form == Form::kCanonical; }
 };
-
-// A view of a tensor whose dimensions from `batch_dim`, and `row` and `column`, have these roles; -1 for none. Leading
-// dimensions broadcast from the right.
-View view_of(const Tensor& tensor, const Batch& batch, int leading, int row, int column) {
-  View view;
-  view.data = tensor.const_data_ptr();
-  view.dtype = dtype_of(tensor);
-  for (int dim = 0; dim < batch.rank; ++dim) view.batch_strides[dim] = stride_of(tensor, dim - (batch.rank - leading));
-  view.row_stride = stride_of(tensor, row);
-  view.column_stride = stride_of(tensor, column);
-  return view;
-}
 
 // (*B, rows, columns) in canonical form.
 View matrix_view(const Tensor& tensor, const Batch& batch) {
@@ -150,13 +131,6 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
   }
   return call;
 }
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
-enum class Method { kDense, kLinear, kAuto };
 
 bool is_linear(Method method, const Problem& problem) {
   STD_TORCH_CHECK(method != Method::kLinear || problem.features <= 3,

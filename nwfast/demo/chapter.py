@@ -127,7 +127,8 @@ def train(
     start, losses, ws = net.w.item(), [], []
     for _ in range(epochs):
         optimiser.zero_grad()
-        loss = ((net(x, x, y, exclude_self=True) - y) ** 2 / 2).sum() * (datasets.CHAPTER_SIZE / len(x))
+        # The chapter's ((net(x, x, y, exclude_self=True) - y) ** 2 / 2).sum(), with its derivative in one pass.
+        loss = net.leave_one_out_loss(x, y, reduction="sum") * (datasets.CHAPTER_SIZE / (2 * len(x)))
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
@@ -370,7 +371,8 @@ def _products_section(backend: str) -> Section:
 def _training_section(options: Options, training: Training) -> Section:
     text = [
         f"SGD with learning rate {options.lr:g} on all {options.n} examples at once, in {training.seconds:.3f} s. "
-        "Key i is left out for query i (exclude_self). The loss is half the squared error, summed over the "
+        "Key i is left out for query i: net.leave_one_out_loss(x, y) gives the loss of the chapter's loop and its "
+        "derivative in one pass. The loss is half the squared error, summed over the "
         "examples; some editions of the chapter do not halve it, which doubles a step in w."
     ]
     if options.n != datasets.CHAPTER_SIZE:

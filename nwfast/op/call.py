@@ -124,23 +124,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _REFUSED = "nwfast: operators take"
 
 
-def short_way(
-    query: Any,
-    key: Any,
-    value: Any,
-    w: Any,
-    key_weight: Any,
-    exclude_self: bool,
-    method: str,
-    return_lse: bool,
-) -> Any:
-    """The result, out or (out, lse), of a call that the native operators take as it is; None for any other.
-
-    That is a call on plain tensors in a form of one feature. With 50 queries the sums take a quarter of the time of
-    the checks and views that a general call needs. The operator refuses what is not exactly of such a
-    form, and the checks of `validation` then say what was wrong.
-    """
-    if not (
+def goes_short(query: Any, key: Any, value: Any, w: Any, key_weight: Any) -> bool:
+    """Whether the arguments are plain tensors of an eager call on the CPU, outside of all transforms."""
+    return (
         type(query) in _PLAIN
         and type(key) in _PLAIN
         and type(value) in _PLAIN
@@ -158,7 +144,31 @@ def short_way(
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not backends._why_not("native")
-    ):
+    )
+
+
+def is_refusal(error: RuntimeError, *tensors: Tensor) -> bool:
+    """Whether a native operator refused the form of its tensors: any other error is a failure of the kernel."""
+    return _REFUSED in str(error) or any(x.layout != torch.strided for x in tensors)
+
+
+def short_way(
+    query: Any,
+    key: Any,
+    value: Any,
+    w: Any,
+    key_weight: Any,
+    exclude_self: bool,
+    method: str,
+    return_lse: bool,
+) -> Any:
+    """The result, out or (out, lse), of a call that the native operators take as it is; None for any other.
+
+    That is a call on plain tensors in a form of one feature. With 50 queries the sums take a quarter of the time of
+    the checks and views that a general call needs. The operator refuses what is not exactly of such a
+    form, and the checks of `validation` then say what was wrong.
+    """
+    if not goes_short(query, key, value, w, key_weight):
         return None
     kernels = KERNELS[
         choose_kernel("native", method, 1, key.numel() * (query.numel() if key.ndim == 1 else 1))
@@ -178,6 +188,6 @@ def short_way(
             )
         return outputs[:2] if return_lse else outputs[0]
     except RuntimeError as error:
-        if _REFUSED in str(error) or any(x.layout != torch.strided for x in (query, key, value, w)):
+        if is_refusal(error, query, key, value, w):
             return None
         raise  # a failure of the kernel, as memory that it does not get

@@ -180,6 +180,16 @@ torch.library.define(
 )
 COMPRESS, PREDICT = torch.ops.nwfast.native_fgt_compress, torch.ops.nwfast.native_fgt_predict
 
+
+# The loss (), and where it is asked for its gradient, of the shape of w.
+_LEAVE_ONE_OUT = ("native", "native_fgt", "native_auto")
+for _name in _LEAVE_ONE_OUT:
+    torch.library.define(
+        f"nwfast::{_name}_leave_one_out",
+        "(Tensor x, Tensor y, Tensor w, Tensor? key_weight, bool mean, bool differentiate) -> (Tensor, Tensor)",
+    )
+LEAVE_ONE_OUT = {name: getattr(torch.ops.nwfast, f"{name}_leave_one_out").default for name in _LEAVE_ONE_OUT}
+
 KERNELS = {name: _Kernels(name) for name in backends.operators()}
 for _name in KERNELS:
     if _name.startswith("numba"):
