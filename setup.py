@@ -15,6 +15,7 @@ import shutil
 import sys
 import sysconfig
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -85,6 +86,27 @@ def cuda_extension() -> Extension:
     )
 
 
+def units() -> list[str]:
+    """What is compiled: each instruction set's kernels, and all other sources of csrc/cpu as one unit for each folder.
+
+    Sources of a folder share most of what takes time, templates and torch's headers, which are then compiled once.
+    """
+    folders: dict[str, list[str]] = {}
+    kernels = sorted(glob("csrc/cpu/isa/*.cpp"))
+    for path in sorted(set(glob("csrc/cpu/**/*.cpp", recursive=True)) - set(kernels)):
+        parts = path.split(os.sep)
+        folders.setdefault(parts[2] if len(parts) > 3 else "cpu", []).append("/".join(parts))
+    made = []
+    os.makedirs("build/units", exist_ok=True)
+    for folder, paths in folders.items():
+        unit = Path("build/units", f"{folder}.cpp")
+        text = "".join(f'#include "../../{path}"\n' for path in paths)
+        if not unit.exists() or unit.read_text() != text:  # one that stays the same is not compiled again
+            unit.write_text(text)
+        made.append(str(unit))
+    return made + kernels
+
+
 def extensions() -> list[Extension]:
     """The extensions to build, as NWFAST_EXT and the machine have it."""
     choice = os.environ.get("NWFAST_EXT", "auto")
@@ -107,8 +129,10 @@ def extensions() -> list[Extension]:
     found = [
         CppExtension(
             "nwfast._C",
-            sources=sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
+            sources=units(),
+            depends=sorted(
+                path for kind in ("h", "cpp") for path in glob(f"csrc/**/*.{kind}", recursive=True)
+            ),
             py_limited_api=True,
             extra_compile_args=[*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", ""))],
         )
