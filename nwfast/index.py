@@ -14,24 +14,27 @@ from .validation import canonical, check_method
 class _Compressed(NamedTuple):
     """Compressed keys and the bandwidth that they are for."""
 
-    w: float
+    w: list[float]
     tensors: list[Tensor]
 
 
 _Held = tuple[Tensor, Tensor, Tensor | None]
+_MOST_FEATURES = 3
 
 
 class KeyIndex:
-    r"""Keys and values in one feature, prepared for calls that repeat: training over epochs, predictions in portions.
+    r"""Keys and values in one to three features, prepared for calls that repeat: training, predictions in portions.
 
-    ``index(query, w)`` computes what ``nadaraya_watson(query, key, value, w)`` does. The keys are sorted once, when the
-    index is made. For a fixed w they are also compressed once, at the first call with that w that asks for no gradient,
-    and from then on the time of a call does not depend on N.
+    ``index(query, w)`` computes what ``nadaraya_watson(query, key, value, w)`` does, to rounding. With one feature the
+    keys are sorted once, when the index is made. For a fixed w they are also compressed once, at the first call with
+    that w that asks for no gradient, and from then on the time of a call does not depend on N. With two and three
+    features this is so in C++ where the grid's boxes hold many keys: queries in boxes without a key, or where keys are
+    too sparse for a series, are computed from the keys.
 
     Parameters
     ----------
     key : Tensor
-        Observed inputs, (N,) or (N, 1).
+        Observed inputs, (N,) or (N, D), D at most 3.
     value : Tensor
         Observed outputs, (N,) or (N, C); the dtype and device of key.
     key_weight : Tensor, optional
@@ -42,14 +45,14 @@ class KeyIndex:
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `nwfast.nadaraya_watson`; ValueError also for keys of more than one feature or with batch dimensions.
+        As `nwfast.nadaraya_watson`; ValueError also for keys of more than three features or with batch dimensions.
 
     Notes
     -----
     It holds copies of key, value and key_weight, made with it: no later change of those tensors, in whatever way,
     reaches it, and calls from several threads may share it. Memory: that sorted copy, the order (8 bytes a key) and the
     compressed keys of the last w: most where a box holds about 8 keys, then up to 24 bytes a key for each channel and
-    one more.
+    one more; with several features up to 256 bytes.
 
     Gradients reach query and w, and key, value and key_weight where these required them when the index was made (not
     under `torch.no_grad`): the copies keep the graph of what they are copies of. Calls that need a gradient visit all
@@ -76,8 +79,8 @@ class KeyIndex:
         check_method(method)
         if not isinstance(key, Tensor):
             raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
-        if key.ndim not in (1, 2) or (key.ndim == 2 and key.shape[1] != 1):
-            raise ValueError(f"key must have shape (N,) or (N, 1), one feature, got {tuple(key.shape)}")
+        if key.ndim not in (1, 2) or (key.ndim == 2 and not 1 <= key.shape[1] <= _MOST_FEATURES):
+            raise ValueError(f"key must have shape (N,) or (N, D), D at most 3, got {tuple(key.shape)}")
         canonical(key[:1], key, value, 1.0, key_weight, exclude_self=False)
         backends.resolve(backend, key.device, method)
         self.method, self.backend = method, backend
@@ -90,7 +93,7 @@ class KeyIndex:
         self._compressed: _Compressed | None = None  # a call reads it once: another thread's may replace it
 
     def _take(self, key: Tensor, value: Tensor, key_weight: Tensor | None) -> None:
-        """Copies of the data, in ascending order of the keys."""
+        """Copies of the data, with one feature in ascending order of the keys."""
         self._held: _Held = (
             key.clone(),
             value.clone(),
@@ -98,7 +101,8 @@ class KeyIndex:
         )
         flat = self._held[0].detach().reshape(-1)
         self._order: Tensor | None = None  # None where the keys are in order as they are
-        if not bool((flat[1:] >= flat[:-1]).all()):
+        one_feature = key.ndim == 1 or key.shape[1] == 1
+        if one_feature and not bool((flat[1:] >= flat[:-1]).all()):
             self._order = flat.argsort(stable=True)
         # Where gradients reach the copies each call sorts them anew: backward passes free the graph of what they used.
         self._is_sorted = self._order is None
@@ -145,7 +149,7 @@ class KeyIndex:
         Parameters
         ----------
         query : Tensor
-            (M,), or (M, 1) where the keys are (N, 1). To leave each key out for its own query pass the keys in the
+            (M,), or (M, D) where the keys are (N, D). To leave each key out for its own query pass the keys in the
             order in which they were given to the index.
         w : float or Tensor
             Inverse bandwidth, as for `nwfast.nadaraya_watson`.
@@ -205,23 +209,40 @@ class KeyIndex:
         """(out, lse) from compressed keys, or None where the call is one for the op."""
         if not self._is_sorted or call.is_transformed() or torch.compiler.is_compiling():
             return None
-        if isinstance(w, Tensor) and w.numel() != 1:
+        features = 1 if self._held[0].ndim == 1 else self._held[0].shape[1]
+        if isinstance(w, Tensor) and w.numel() not in (1, features):
             return None
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in (query, w, *self._held)
         ):
             return None
-        query, key, value, w, key_weight, drop = canonical(query, *self._held[:2], w, self._held[2], False)
+        query, key, value, scale, key_weight, drop = canonical(
+            query, *self._held[:2], w, self._held[2], False
+        )
         if query.ndim > 2:  # w has leading dimensions
             return None
         backend = backends.resolve(self.backend, query.device, self.method)
-        kernel = call.choose_kernel(backend, self.method, 1, query.shape[0] * key.shape[0])
+        kernel = call.choose_kernel(backend, self.method, features, query.shape[0] * key.shape[0])
         if kernel == backend:
             return None
-        number = w.item()
+        numbers = scale.tolist()
         compressed = self._compressed
-        if compressed is None or compressed.w != number:
-            compressed = self._compressed = _Compressed(
-                number, prepared.compress(kernel, key, value, w, key_weight)
+        if compressed is None or compressed.w != numbers:
+            tensors = prepared.compress(kernel, key, value, scale, key_weight)
+            compressed = self._compressed = _Compressed(numbers, tensors)
+        if not compressed.tensors:
+            return None
+        if features == 1:
+            return prepared.predict(kernel, compressed.tensors, query, drop)
+        out, lse, left = prepared.predict_several(compressed.tensors, query, drop)
+        if len(left):
+            out[left], lse[left] = nadaraya_watson(
+                query[left],
+                *self._held[:2],
+                w,
+                key_weight=self._held[2],
+                method=self.method,
+                backend=self.backend,
+                return_lse=True,
             )
-        return prepared.predict(kernel, compressed.tensors, query, drop) if compressed.tensors else None
+        return out, lse

@@ -5,22 +5,30 @@ from torch import Tensor
 from .. import backends
 from ..backends.reference import arithmetic_dtype
 from .autograd import drop_last
-from .schema import COMPRESS, PREDICT
+from .schema import COMPRESS, GRID_COMPRESS, GRID_PREDICT, PREDICT
 
 # How native_fgt_predict begins its refusal.
 _BEYOND_PREPARED = "nwfast: queries beyond"
 
 
 def compress(kernel: str, key: Tensor, value: Tensor, w: Tensor, key_weight: Tensor | None) -> list[Tensor]:
-    """Ascending keys (N, 1) with their values (N, C), compressed for one w; empty where that cannot serve.
+    """Keys (N, D) with their values (N, C), compressed for one w (D,); empty where that cannot serve, or does not pay.
 
-    It is done in the arithmetic dtype.
+    With one feature keys have to ascend. It is done in the arithmetic dtype.
     """
     dtype = arithmetic_dtype(key.dtype)
     key, value, w = key.detach().to(dtype), value.detach().to(dtype), w.detach().to(dtype)
     key_weight = key_weight if key_weight is None else key_weight.detach().to(dtype)
     if kernel.startswith("numba"):
         return backends.load("numba_fgt").compress(key, value, key_weight, w)
+    if key.shape[1] > 1:
+        if key_weight is not None:
+            counted = key_weight != 0
+            key, value, key_weight = key[counted], value[counted], key_weight[counted]
+        compressed = (
+            GRID_COMPRESS(key, value, w.expand(key.shape[1]).contiguous(), key_weight) if len(key) else ()
+        )
+        return list(compressed) if compressed and compressed[-1].numel() else []
     compressed = COMPRESS(key.squeeze(-1), value, w, key_weight)
     return list(compressed) if compressed[-1].numel() else []
 
@@ -38,3 +46,10 @@ def predict(kernel: str, compressed: list[Tensor], query: Tensor, drop: int) -> 
                 return None
             raise
     return drop_last(out, drop).to(query.dtype), drop_last(lse, drop - 1)
+
+
+def predict_several(compressed: list[Tensor], query: Tensor, drop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse) at queries (M, D), D = 2 or 3, as `predict`; and the rows that need the keys, which have no result."""
+    x = query.detach().to(arithmetic_dtype(query.dtype))
+    out, lse, left = GRID_PREDICT(x.T.contiguous(), *compressed)
+    return drop_last(out, drop).to(query.dtype), drop_last(lse, drop - 1), left

@@ -179,6 +179,16 @@ torch.library.define(
     f"(Tensor query, {', '.join(f'Tensor {name}' for name in _COMPRESSED)}) -> (Tensor, Tensor)",
 )
 COMPRESS, PREDICT = torch.ops.nwfast.native_fgt_compress, torch.ops.nwfast.native_fgt_predict
+_SERIES = ("cells", "series", "bound", "numbers")
+torch.library.define(
+    "nwfast::native_grid_compress",
+    f"(Tensor key, Tensor value, Tensor w, Tensor? key_weight) -> ({', '.join(['Tensor'] * len(_SERIES))})",
+)
+torch.library.define(
+    "nwfast::native_grid_predict",
+    f"(Tensor query, {', '.join(f'Tensor {name}' for name in _SERIES)}) -> (Tensor, Tensor, Tensor)",
+)
+GRID_COMPRESS, GRID_PREDICT = torch.ops.nwfast.native_grid_compress, torch.ops.nwfast.native_grid_predict
 
 
 # The loss (), and where it is asked for its gradient, of the shape of w.

@@ -174,14 +174,119 @@ def test_leading_dimensions_of_w():
     assert index(query, w[:1, :1]).shape == (1, 20, 2)
 
 
+def several(features, dtype, n=6000, m=900, channels=()):
+    """Keys in a crowded square or cube with a few far off, and queries in it, beside it, and far away."""
+    generator = torch.Generator().manual_seed(features)
+    key, query = (torch.rand(size, features, generator=generator, dtype=torch.float64) for size in (n, m))
+    key[:20] += 3
+    query[: m // 10] = 4 * query[: m // 10] - 1.5
+    query[0] = 1e4
+    value = torch.randn(n, *channels, generator=generator, dtype=torch.float64)
+    return key.to(dtype), value.to(dtype), query.to(dtype)
+
+
+@pytest.mark.parametrize("method", ["auto", "fgt"])
+@pytest.mark.parametrize("w", [0.0, 1e-5, 2.0, (3.0, 7.0, 0.5), 300.0])
+@pytest.mark.parametrize("features", [2, 3])
+def test_predictions_of_several_features(native, features, w, method, dtype):
+    key, value, query = several(features, dtype)
+    if isinstance(w, tuple):
+        w = torch.tensor(w[:features], dtype=dtype)
+    index = nwfast.KeyIndex(key, value, method=method, backend="native")
+    exact, exact_lse = textbook(query.double(), key.double(), value.double(), w)
+    for _ in range(2):
+        out, lse = index(query, w, return_lse=True)
+        close(out, exact, dtype, value.abs().max().item())
+        close(lse, exact_lse, dtype, max(1.0, exact_lse.abs().max().item()))
+    assert torch.equal(index(query, w), out)
+    assert torch.equal(index(query.flip(0), w).flip(0), out)
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_crowded_boxes_serve_without_the_keys(native, features, monkeypatch):
+    key, value, _ = several(features, torch.float32, n=40_000)
+    query = torch.rand(500, features) * 0.8 + 0.1
+    index = nwfast.KeyIndex(key[20:], value[20:], method="fgt", backend="native")
+    expected = index(query, 2.0)
+    monkeypatch.setattr(nwfast.index, "nadaraya_watson", lambda *_, **__: pytest.fail("the keys were asked"))
+    assert torch.equal(index(query, 2.0), expected)
+    assert index(query[:0], 2.0).shape == (0,)
+    with pytest.raises(pytest.fail.Exception, match="the keys were asked"):
+        index(query + 100, 2.0)
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_options_with_several_features(backend, features):
+    key, value, query = several(features, torch.float64, n=1500, m=200, channels=(3,))
+    weight = torch.rand(len(key), dtype=torch.float64) + 0.1
+    weight[::7] = 0
+    odd = value.clone()
+    odd[::7] = torch.nan  # left out
+    index = nwfast.KeyIndex(key, odd, key_weight=weight, backend=backend)
+    for w in (1.5, torch.full((features,), 1.5, dtype=torch.float64)):
+        close(index(query, w), textbook(query, key, value, 1.5, weight)[0], torch.float64, 4.0)
+    exact, exact_lse = textbook(key, key, value, 4.0, exclude_self=True)
+    out, lse = nwfast.KeyIndex(key, value, backend=backend)(key, 4.0, exclude_self=True, return_lse=True)
+    close(out, exact, torch.float64, 4.0)
+    close(lse, exact_lse, torch.float64, 10.0)
+    ws = torch.tensor([[2.0], [30.0]], dtype=torch.float64).expand(2, features)
+    out = nwfast.KeyIndex(key, value, backend=backend)(query, ws)
+    for row in range(2):
+        close(out[row], textbook(query, key, value, ws[row])[0], torch.float64, 4.0)
+    leaves = [
+        tensor.requires_grad_() for tensor in (query, key, value, torch.tensor(3.0, dtype=torch.float64))
+    ]
+    index = nwfast.KeyIndex(key, value, backend=backend)
+    direction = torch.randn(200, 3, dtype=torch.float64)
+    exact_gradients = torch.autograd.grad(textbook(*leaves)[0], leaves, direction)
+    for _ in range(2):
+        found = torch.autograd.grad(index(leaves[0], leaves[3]), leaves, direction)
+        for right, gradient in zip(exact_gradients, found, strict=True):
+            torch.testing.assert_close(gradient, right, rtol=1e-9, atol=1e-9)
+
+
+def test_odd_values_and_queries_with_several_features(native):
+    key, value, query = several(2, torch.float64)
+    query[:4] = torch.tensor([[0.3, torch.nan], [torch.inf, 0.0], [1e200, 1e200], [0.5, 0.5]])
+    for odd in (0.0, torch.nan, torch.inf):
+        value[5] = odd
+        index = nwfast.KeyIndex(key, value, backend="native", method="fgt")
+        expected = nwfast.nadaraya_watson(query, key, value, 2.0, backend="native", method="fgt")
+        torch.testing.assert_close(index(query, 2.0), expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_threads_and_copies_with_several_features(native):
+    key, value, query = several(2, torch.float64)
+    index = nwfast.KeyIndex(key, value, backend="native", method="fgt")
+    ws = [2.0, 3.0, 4.0, 500.0]
+    expected = [index(query, w) for w in ws]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda i: torch.equal(index(query, ws[i % 4]), expected[i % 4]), range(40)))
+    twin = pickle.loads(pickle.dumps(index))
+    key.zero_()
+    value.neg_()
+    for w, right in zip(ws, expected, strict=True):
+        assert torch.equal(index(query, w), right)
+        assert torch.equal(twin(query, w), right)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            fresh = copy.deepcopy(index)
+            fresh._compressed = None
+            assert torch.equal(fresh(query, 2.0), expected[0])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bad_input():
     x = torch.rand(5)
     with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got list"):
         nwfast.KeyIndex([1.0], x)
     with pytest.raises(
-        ValueError, match=r"key must have shape \(N,\) or \(N, 1\), one feature, got \(5, 2\)"
+        ValueError, match=r"key must have shape \(N,\) or \(N, D\), D at most 3, got \(5, 4\)"
     ):
-        nwfast.KeyIndex(torch.rand(5, 2), x)
+        nwfast.KeyIndex(torch.rand(5, 4), x)
     with pytest.raises(ValueError, match="value must have one row a key, N = 5, got 4 rows"):
         nwfast.KeyIndex(x, x[:4])
     with pytest.raises(ValueError, match="method must be 'auto' or one of"):

@@ -22,6 +22,7 @@ struct Element {
   Buffer<int64_t> key_place;     // (all keys) by the caller's number, where rows leave keys out
   std::vector<int64_t> outside;  // rows outside of the grid, by the caller's numbers
   double mass = 0;               // of all keys, in units of batch.weight_unit
+  bool anywhere = false;         // whether the grid is for queries that are not there yet, as many as keys
 
   // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold.
   bool prepare(const Problem& problem, int64_t b, int order, Values layout, bool weigh, bool serial) {
@@ -36,7 +37,7 @@ struct Element {
     plan.log_span = log_span_of<R>(n);
     extent.features = features;
     extent.keys = n;
-    extent.queries = m;
+    extent.queries = anywhere ? n : m;
     extent.order = order;
     for (int f = 0; f < features; ++f) {
       extent.scale[f] = std::fabs(w_[f]);
@@ -46,6 +47,10 @@ struct Element {
       if (!keys_range.finite || keys_range.magnitude() > kMostCoordinate) return false;
       read_column(problem.query, problem.query.offset(problem.batch, b), m, f, serial, query.get() + f * m,
                   queries_range);
+      if (anywhere) {
+        queries_range.low = -kMostCoordinate;
+        queries_range.high = kMostCoordinate;
+      }
       extent.key_low[f] = extent.low[f] = keys_range.low;
       extent.key_high[f] = extent.high[f] = keys_range.high;
       if (queries_range.high >= queries_range.low) {
@@ -203,6 +208,21 @@ struct Element {
   Buffer<R> value_;  // (channels, keys)
   bool weighted_ = false;
 };
+
+// One row of results: `total` and `values` (with `stride`, relative to `centre`) are sums relative to 2^-shift, of
+// weights in units of `unit`; results lie between the least value and the largest.
+template <typename R>
+void write_row(const ForwardResult<R>& result, int64_t row, int64_t channels, const R* centre, const Range* range,
+               double shift, double total, double unit, const double* values, int64_t stride) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double out = static_cast<double>(centre[c]) + values[c * stride] / total;
+    result.out[row * channels + c] = static_cast<R>(std::fmin(std::fmax(out, range[c].low), range[c].high));
+  }
+  if (result.lse) result.lse[row] = static_cast<R>(log_sum({shift, total * unit}));
+  if (!result.state) return;
+  result.state[2 * row] = shift;
+  result.state[2 * row + 1] = total * unit;
+}
 
 // A part of an element's rows as a problem of its own, over all keys.
 template <typename R>

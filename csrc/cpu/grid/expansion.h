@@ -45,8 +45,12 @@ struct Expansion {
   // Memory that was written to once is kept: the first touch costs as much as all that is done with it.
   Buffer<double> moments, along;
   std::vector<std::unique_ptr<Translated>> spare;
+  // (all boxes of targets) where they are not null: series and bounds are put here, and not evaluated.
+  double *kept_series = nullptr, *kept_bound = nullptr;
 
   void run(bool serial);
+  // The points [first, last) of a box of targets, by its series.
+  void evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const;
 
  private:
   struct Plane {
@@ -67,7 +71,6 @@ struct Expansion {
   void translate(const std::vector<const Plane*>& planes, const std::vector<Translated*>& results, bool serial);
   void evaluate(const std::vector<Plane>& target_planes, size_t first, size_t last,
                 const std::map<int64_t, std::unique_ptr<Translated>>& translated, bool serial) const;
-  void evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const;
 };
 
 // The boxes along one axis that a box takes its sums from.

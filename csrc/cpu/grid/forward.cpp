@@ -41,16 +41,8 @@ class Forward {
   // total and values (with `stride`) are sums relative to 2^-shift.
   void write(int64_t i, double shift, double total, const double* values, int64_t stride) const {
     const TiledBatch<R>& batch = element_.batch;
-    const int64_t row = b_ * problem_.queries + element_.queries.order[i], channels = problem_.channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      const Range& range = batch.values[c];
-      const double out = static_cast<double>(batch.centre[c]) + values[c * stride] / total;
-      result_.out[row * channels + c] = static_cast<R>(std::fmin(std::fmax(out, range.low), range.high));
-    }
-    if (result_.lse) result_.lse[row] = static_cast<R>(log_sum({shift, total * batch.weight_unit}));
-    if (!result_.state) return;
-    result_.state[2 * row] = shift;
-    result_.state[2 * row + 1] = total * batch.weight_unit;
+    write_row(result_, b_ * problem_.queries + element_.queries.order[i], problem_.channels, batch.centre.get(),
+              batch.values.get(), shift, total, batch.weight_unit, values, stride);
   }
 
   void expand(std::vector<int64_t> boxes, int columns) {

@@ -209,7 +209,7 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
   std::vector<Task> tasks;
   for (const int64_t i : boxes) {
     const Box& box = targets.boxes[i];
-    if (box.end - box.begin > kPointTask) {
+    if (!kept_series && box.end - box.begin > kPointTask) {
       for (int64_t begin = box.begin; begin < box.end; begin += kPointTask) {
         tasks.push_back({{i}, begin, std::min(box.end, begin + kPointTask)});
       }
@@ -252,6 +252,11 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
       }
     }
     for (size_t k = 0; k < n; ++k) {
+      if (kept_series) {
+        std::copy_n(series.get() + static_cast<int64_t>(k) * size, size, kept_series + task.boxes[k] * size);
+        kept_bound[task.boxes[k]] = from[k].bound;
+        continue;
+      }
       const Box& box = targets.boxes[task.boxes[k]];
       evaluate_box(box, task.end < 0 ? box.begin : task.begin, task.end < 0 ? box.end : task.end,
                    series.get() + static_cast<int64_t>(k) * size, from[k].bound);
@@ -259,7 +264,6 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
   });
 }
 
-// The points [first, last) of a box, by its series.
 template <typename R>
 void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const {
   const GridKernels<R>& table = grid_kernels<R>();
