@@ -261,9 +261,9 @@ def local_linear(
 
     The weights may be on fewer than D + 1 points, or on points with a direction in which they do not differ, to
     rounding: variances of less than some 1e-11 of the squared bandwidth, or of the squared extent of all keys where
-    that is less. The slope is then the one of least norm in units of the bandwidth (the norm of slope / w), and fades to it
-    continuously: at a query far from all keys but one the fit is the value of that key, as that of `nadaraya_watson`.
-    It is NaN only where that is.
+    that is less. The slope is then the one of least norm in units of the bandwidth (the norm of slope / w), and fades
+    to it continuously: at a query far from all keys but one the fit is the value of that key, as that of
+    `nadaraya_watson`. It is NaN only where that is.
 
     Differentiable in query, key, value, w and key_weight, twice (the second derivative builds (M, N) matrices). First
     derivatives take the time of the method. But for that of value they lose digits where keys extend over many
