@@ -260,16 +260,16 @@ def local_linear(
     covariances.
 
     The weights may be on fewer than D + 1 points, or on points with a direction in which they do not differ, to
-    rounding (variances of less than some 1e-11 of the squared bandwidth, or of the squared extent of all keys where
-    that is less). The slope is then the one of least norm in units of the bandwidth (the norm of slope / w), and fades to it
-    continuously: at a query far from all keys but one the fit is the value of that key, as that of
+    rounding: variances of less than some 1e-11 of the squared bandwidth, or of the squared extent of all keys where
+    that is less. The slope is then the one of least norm in units of the bandwidth (the norm of slope / w), and fades
+    to it continuously: at a query far from all keys but one the fit is the value of that key, as that of
     `nadaraya_watson`. It is NaN only where that is.
 
-    Differentiable in query, key, value, w and key_weight, twice (the second derivative builds (M, N) matrices), in the
-    time of the method. Gradients other than that of value lose digits where keys extend over many bandwidths: up to
-    6000 to each side of their middle they are good to 1e-8 of their scale, beyond that they build (M, N) matrices, or
-    raise RuntimeError if these do not fit the memory. Of rows with faded directions derivatives are those at a fixed set of
-    directions. Inside torch.func transforms and forward-mode AD the plain-PyTorch formula serves, with (M, N) matrices.
+    Differentiable in query, key, value, w and key_weight, twice (the second derivative builds (M, N) matrices). First
+    derivatives take the time of the method. But for that of value they lose digits where keys extend over many
+    bandwidths: up to 6000 to each side of their middle they are good to some 1e-8 of their scale, then they build
+    (M, N) matrices, or raise RuntimeError if these do not fit the memory. Faded directions of a row are taken as fixed.
+    Inside torch.func transforms and forward-mode AD the plain-PyTorch formula serves, with (M, N) matrices.
 
     References
     ----------
@@ -287,11 +287,10 @@ def local_linear(
     """
     check_method(method)
     one_feature = isinstance(query, Tensor) and query.ndim == 1
-    *form, drop = canonical(query, key, value, w, key_weight, exclude_self)
-    query, key = form[:2]
+    query, key, value, scale, key_weight, drop = canonical(query, key, value, w, key_weight, exclude_self)
     backend = backends.resolve(backend, query.device, method)
     kernel = call.choose_kernel(backend, method, query.shape[-1], query.shape[-2] * key.shape[-2])
-    fit, slope = lines.local_linear(kernel, *form, exclude_self)
+    fit, slope = lines.local_linear(kernel, query, key, value, scale, key_weight, exclude_self)
     fit = call.drop_last(fit, drop).to(query.dtype)
     if not return_slope:
         return fit

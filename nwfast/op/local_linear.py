@@ -27,7 +27,7 @@ from .autograd import _reduce_to, _reduce_weights
 from .by_reference import NEEDS
 from .schema import KERNELS, _register_autograd, _register_fake
 
-# Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to 1e-8.
+# Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
 MOST_EXTENT = 6000.0
 
 torch.library.define(
@@ -237,8 +237,9 @@ def _second(ctx, *grads):
     inputs = ctx.saved_tensors
     by_reference.require_memory("second derivative", *inputs[2:5])
 
-    def gradients(*arguments):
-        return _by_reference(*arguments, ctx.exclude_self, ctx.needs)
+    def gradients(grad_fit, grad_slope, query, key, value, w, key_weight):
+        inputs = query, key, value, w, key_weight
+        return _by_reference(grad_fit, grad_slope, *inputs, ctx.exclude_self, ctx.needs)
 
     return *by_reference.pull_back(gradients, inputs, grads), *(None,) * 6
 

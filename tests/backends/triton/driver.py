@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from exact import assert_accurate, solve
+from op import test_local_linear as local_linear
 from op.test_functional import NAMES, check, make
 from oracle import gradients, textbook
 from unkind import KINDS, unkind
@@ -53,6 +54,12 @@ FORMS = {
 def test_forms(form):
     *shapes, exclude_self, dtype = FORMS[form]
     check(make(shapes, dtype, w_scale=1.5 if form == "chunks" else 6.0), "triton", exclude_self)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_local_linear(features):
+    shapes = (18, features), (18, features), (18, 2), (features,), (18,)
+    local_linear.check(shapes, torch.float64, "triton", True, w_scale=2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
