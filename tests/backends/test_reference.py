@@ -37,7 +37,7 @@ def test_formula(features, weighted, device):
     np.testing.assert_allclose(found[1].cpu(), lse, rtol=1e-13, atol=1e-13)
     matrix = nwfast.attention_weights(tensors[0], tensors[1], tensors[3], key_weight=weight)
     np.testing.assert_allclose(matrix.cpu(), p, rtol=1e-13, atol=1e-13)
-    assert 1.5 < np.median(1 / (p**2).sum(1)) < 8  # neither one-hot nor uniform
+    assert p.max(1).min() < 0.99 and p.max() > 1.05 / 9  # neither one-hot nor uniform
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

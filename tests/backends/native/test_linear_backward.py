@@ -28,12 +28,21 @@ def linear_gradients(tensors, grad_out, grad_lse=None, **options):
 
 
 def exact_gradients(query, key, value, w, grad):
-    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision, (N,) values."""
+    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision, (N,) values.
+
+    And the largest sum of the absolute terms of a key's.
+    """
     expected = exact(query, key, value, w)
     q, k, v, g = (tensor.double().numpy().astype(np.longdouble) for tensor in (query, key, value, grad))
     used = expected.p * g[:, None]
-    by_key = w**2 * (used * (v - expected.out) * (q[:, None] - k)).sum(0)
-    return g * expected.tangent_q[:, 0], by_key, used.sum(0), (g * expected.tangent_w[:, 0]).sum()
+    terms = w**2 * (used * (v - expected.out) * (q[:, None] - k))
+    gradients = (
+        g * expected.tangent_q[:, 0],
+        terms.sum(0),
+        used.sum(0),
+        (g * expected.tangent_w[:, 0]).sum(),
+    )
+    return gradients, float(np.abs(terms).sum(0).max())
 
 
 def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
@@ -41,9 +50,14 @@ def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
     grad = torch.randn(len(query), dtype=query.dtype)
     bandwidth = torch.tensor(w, dtype=query.dtype)
     found = linear_gradients((query, key, value, bandwidth), grad)
-    wanted = exact_gradients(query, key, value, float(bandwidth), grad)
+    wanted, key_terms = exact_gradients(query, key, value, float(bandwidth), grad)
     pull = float(grad.abs().max() * value.abs().max())
-    scales = pull * w, pull * w, float(grad.abs().max()), pull * len(query) ** 0.5 / max(w, 1e-3)
+    scales = (
+        pull * w,
+        max(pull * w, key_terms),
+        float(grad.abs().max()),
+        pull * len(query) ** 0.5 / max(w, 1e-3),
+    )
     for name, actual, exactly, scale in zip(
         ("query", "key", "value", "w"), found, wanted, scales, strict=True
     ):
