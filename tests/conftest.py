@@ -48,9 +48,14 @@ SEED = int(os.environ.get("NWFAST_TEST_SEED", "0"))
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every test from the same random state, that of the seed; generators with seeds of their own join in."""
     torch.manual_seed(SEED)
+    vary_generators(monkeypatch.setattr)
+
+
+def vary_generators(put: Callable = setattr) -> None:
+    """Let generators with seeds of their own draw what the seed says; for processes that tests start, too."""
     if SEED:
-        monkeypatch.setattr(np.random, "default_rng", functools.partial(_seeded, np.random.default_rng))
-        monkeypatch.setattr(torch, "Generator", _Generator)
+        put(np.random, "default_rng", functools.partial(_seeded, np.random.default_rng))
+        put(torch, "Generator", _Generator)
 
 
 def _seeded(default_rng: Callable, seed: int | None = None) -> np.random.Generator:

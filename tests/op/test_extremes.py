@@ -409,3 +409,51 @@ def test_coordinates_in_any_unit(backend, features, channels, dtype, unit):
         right = solve(*inputs, grad, through_lse, plain=backend == "reference")
         for name, found in zip(("query", "key", "value", "w", "key_weight"), gradients, strict=True):
             assert_accurate(found, right[name], name)
+
+
+# A bandwidth at either end of the dtype, and the unit of coordinates: as far at the other end, or at neither.
+ENDS = {
+    "largest w": (0.9, 1.0, 0.0),
+    "largest w, far queries": (0.9, 1.0, 1e6),
+    "largest w of the least coordinates": (0.9, 0.0, 0.0),
+    "largest w of the least coordinates, far queries": (0.9, 0.0, 1e4),
+    "least w of the largest coordinates": (0.0, 0.9, 0.0),
+    "least w of the largest coordinates, queries apart": (0.0, 0.2, 3.0),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("features", [1, 2, 3, 6])
+def test_bandwidths_at_the_ends_of_the_dtype(backend, features, kind, dtype):
+    """Products of coordinates and w, and sums of their squares, are beyond all numbers; which key is nearest is not."""
+    limits = torch.finfo(dtype)
+    w, unit, far = ENDS[kind]
+    w, unit = w * limits.max or 2 * limits.tiny, unit * (1 if unit == 1 else limits.max) or 4 / limits.max
+    key = torch.rand(30, features, dtype=torch.float64) * unit
+    # Far in every feature, in each by another length and on either side.
+    place = far * torch.linspace(1.0, 0.5, features, dtype=torch.float64)
+    place[1::2] *= -1
+    query = (torch.rand(8, features, dtype=torch.float64) + place) * unit
+    query[4:, :-1] = key[:4, :-1]  # of which one feature alone, or none, has a distance
+    query, key = query.to(dtype), key.to(dtype)
+    value, weight = torch.rand(30, 1, dtype=dtype), torch.rand(30, dtype=dtype) + 0.1
+    inputs = query, key, value, torch.full((features,), w, dtype=dtype), weight
+    # So small that all gradients are numbers, and none where lse is not.
+    grad, grad_lse = 1e-9 * torch.randn(8, 1, dtype=dtype), 1e-9 * torch.rand(8, dtype=dtype)
+    beyond = torch.from_numpy(-solve(*inputs, grad)["lse"].value > 0.1 * limits.max)
+    grad_lse = torch.where(beyond.to(grad_lse.device), 0.0, grad_lse)
+    linear = features <= nwfast.backends.FGT_FEATURES.get(backend, 0)
+    for method in ("dense", "fgt") if linear else ("dense",):
+        for through_lse in (None, grad_lse):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out, lse = nwfast.nadaraya_watson(
+                *leaves[:4], key_weight=leaves[4], return_lse=True, backend=backend, method=method
+            )
+            cotangents = (grad,) if through_lse is None else (grad, grad_lse)
+            gradients = torch.autograd.grad((out, lse)[: len(cotangents)], leaves, cotangents)
+            boxes = BOXES if method == "fgt" else 0.0
+            right = solve(*inputs, grad, through_lse, plain=backend == "reference", boxes=boxes)
+            names = ("out", "lse", "query", "key", "value", "w", "key_weight")
+            for name, found in zip(names, (out, lse, *gradients), strict=True):
+                assert_accurate(found, right[name], f"{method} {name}")

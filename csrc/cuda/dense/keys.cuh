@@ -129,9 +129,11 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
       double u = e * (grad.pull(problem, task, row, j) + grad.lse);
       if (fabs(u) > kLargestTerm) u = copysign(kLargestTerm, u);
       weights += u;
+      if (u == 0) continue;
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        if (first + r < features) offsets[r] += u * (row.query(first + r) - row.key(j, first + r));
+        const int64_t f = first + r;
+        if (f < features) offsets[r] += u * row.scaled(row.query(f), row.key(j, f), f);
       }
     }
 #pragma unroll
@@ -141,8 +143,8 @@ __device__ __forceinline__ void key_gradient(const Problem& problem, const Backw
         give(task.grad_value, place * channels + first + r, left_out ? 0 : lifted * total);
       }
       if (task.grad_key.data && first + r < features) {
-        const double w = row.w(first + r), total = sum(offsets[r]);
-        give(task.grad_key, place * features + first + r, left_out ? 0 : w * (w * (lifted * total)));
+        const double w = row.w(first + r), more = 1 / row.half(first + r), total = sum(offsets[r]);
+        give(task.grad_key, place * features + first + r, left_out ? 0 : w * (more * (lifted * total)));
       }
     }
     if (task.grad_key_weight.data && first == 0) {

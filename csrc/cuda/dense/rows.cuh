@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../problem.cuh"
+#include "wide.cuh"
 
 namespace nwfast {
 
@@ -77,7 +78,21 @@ class Row {
       const double k = key(j, f), q = query(f), origin = base(f), scale = w(f);
       sum += (scale * (origin - k)) * (scale * (rounded ? both_distances(q, k, origin) : (q - k) + (q - origin)));
     }
+    if (!(fabs(sum) < kWide) && finite_places(j)) sum = in_order(wide_sum(j, true));
     return sum * kHalfLog2E;
+  }
+
+  // What lengths of feature f are multiplied with so that differences do not overflow: exact where that may happen.
+  __device__ double half(int64_t f) const { return fabs(w(f)) < 1 ? 0.5 : 1; }
+  // (a - b) half(f) in bandwidths.
+  __device__ double scaled(double a, double b, int64_t f) const {
+    const double factor = half(f);
+    return w(f) * (a * factor - b * factor);
+  }
+  // `from`, a multiple of scaled(k*, k), times ((q - k) + (q - k*)) half(f): a factor of 0 is not multiplied.
+  __device__ double scaled_squares(double from, double q, double k, double origin, int64_t f) const {
+    const double factor = half(f);
+    return from == 0 ? 0 : from * ((q * factor - k * factor) + (q * factor - origin * factor));
   }
 
   __device__ double exponent(int64_t j) const { return lift - excess(j); }
@@ -88,8 +103,8 @@ class Row {
     return exp2_of(t > kMostScore ? kMostScore : t);
   }
 
-  // Sets nearest (-1 if no key is left) and distance. Squared distances that overflow are compared at a smaller scale;
-  // where they are so large that keys with different ones may look the same, differences of squares decide.
+  // Sets nearest (-1 if no key is left) and distance. Where squared distances are so large that keys with different
+  // ones may look the same, differences of squares decide.
   __device__ __forceinline__ void find_nearest() {
     is_nan = !finite_w() || isnan_query();
     if (is_nan) return;
@@ -132,11 +147,19 @@ class Row {
     }
   }
 
-  // (q - k) + (q - origin) to its own rounding, however small it is beside the two.
-  __device__ static double both_distances(double q, double k, double origin) {
-    const double twice = 2 * q, number = twice - origin, back = number - twice;
-    const double both = (number - k) + ((twice - (number - back)) - (origin + back));
-    return isfinite(both) ? both : (q - k) + (q - origin);  // twice, too, may overflow
+  __device__ bool finite_places(int64_t j) const {
+    bool finite = true;
+    for (int64_t f = 0; f < problem_.features; ++f) {
+      finite &= isfinite(key(j, f)) && isfinite(query(f)) && isfinite(base(f));
+    }
+    return finite;
+  }
+
+  // Whatever the terms of the sum are: that of excess(j), if `relative`, or of the squares (w (q - k))^2.
+  __device__ Wide wide_sum(int64_t j, bool relative) const {
+    const int64_t key = key_ + j * problem_.key.row_stride;
+    const bool by_key = relative && nearest >= 0;
+    return wide_sum_of(problem_, query_, key, by_key ? key_ + nearest * problem_.key.row_stride : -1, w_, relative);
   }
 
   // Sets the lift from the largest term of the row.
@@ -171,31 +194,36 @@ class Row {
   }
 
   __device__ __forceinline__ void compare_squares() {
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      const double shrink = attempt == 0 ? 1 : 0x1p-540;
-      double least = HUGE_VAL;
-      bool undefined = false;
-      int64_t at = -1;
-      for (int64_t j = lane_number(); j < problem_.keys; j += kWarp) {
-        const double own = weight(j);
-        if (excluded(j) || own == 0) continue;
-        double sum = 0;
-        for (int64_t f = 0; f < problem_.features; ++f) {
-          const double offset = w(f) * shrink * (query(f) - key(j, f));
-          sum += offset * offset;
-        }
-        if (sum < least) {
-          least = sum;
-          at = j;
-        }
-        undefined |= isnan(sum) || isnan(own);
+    double least = HUGE_VAL;
+    bool undefined = false;
+    int64_t at = -1;
+    for (int64_t j = lane_number(); j < problem_.keys; j += kWarp) {
+      const double own = weight(j);
+      if (excluded(j) || own == 0) continue;
+      double sum = square(j);
+      if (!(sum < kWide) && finite_places(j)) sum = in_order(wide_sum(j, false));
+      if (sum < least) {
+        least = sum;
+        at = j;
       }
-      take_least(least, at);
-      is_nan = __ballot_sync(kAllLanes, undefined) != 0;
-      nearest = at;
-      distance = attempt == 0 ? least * kHalfLog2E : HUGE_VAL;
-      if (at >= 0 || is_nan) return;
+      undefined |= isnan(sum) || isnan(own);
     }
+    take_least(least, at);
+    is_nan = __ballot_sync(kAllLanes, undefined) != 0;
+    nearest = at;
+    distance = least * kHalfLog2E;
+    if (at < 0 || least < kWide) return;
+    const Wide all = wide_sum(at, false);
+    distance = ldexp(all.x * kHalfLog2E, all.exponent);
+  }
+
+  __device__ double square(int64_t j) const {
+    double sum = 0;
+    for (int64_t f = 0; f < problem_.features; ++f) {
+      const double offset = w(f) * (query(f) - key(j, f));
+      sum += offset * offset;
+    }
+    return sum;
   }
 
   const Problem& problem_;
@@ -246,12 +274,11 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
         }
         if (tangents && p != 0) {  // else the offset may be infinite
           const double value = row.value(j, 0) - centre[0], k = row.key(j, 0), q = row.query(0), origin = row.base(0);
-          // In bandwidths first: squares of lengths may be beyond all numbers.
-          const double from = row.w(0) * (origin - k), squares = from * ((q - k) + (q - origin));
-          square += p * squares;
-          square_value += p * squares * value;
-          offset += p * from;
-          offset_value += p * from * value;
+          const double from = p * row.scaled(origin, k, 0), squares = row.scaled_squares(from, q, k, origin, 0);
+          square += squares;
+          square_value += squares * value;
+          offset += from;
+          offset_value += from * value;
         }
       }
       total = warp_sum(total);
@@ -266,14 +293,14 @@ __device__ __forceinline__ void forward_row(const Problem& problem, const Forwar
       }
     }
     if (tangents) {
-      const double w = row.w(0), mean = warp_sum(sums[0]) / total;
+      const double w = row.w(0), more = 1 / row.half(0), mean = warp_sum(sums[0]) / total;
       square = warp_sum(square), square_value = warp_sum(square_value);
       offset = warp_sum(offset), offset_value = warp_sum(offset_value);
       if (lane == 0 && result.tangent_w.data) {
-        result.tangent_w.write(place, total == 0 ? 0 : -(square_value - mean * square) / total);
+        result.tangent_w.write(place, total == 0 ? 0 : more * (more * (-(square_value - mean * square) / total)));
       }
       if (lane == 0 && result.tangent_q.data) {
-        result.tangent_q.write(place, total == 0 ? 0 : -w * ((offset_value - mean * offset) / total));
+        result.tangent_q.write(place, total == 0 ? 0 : -w * (more * ((offset_value - mean * offset) / total)));
       }
     }
   }
@@ -345,26 +372,32 @@ __device__ __forceinline__ void query_row(const Problem& problem, const Backward
       const double p = row.weight(j) * row.power(j) / grad.total;
       if (p == 0) continue;  // its offset may be infinite
       const double u = p * (grad.pull(problem, task, row, j) + grad.lse);
+      if (u == 0) continue;
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
         const int64_t f = first + r;
         if (f >= features) continue;
         const double k = row.key(j, f), q = row.query(f), origin = row.base(f);
-        offset[r] += u * (origin - k);
-        // In bandwidths first: squares of lengths may be below all numbers.
-        square[r] += u * (row.w(f) * (origin - k)) * ((q - k) + (q - origin));
+        // In bandwidths first: squares of lengths may be beyond all numbers, or below.
+        const double from = row.scaled(origin, k, f);
+        offset[r] += u * from;
+        square[r] += row.scaled_squares(u * from, q, k, origin, f);
       }
     }
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
       const int64_t f = first + r;
       if (f >= features) continue;
-      const double w = row.w(f), from = row.query(f) - row.base(f);
-      const double offsets = warp_sum(offset[r]) + grad.lse * from;
-      const double squares = warp_sum(square[r]) + grad.lse * (w * from) * from;
+      const double w = row.w(f), q = row.query(f), origin = row.base(f), factor = row.half(f), more = 1 / factor;
+      double offsets = warp_sum(offset[r]), squares = warp_sum(square[r]);
+      if (grad.lse != 0) {
+        const double from = grad.lse * row.scaled(q, origin, f);
+        offsets += from;
+        squares += from == 0 ? 0 : from * (q * factor - origin * factor);
+      }
       if (lane_number() > 0) continue;
-      if (task.grad_query.data) task.grad_query.write(grad.place * features + f, -w * (w * offsets));
-      if (grad_w) grad_w[f] -= squares;
+      if (task.grad_query.data) task.grad_query.write(grad.place * features + f, -w * (more * offsets));
+      if (grad_w) grad_w[f] -= more * (more * squares);
     }
   }
 }

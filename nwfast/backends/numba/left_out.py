@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import EXACT, ROOT, entry
 from .exp2 import MOST_EXPONENT, exp2_double
-from .scores import limited, parts_of_score, sum_of_score
+from .scores import HUGE, add_wide_part, in_order, limited, part_of_score
 
 HELD_EXPONENTS = 1024  # whose exponents are held at once
 
@@ -65,12 +65,15 @@ def finite(key: Tensor, value: Tensor) -> Tensor:
 
 @njit(**EXACT)
 def _exponent(q, k, reference, w, base):
-    score, huge = 0.0, 0.0
+    score = 0.0
     for f in range(len(q)):
-        more, much_more = parts_of_score(q[f], k[f], reference[f], w[f])
-        score += more
-        huge += much_more
-    return sum_of_score(score, huge) + base
+        score += part_of_score(q[f], k[f], reference[f], w[f])
+    if abs(score) < HUGE:
+        return score + base
+    score, exponent = 0.0, 0
+    for f in range(len(q)):
+        score, exponent = add_wide_part(score, exponent, q[f], k[f], reference[f], w[f])
+    return in_order(score, exponent) + base
 
 
 @njit(**EXACT)

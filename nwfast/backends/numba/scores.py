@@ -19,8 +19,7 @@ from .base import EXACT, KEY_D, KEY_N, LN2, SUMS, WEIGHT, WEIGHT_N, N, double
 from .exp2 import exp2_double
 
 MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
-HUGE = 1e300  # scores beyond are as good as infinite
-SMALL = 2.0**-520  # of its square all products of two finite numbers are finite
+HUGE = 2.0**1000  # of scores beyond only the order counts
 LEAST_DISTANCE = 4e307  # sums of four coordinates below stay finite
 
 
@@ -54,33 +53,60 @@ def both_distances(q, k, k0):
 
 
 @njit(**EXACT)
-def parts_of_score(q, k, k0, w):
-    """-((q - k)^2 - (q - k0)^2) w^2 as two terms of a sum, the second times SMALL^2 where it is huge."""
-    near, far = limited((k0 - k) * w), limited(both_distances(q, k, k0) * w)
-    product = near * far
-    if abs(product) < HUGE:
-        return -product, 0.0
-    return 0.0, -(near * SMALL) * (far * SMALL)
+def offset(q, k, w):
+    """(q - k) w, limited, also where the difference alone is beyond all numbers."""
+    difference = q - k
+    if abs(difference) < np.inf:
+        return limited(difference * w)
+    return limited((0.5 * q - 0.5 * k) * w * 2.0)
 
 
 @njit(**EXACT)
-def sum_of_score(score, huge):
-    """The sum of both terms over the features, at most HUGE."""
-    if huge != 0.0:
-        score += (huge / SMALL) / SMALL
-    return min(max(score, -HUGE), HUGE)
+def part_of_score(q, k, k0, w):
+    """-((q - k)^2 - (q - k0)^2) w^2 where that is a number."""
+    return -(((k0 - k) * w) * (both_distances(q, k, k0) * w))
+
+
+@njit(**EXACT)
+def add_wide_part(score, exponent, q, k, k0, w):
+    """Score 2^exponent plus part_of_score, whatever size that has, in the same form."""
+    scale = 0.25 if max(abs(k), abs(k0)) >= HUGE else 1.0
+    scale_of_both = 0.25 if max(abs(q), max(abs(k), abs(k0))) >= HUGE else 1.0
+    near, by_near = math.frexp(k0 * scale - k * scale)
+    both, by_both = math.frexp(both_distances(q * scale_of_both, k * scale_of_both, k0 * scale_of_both))
+    unit, by_unit = math.frexp(w)
+    part = -(near * both * (unit * unit))
+    by = by_near + by_both + 2 * by_unit + (2 if scale < 1.0 else 0) + (2 if scale_of_both < 1.0 else 0)
+    if part == 0.0:
+        return score, exponent
+    if score == 0.0 or by > exponent:
+        return math.ldexp(score, exponent - by) + part, by
+    return score + math.ldexp(part, by - exponent), exponent
+
+
+@njit(**EXACT)
+def in_order(score, exponent):
+    """A finite number that goes up with score 2^exponent: itself up to HUGE, and from there not as fast."""
+    part, by = math.frexp(score)
+    by += exponent - 1000
+    if by <= 0:
+        return math.ldexp(part, by + 1000)
+    return limited(math.copysign(HUGE * (by - 1 + 2.0 * abs(part)), part))
 
 
 @njit(**EXACT)
 def relative_score(q, key, place, key_d, origin, w):
-    """Base-2 score of the key at `place` minus that of the key at `origin`."""
-    score, huge = 0.0, 0.0
+    """Base-2 score of the key at `place` minus that of the key at `origin`; beyond HUGE, what is in_order."""
+    score = 0.0
+    for f in range(len(q)):
+        score += part_of_score(q[f], double(key[place + f * key_d]), double(key[origin + f * key_d]), w[f])
+    if abs(score) < HUGE:
+        return score
+    score, exponent = 0.0, 0
     for f in range(len(q)):
         k, k0 = double(key[place + f * key_d]), double(key[origin + f * key_d])
-        more, much_more = parts_of_score(q[f], k, k0, w[f])
-        score += more
-        huge += much_more
-    return sum_of_score(score, huge)
+        score, exponent = add_wide_part(score, exponent, q[f], k, k0, w[f])
+    return in_order(score, exponent)
 
 
 @njit(**EXACT)
@@ -118,7 +144,7 @@ def scores_of_one(q, k, origin, w, x):
     k0 = k[origin]
     number, rest = mirrored(q, k0)
     for j in range(len(k)):
-        x[j] = -min(max(limited((k0 - k[j]) * w) * limited(((number - k[j]) + rest) * w), -HUGE), HUGE)
+        x[j] = -min(max(((k0 - k[j]) * w) * (((number - k[j]) + rest) * w), -HUGE), HUGE)
 
 
 @njit(**EXACT)
@@ -148,13 +174,13 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
                 break
     for j in range(n):
         terms[j] = exp2_double(terms[j] - top)
-    return origin, top, squared(q - k[origin], w) - top, blocked_sum(terms, n)
+    return origin, top, squared(q, k[origin], w) - top, blocked_sum(terms, n)
 
 
 @njit(**EXACT)
-def squared(distance, w):
-    """(distance w)^2, at most MOST."""
-    t = limited(distance * w)
+def squared(q, k, w):
+    """((q - k) w)^2, at most MOST."""
+    t = offset(q, k, w)
     return min(t * t, MOST)
 
 
@@ -184,11 +210,13 @@ def row_terms(about, given, q, w, skip, terms):
     for f in range(n_features):
         valid &= abs(w[f]) < np.inf and q[f] == q[f]
         infinite |= abs(q[f]) == np.inf
-    if n_features == 1 and not weighted and valid and abs(q[0]) < LEAST_DISTANCE and n - (skip >= 0) > 0:
+    # Below it neither differences overflow, nor they in bandwidths.
+    most = LEAST_DISTANCE / max(abs(w[0]), 1.0)
+    if n_features == 1 and not weighted and valid and abs(q[0]) < most and n - (skip >= 0) > 0:
         keys, finite = np.empty(n), True
         for j in range(n):
             keys[j] = q[0] if j == skip else double(key[at + j * key_n])
-            finite = finite and abs(keys[j]) < LEAST_DISTANCE
+            finite = finite and abs(keys[j]) < most
         if finite:
             return one_feature_terms(q[0], w[0], keys, skip, terms, np.empty(n))
     origin, kept = -1, 0
@@ -239,7 +267,7 @@ def row_terms(about, given, q, w, skip, terms):
     for first in range(0, n_features, 16):  # few roundings are as large as the whole
         part = 0.0
         for f in range(first, min(first + 16, n_features)):
-            part += squared(q[f] - double(key[origin_at + f * key_d]), w[f])
+            part += squared(q[f], double(key[origin_at + f * key_d]), w[f])
         square += part
     return origin, top, min(square - top, MOST), total
 

@@ -128,7 +128,7 @@ def query_side(
                 unit = unit_of(
                     tl.load(w + feature * w_d + tl.zeros([1, 1], tl.int32), mask=there, other=1.0), T
                 )
-                offset = tl.where(u == 0.0, 0.0, q - k)
+                offset = tl.where(u == 0.0, 0.0, 0.5 * q - 0.5 * k)
                 moment = tl.where(u == 0.0, 0.0, u * scaled_offsets(q, k, unit))
                 first = tl.sum(moment, 1)[:, None]  # [BLOCK_M, 1]
                 second = tl.sum(moment * offset, 1)[:, None]
@@ -164,7 +164,7 @@ def query_side(
                     tl.store(grad_query + (b * m + own) * D + f, far_gradient.to(T), mask=f < D)
                 sums += seconds_far
     if BY_W:
-        tl.store(partial_w + (b * blocks + block) * D + f, -by_unit * sums, mask=f < D)
+        tl.store(partial_w + (b * blocks + block) * D + f, -by_unit * (2.0 * sums), mask=f < D)
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def far_query(
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Both sums over keys of one far row, [BLOCK_D], of offsets and their squares times `unit_of`.
+    """Both sums over keys of one far row, [BLOCK_D], of offsets and half their squares times `unit_of`.
 
     What <g, v - out> weighs is taken relative to the nearest key.
     """
@@ -209,10 +209,13 @@ def far_query(
                 nearest = tl.load(key + origin * key_n + feature * key_d).to(T).to(tl.float64)
                 k = tl.load(key + j * key_n + feature * key_d, mask=j < n, other=0.0).to(T).to(tl.float64)
                 unit = unit_of(tl.load(w + feature * w_d), T).to(tl.float64)
-                by_value = pull * scaled_offsets(nearest, k, unit)
-                by_lse = through_lse * scaled_offsets(q, k, unit)
+                by_value = tl.where(pull == 0.0, 0.0, pull * scaled_offsets(nearest, k, unit))
+                by_lse = tl.where(through_lse == 0.0, 0.0, through_lse * scaled_offsets(q, k, unit))
                 first = tl.where(p > 0.0, p * (by_value + by_lse), 0.0)
-                second = tl.where(p > 0.0, p * (by_value * ((q - k) + (q - nearest)) + by_lse * (q - k)), 0.0)
+                half, half_nearest = 0.5 * q - 0.5 * k, 0.5 * q - 0.5 * nearest
+                second = tl.where(
+                    p > 0.0, p * (by_value * half + by_value * half_nearest + by_lse * half), 0.0
+                )
                 firsts += tl.where(f == feature, tl.sum(first, 0), 0.0)
                 seconds += tl.where(f == feature, tl.sum(second, 0), 0.0)
     return firsts, seconds

@@ -23,8 +23,8 @@ HALF_LOG2E = tl.constexpr(constants.HALF_LOG2E)
 LN2 = tl.constexpr(constants.LN2)
 ROUNDED_SCORE = tl.constexpr(2.0**30)  # from here on the rounding of a squared distance may tell keys apart
 MOST_STEPS = tl.constexpr(8)  # from a key to a nearer one: each is exact to the rounding of the step before
-# Clamped to this, factors in float64 have finite products, so that 0 * inf cannot occur.
-HUGE = tl.constexpr(1e150)
+WIDE = tl.constexpr(2.0**1000)  # of scores beyond only the order counts
+MOST_SCORE = tl.constexpr(2.0**1013)
 # The largest power of 2 that near rows make; what lies beyond is that of a left-out key much nearer than all others.
 MOST_FLOAT, MOST_DOUBLE = tl.constexpr(126.0), tl.constexpr(1022.0)
 # Up to here the terms of a weight's gradient are finite, whatever they are multiplied with within reason.
@@ -127,12 +127,6 @@ def squared_distances(
 
 
 @triton.jit
-def clamp(x):
-    """Limit x to -HUGE .. HUGE."""
-    return tl.minimum(tl.maximum(x, -HUGE), HUGE)
-
-
-@triton.jit
 def nearest_key(
     query, query_d, key, key_n, key_d, w, w_d, key_weight, weight_n, n, skip,
     D: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
@@ -141,16 +135,14 @@ def nearest_key(
 
     All pointers are at the row's batch element, `query` at the row itself. `skip` is the key left out, or -1.
     """
-    largest = tl.load(w).to(tl.float64) * 0.0
-    for f in range(D):
-        largest = tl.maximum(largest, tl.abs(tl.load(w + f * w_d).to(tl.float64)))
-    unit = 1.0 / tl.where(largest > 1e-290, largest, 1.0)
     best = tl.full([BLOCK], float("inf"), tl.float64)
     place = tl.zeros([BLOCK], tl.int64)
     invalid = tl.zeros([BLOCK], tl.int32)
-    for attempt in range(2):  # squares that overflow are compared at a smaller scale
+    for attempt in range(3):  # squares that overflow are compared at smaller scales
         if attempt == 0 or tl.min(best, 0) == float("inf"):
-            shrink = tl.where(attempt == 0, 1.0, 2.0**-540).to(tl.float64)
+            # Halves, since differences of coordinates may overflow where they are not many bandwidths.
+            shrink = tl.where(attempt == 0, 0.5, tl.where(attempt == 1, 2.0**-350, 2.0**-768)).to(tl.float64)
+            again = tl.where(attempt == 0, 1.0, shrink).to(tl.float64)
             for start in range(0, n, BLOCK):
                 j = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
                 counts = (j < n) & (j != skip)
@@ -158,7 +150,7 @@ def nearest_key(
                 for f in range(D):
                     q = tl.load(query + f * query_d).to(T).to(tl.float64)
                     k = tl.load(key + j * key_n + f * key_d, mask=counts, other=0.0).to(T).to(tl.float64)
-                    offset = (q - k) * (tl.load(w + f * w_d).to(tl.float64) * unit) * shrink
+                    offset = (q * shrink - k * shrink) * (tl.load(w + f * w_d).to(tl.float64) * again)
                     square += offset * offset
                 invalid = tl.where(counts & (square != square), 1, invalid)
                 if WEIGHTED:
@@ -202,21 +194,89 @@ def relative_scores(
     query, query_d, key, key_at, origin, key_d, w, w_d, exists, D: tl.constexpr, T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of the keys at the offsets key_at minus that of the key at the offset origin, [BLOCK]."""
+    """Base-2 scores of the keys at the offsets key_at minus that of the key at the offset origin, [BLOCK].
+
+    Beyond WIDE they are what `in_order` makes of them.
+    """
     score = tl.zeros([BLOCK], tl.float64)
+    finite = exists
     for f in range(D):
         q = tl.load(query + f * query_d).to(T).to(tl.float64)
         nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
-        scale = tl.load(w + f * w_d).to(tl.float64) * ROOT
+        scale = tl.load(w + f * w_d).to(tl.float64)
         k = tl.load(key + key_at + f * key_d, mask=exists, other=0.0).to(T).to(tl.float64)
-        # 2 q - k* as a number and its rest: keys across a gap from k*, as far as it is, are told apart.
-        twice = 2.0 * q
-        number = twice - nearest
-        back = number - twice
-        both = (number - k) + ((twice - (number - back)) - (nearest + back))
-        both = tl.where(tl.abs(both) < float("inf"), both, (q - k) + (q - nearest))  # twice may overflow
-        score -= clamp((nearest - k) * scale) * clamp(both * scale)
-    return score
+        score -= ((nearest - k) * scale) * (both_distances(q, k, nearest) * scale)
+        finite = finite & (tl.abs(k) < float("inf"))
+    if T == tl.float64:  # noqa: SIM300
+        beyond = finite & ((score == score) == (tl.abs(score) >= WIDE))  # NaN too
+        if tl.max(beyond.to(tl.int32), 0) > 0:
+            wide = wide_scores(query, query_d, key, key_at, origin, key_d, w, w_d, exists, D, T, BLOCK)
+            score = tl.where(beyond, wide, score)
+    return tl.maximum(score * HALF_LOG2E, -MOST_SCORE)
+
+
+@triton.jit
+def both_distances(q, k, nearest):
+    """(q - k) + (q - nearest), as 2 q - k* and its rest less k: keys across a gap from k*, as far, are told apart."""
+    twice = 2.0 * q
+    number = twice - nearest
+    back = number - twice
+    both = (number - k) + ((twice - (number - back)) - (nearest + back))
+    return tl.where(tl.abs(both) < float("inf"), both, (q - k) + (q - nearest))  # twice may overflow
+
+
+@triton.jit
+def wide_scores(
+    query, query_d, key, key_at, origin, key_d, w, w_d, exists, D: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """relative_scores / HALF_LOG2E of any size, summed with an exponent of their own."""
+    total = tl.zeros([BLOCK], tl.float64)
+    top = tl.zeros([BLOCK], tl.int64)
+    for f in range(D):
+        q = tl.load(query + f * query_d).to(T).to(tl.float64)
+        nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
+        scale, by_scale = split(tl.load(w + f * w_d).to(tl.float64))
+        k = tl.load(key + key_at + f * key_d, mask=exists, other=0.0).to(T).to(tl.float64)
+        # Sums of four quarters do not overflow.
+        size = tl.maximum(tl.abs(k), tl.abs(nearest))
+        large, large_both = size >= WIDE, tl.maximum(size, tl.abs(q)) >= WIDE
+        shrink = tl.where(large, 0.25, 1.0).to(tl.float64)
+        near, by_near = split(nearest * shrink - k * shrink)
+        shrink = tl.where(large_both, 0.25, 1.0).to(tl.float64)
+        both, by_both = split(both_distances(q * shrink, k * shrink, nearest * shrink))
+        part = -(near * both * (scale * scale))
+        by = by_near + by_both + 2 * by_scale + tl.where(large, 2, 0) + tl.where(large_both, 2, 0)
+        higher = tl.where(part == 0.0, top, tl.where(total == 0.0, by, tl.maximum(top, by)))
+        total = total * power_of_2(top - higher) + part * power_of_2(by - higher)
+        top = higher
+    return in_order(total, top)
+
+
+@triton.jit
+def split(x):
+    """(y, e) with x = y 2^e and 1 <= |y| < 2, y = 0 for 0; float64 to (float64, int64)."""
+    small = tl.abs(x) < 2.0**-1022
+    bits = tl.where(small, tl.abs(x) * 2.0**54, tl.abs(x)).to(tl.int64, bitcast=True)
+    y = ((bits & 0xFFFFFFFFFFFFF) + 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    exponent = (bits >> 52) - tl.where(small, 1077, 1023)
+    return tl.where(x == 0.0, 0.0, tl.where(x < 0.0, -y, y)), exponent
+
+
+@triton.jit
+def power_of_2(exponent):
+    """2^exponent of int64, within the normal numbers."""
+    exponent = tl.minimum(tl.maximum(exponent, -1022), 1023)
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def in_order(x, exponent):
+    """A finite number that goes up with x 2^exponent: itself up to WIDE = 2^1000, and from there not as fast."""
+    y, by = split(x)
+    by += exponent
+    beyond = WIDE * ((by - 1000).to(tl.float64) + tl.abs(y))
+    return tl.where(by < 1000, y * power_of_2(by), tl.where(y < 0.0, -beyond, beyond))
 
 
 @triton.jit
@@ -276,6 +336,11 @@ def own_score(query, query_d, key, origin, key_d, w, w_d, D: tl.constexpr, T: tl
     for f in range(D):
         q = tl.load(query + f * query_d).to(T).to(tl.float64)
         nearest = tl.load(key + origin + f * key_d).to(T).to(tl.float64)
-        offset = clamp((q - nearest) * (tl.load(w + f * w_d).to(tl.float64) * ROOT))
+        scale = tl.load(w + f * w_d).to(tl.float64) * ROOT
+        offset = (q - nearest) * scale
+        if T == tl.float64:  # noqa: SIM300
+            offset = tl.where(
+                tl.abs(q - nearest) < float("inf"), offset, (0.5 * q - 0.5 * nearest) * scale * 2.0
+            )
         square += offset * offset
     return square

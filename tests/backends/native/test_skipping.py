@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, vary_generators
 
 import nwfast
 
@@ -155,7 +155,7 @@ def always(tmp_path_factory, missing_toolchain):
         pytest.skip(missing_toolchain())
     path = tmp_path_factory.mktemp("skipping") / "results.pt"
     environment = os.environ | {"NWFAST_CPU_SKIPPING": "always"}
-    environment["PYTHONPATH"] = str(Path(nwfast.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True)
     return torch.load(path)
 
@@ -239,4 +239,5 @@ def test_narrow_bandwidths_take_less_time(gradients):
 
 
 if __name__ == "__main__":
+    vary_generators()
     main(sys.argv[1])

@@ -43,7 +43,7 @@ from ..base import (
     pointer,
 )  # fmt: skip
 from ..exp2 import MOST_EXPONENT, exp2_double
-from ..scores import both_distances, limited, lse_of, minus, relative_score, row_terms
+from ..scores import both_distances, limited, lse_of, minus, offset, relative_score, row_terms
 
 
 @njit(**EXACT)
@@ -71,6 +71,12 @@ def row_mean(terms, total, value, at, step, n, skip):
                 part += (terms[j] * share) * minus(double(value[at + j * step]), centre)
         mean += part
     return centre + mean
+
+
+@njit(**EXACT)
+def eighth_of_both(q, k, k0):
+    """both_distances / 8, which is a number for all coordinates."""
+    return both_distances(0.125 * q, 0.125 * k, 0.125 * k0)
 
 
 @njit(**EXACT)
@@ -130,11 +136,11 @@ def forward_rows(example, about, unit, first, last):
                     if terms[j] != 0.0 and j != skip:
                         k = double(key[at_key + j * about[KEY_N]])
                         part = (terms[j] / total) * (double(value[at_value + j * about[VALUE_N]]) - mean)
-                        part *= limited((k0 - k) * plain_w)
+                        part *= offset(k0, k, plain_w)
                         by_q += part
-                        by_w += part * limited((q[0] - k) + (q[0] - k0))
+                        by_w += part * eighth_of_both(q[0], k, k0)
                 if about[TANGENT_W] != 0:
-                    tangent_w[row] = -by_w
+                    tangent_w[row] = -8.0 * by_w
                 if about[TANGENT_Q] != 0:
                     tangent_q[row] = -plain_w * by_q
 
@@ -178,18 +184,17 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
             else:
                 # Relative to k*: sum_j p_j (<g, v_j - out> + g_lse) = g_lse.
                 k0 = double(key[at_key + origin * about[KEY_N] + f * about[KEY_D]])
-                d0 = limited(q[f] - k0)
-                by_q = through_lse * limited(d0 * plain_w[f])
-                by_w = by_q * d0
+                by_q = through_lse * offset(q[f], k0, plain_w[f])
+                by_w = by_q * (0.125 * q[f] - 0.125 * k0)
                 for j in range(n):
                     if terms[j] != 0.0 and j != skip:
                         k = double(key[at_key + j * about[KEY_N] + f * about[KEY_D]])
-                        part = terms[j] / total * (pull[j] + through_lse) * limited((k0 - k) * plain_w[f])
+                        part = terms[j] / total * (pull[j] + through_lse) * offset(k0, k, plain_w[f])
                         by_q += part
-                        by_w += part * limited(both_distances(q[f], k, k0))
+                        by_w += part * eighth_of_both(q[f], k, k0)
             if about[GRAD_QUERY] != 0:
                 grad_query[row * n_features + f] = -plain_w[f] * by_q
-            grad_w[f] -= by_w
+            grad_w[f] -= 8.0 * by_w
 
 
 @njit(**EXACT)
@@ -240,7 +245,7 @@ def key_side(example, about, unit, first, last, rows, means, far, gradients):
                 grad_weight[j - first] += limited(by_weight)
                 if p != 0.0:
                     for f in range(n_features):
-                        d = limited((q[f] - double(key[place + f * about[KEY_D]])) * plain_w[f])
+                        d = offset(q[f], double(key[place + f * about[KEY_D]]), plain_w[f])
                         by_key[f] += d * (p * pull)
         for f in range(n_features):  # by the other w last: before, terms may overflow whose sum does not
             grad_key[f, j - first] += by_key[f] * plain_w[f]

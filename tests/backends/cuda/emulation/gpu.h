@@ -30,6 +30,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define NWFAST_SHARED(name) unsigned char* const name = nwfast::emulation::shared_memory()
