@@ -17,7 +17,7 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
   for (const Axis& axis : plan.axis) {
     if (axis.terms > 1) sides += static_cast<double>(std::min(2 * axis.reach + 1, axis.cells) * axis.terms);
   }
-  const double translation = sides * size, evaluation = size * 1.2 * (1 + order);
+  const double translation = sides * size, evaluation = plan.point_work() * columns * kMultiply * (1 + order);
   const double pair = Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) * (1 + 0.7 * (order > 0));
   // Told by a sample first.
   constexpr int64_t kSample = 64;
@@ -33,8 +33,8 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
       points += rows;
     }
   }
-  const double moments =
-      size * 1.2 * static_cast<double>(sources.n) + translation * static_cast<double>(sources.boxes.size());
+  const double moments = plan.point_work() * columns * kMultiply * static_cast<double>(sources.n) +
+                         translation * static_cast<double>(sources.boxes.size());
   const double rows = static_cast<double>(targets.n);
   const double by_pairs = direct / std::fmax(points, 1) * rows * pair;
   const double by_series = moments + evaluation * rows;

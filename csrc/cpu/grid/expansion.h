@@ -17,7 +17,7 @@
 namespace nwfast {
 namespace grid {
 
-constexpr double kPlaneBytes = 400e6, kMomentBytes = 64e6;  // of tensors that are held at once
+constexpr double kPlaneBytes = 150e6, kMomentBytes = 64e6;  // of tensors that are held at once
 constexpr int64_t kBoxGroup = 32, kRowsTogether = 24;       // boxes of a task, and rows of their tensors, at once
 constexpr size_t kSeriesTogether = 4;
 constexpr int64_t kSeriesPoints = 256;  // whose sums are handed on together
@@ -31,7 +31,7 @@ struct Expansion {
   int columns, order;
   // charges (columns, pitch) of the sources [begin, begin + n); those of the bound of the error.
   std::function<void(int64_t begin, int64_t n, double* charge, int64_t pitch)> load;
-  // Sums (slots, columns, pitch) of the targets [begin, begin + n); the sum of sources' sizes times exp(-z^2 / 4), at
+  // Sums (slots, columns, pitch) of the targets [begin, begin + n); the sum of sources' sizes times Axis::decay, at
   // most.
   std::function<void(int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound)> finish;
 
@@ -84,7 +84,7 @@ class Sources {
   void add(int64_t apart, const double* tensor, double mass) {
     (apart >= 0 ? lower_ : higher_)[std::abs(apart)] = tensor;
     last_ = std::max(last_, std::abs(apart));
-    bound += mass * std::exp(-axis_.gap[std::abs(apart)] / 4);
+    bound += mass * axis_.decay[std::abs(apart)];
   }
   // Valid as long as this is.
   void give(GridProduct& product) {
@@ -103,7 +103,7 @@ class Sources {
     product.matrix = matrix_;
     product.offset = 0;
   }
-  double bound = 0;  // sizes of charges times exp(-gap^2 / 4)
+  double bound = 0;  // sizes of charges, each times its Axis::decay
 
  private:
   const Axis& axis_;

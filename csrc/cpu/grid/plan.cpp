@@ -49,6 +49,37 @@ void set_axis(const Extent& extent, int f, double half, int terms, Axis& axis) {
   axis.half = axis.width() / 2;
 }
 
+// The same with a mesh of so many spacings; false where distances are so small that only a series keeps their digits.
+template <typename R>
+bool set_mesh_axis(const Extent& extent, int f, int spacings, Axis& axis) {
+  const double spacing = mesh_kind(extent.order).spacing;
+  set_axis<R>(extent, f, spacings * spacing / 2, 1, axis);
+  axis.spacings = spacings;
+  for (const int fewer : kMeshSpacings) {
+    if (axis.single && axis.width() <= fewer * spacing) axis.spacings = std::min(axis.spacings, fewer);
+  }
+  axis.terms = axis.spacings + kWindowNodes - 1;
+  return !axis.single || axis.half >= kLeastMeshHalf;
+}
+
+// Pairs of keys within a radius of each other, told by a sample.
+double pairs_within(const Extent& extent, double radius) {
+  const int64_t count = static_cast<int64_t>(extent.sample[0].size()), step = std::max<int64_t>(1, count / 256);
+  double pairs = 0, near = 0.5;
+  for (int64_t i = 0; i < count; i += step) {
+    for (int64_t j = 0; j < i; j += step) {
+      double square = 0;
+      for (int f = 0; f < extent.features; ++f) {
+        const double z = (extent.sample[f][i] - extent.sample[f][j]) * extent.scale[f];
+        square += z * z;
+      }
+      near += square <= radius * radius;
+      ++pairs;
+    }
+  }
+  return near / (pairs + 1) * static_cast<double>(extent.keys) * static_cast<double>(extent.queries);
+}
+
 // Numbers of occupied boxes, told by a sample.
 double occupied(const Extent& extent, const Axis (&axes)[kAxes]) {
   double all = 1;
@@ -82,25 +113,50 @@ bool make_plan(const Extent& extent, Plan& plan) {
   double best = INFINITY;
   const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
   Axis chosen[kAxes];
+  // Of translating all boxes between these axes, and the number of boxes.
+  const auto translation = [&](const Axis(&axes)[kAxes], double& boxes) {
+    double size = 1, sides = 0;
+    for (int f = 0; f < extent.features; ++f) {
+      size *= axes[f].terms;
+      const double apart = axes[f].single ? 0 : std::ceil(plan.radius / axes[f].width());
+      const double spread = axes[f].single ? 0 : (extent.high[f] - extent.low[f]) / axes[f].side;
+      sides += (2 * std::fmin(apart, spread) + 1) * axes[f].terms;
+    }
+    boxes = occupied(extent, axes);
+    return boxes * size * sides;
+  };
   for (const int terms : kTerms) {
     if (terms == 4) continue;
     const double half = std::min(linear::half_width(terms, truncation_of<R>(extent.features, terms, extent.order)),
                                  Accuracy<R>::kLargestHalf);
     if (2 * plan.radius / (2 * half) + 3 > kMostPairs) continue;
     Axis axes[kAxes];
-    double size = 1, translation = 0, sides = 0;
+    double size = 1, boxes;
     for (int f = 0; f < extent.features; ++f) {
       set_axis<R>(extent, f, half, terms, axes[f]);
       size *= axes[f].terms;
-      const double apart = axes[f].single ? 0 : std::ceil(plan.radius / axes[f].width());
-      const double spread = axes[f].single ? 0 : (extent.high[f] - extent.low[f]) / axes[f].side;
-      sides += (2 * std::fmin(apart, spread) + 1) * axes[f].terms;
     }
-    const double boxes = occupied(extent, axes);
-    translation = boxes * size * sides;
-    const double cost = points * size * (1 + 2.0 / terms) + translation;
+    const double cost = points * size * (1 + 2.0 / terms) + translation(axes, boxes);
     if (!(cost < best)) continue;
     best = cost;
+    plan.boxes = boxes;
+    plan.work = cost;
+    std::copy(axes, axes + kAxes, chosen);
+  }
+  plan.order = extent.order;
+  plan.mesh = false;
+  const double direct = pairs_within(extent, plan.radius) * 1.6 * Accuracy<R>::kPair / (2 * kMultiply);
+  for (const int spacings : kMeshSpacings) {
+    if (sizeof(R) == 8) break;
+    Axis axes[kAxes];
+    bool fits = true;
+    double boxes;
+    for (int f = 0; f < extent.features; ++f) fits &= set_mesh_axis<R>(extent, f, spacings, axes[f]);
+    if (!fits) continue;
+    const double cost = points * mesh_point_work(extent.features) + translation(axes, boxes) / 2;
+    if (!(cost < best && cost < direct)) continue;
+    best = cost;
+    plan.mesh = true;
     plan.boxes = boxes;
     plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
@@ -121,7 +177,8 @@ bool make_plan(const Extent& extent, Plan& plan) {
     const int f = by_cells[i];
     Axis& axis = plan.axis[places[extent.features - 2][i]];
     axis = chosen[f];
-    plan.truncation += linear::expansion_error(axis.terms, axis.half);
+    plan.truncation +=
+        axis.spacings > 0 ? mesh_kind(extent.order).error : linear::expansion_error(axis.terms, axis.half);
     if (axis.single) continue;
     const double most = std::fmax(std::fabs(extent.key_low[f]), std::fabs(extent.key_high[f]));
     if (!(most * axis.scale < kMostScaled) || !(most / axis.side < kMostIndex / 4)) return false;
@@ -187,15 +244,18 @@ void fill_matrices(Plan& plan) {
   for (Axis& axis : plan.axis) {
     const int terms = axis.terms;
     axis.matrices.assign((axis.reach + 1) * terms * terms + kMatrixPadding, 0);
-    axis.gap.assign(axis.reach + 1, 0);
+    axis.decay.assign(axis.reach + 1, 1);
     if (terms == 1) {
       axis.matrices[0] = 1;
       continue;
     }
     for (int64_t apart = 0; apart <= axis.reach; ++apart) {
-      fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
-      axis.gap[apart] = axis.gap_of(apart) * axis.gap_of(apart);
+      const double gap = axis.gap_of(apart);
+      axis.decay[apart] = std::exp(-gap * gap / (axis.spacings > 0 ? 8 : 4));
+      if (axis.spacings == 0) fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
     }
+    if (axis.spacings == 0) continue;
+    fill_mesh_matrices(plan.order, axis.spacings, axis.width() / axis.spacings, axis.reach, axis.matrices.data());
   }
 }
 

@@ -15,6 +15,9 @@
 // `truncation` exp(-z^2 / 4) (see expansion_error of linear/plan.h; errors of the features add up), and each box of
 // queries adds up the bounds of its sources.
 //
+// Meshes (mesh/mesh.h). Data in float32 that is not narrow beside the bandwidth has the values at the nodes of a mesh
+// in the place of moments and series; all else is the same.
+//
 // Direct sums (direct.h). Queries of other boxes meet the keys of all cells within a radius one by one, in the dense
 // kernels. Which way is less work is told by counts.
 //
@@ -31,7 +34,7 @@
 #include <vector>
 
 #include "../linear/plan.h"
-#include "kernels/tasks.h"
+#include "mesh/mesh.h"
 
 namespace nwfast {
 namespace grid {
@@ -71,13 +74,15 @@ struct Axis {
   bool single = true;
   double half = 0;  // of a cell, in bandwidths
   int terms = 1;
+  int spacings = 0;         // of the mesh in a cell; 0 for a Chebyshev series
   double from = 0, to = 0;  // points beyond these are outside of the grid
   int64_t low = 0;          // the first cell of the grid
   int64_t cells = 1;        // of the grid, with those around the keys that are empty
   int64_t reach = 0;        // boxes that count for expansions lie at most so many cells apart
   std::vector<double>
-      matrices;             // (2 reach + 1, terms, terms) from the source's term to the target's, by target - source
-  std::vector<double> gap;  // (reach + 1) bandwidths between boxes so far apart, squared
+      matrices;  // (2 reach + 1, terms, terms) from the source's term to the target's, by target - source
+  std::vector<double>
+      decay;  // (reach + 1) bounds of what the error of a charge is in boxes so far apart, over `truncation`
 
   double width() const { return side * scale; }
   double to_local() const { return side > 0 ? 2 / side : 0; }
@@ -102,13 +107,17 @@ struct Axis {
 struct Plan {
   int features = 2;
   Axis axis[kAxes];
-  double truncation = 0;  // of the sums of values, relative to exp(-z^2 / 4) of a source's charge
+  int order = 0;          // of the derivatives that are asked for
+  bool mesh = false;      // whether boxes have meshes rather than series
+  double truncation = 0;  // of the sums of values, relative to Axis::decay of a source's charge
   double log_span = 0;    // log of the ratio of all charges to what may be left out of a row near a key
   double radius = 0;      // keys further from a row near a key are left out
   double boxes = 0;       // that are occupied, told by a sample
   double work = 0;        // of expanding all, in multiply-adds of a column
 
   int64_t size() const { return static_cast<int64_t>(axis[0].terms) * axis[1].terms * axis[2].terms; }
+  const GridWindow* window() const { return mesh ? &grid_window(order) : nullptr; }
+  double point_work() const { return mesh ? mesh_point_work(features) : static_cast<double>(size()) * 1.2; }
   // The distance within which keys count for a row so far from its nearest.
   double radius_at(double distance) const { return std::sqrt(distance * distance + 2 * log_span); }
   // What all keys at a distance of more than this add, relative to their charge.

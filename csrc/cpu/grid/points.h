@@ -56,6 +56,20 @@ struct Points {
     return plan.axis[a].feature < 0 ? nullptr : columns.get() + plan.axis[a].feature * pitch;
   }
 
+  // Boxes of meshes in three features are larger than the first cache: their points lie in the order of parts of them.
+  static int part_bits(const Plan& plan, double cells) {
+    return plan.mesh && plan.features == 3 && cells < 0x1p50 ? 6 : 0;
+  }
+  static int64_t part_of(const Plan& plan, const int64_t* at, const R* x, int64_t pitch) {
+    int64_t part = 0;
+    for (int a = 0; a < kAxes; ++a) {
+      const Axis& axis = plan.axis[a];
+      const double place = (static_cast<double>(x[axis.feature * pitch]) - axis.centre(at[a])) * axis.to_local();
+      part = part * 4 + std::min(3, std::max(0, static_cast<int>(2 * place + 2)));
+    }
+    return part;
+  }
+
   // Those of n points, (features, n), that lie in cells; the numbers of the others. `margin`: whether cells at the rim
   // of the grid, too far from all keys for windows to reach one, count as none.
   void sort(const Plan& plan, const R* x, int64_t all, bool margin, bool serial, std::vector<int64_t>& outside) {
@@ -63,6 +77,9 @@ struct Points {
     order.allocate(all);
     const int64_t parts = (all + 16383) / 16384;
     std::vector<char> any(parts);
+    double cells = 1;
+    for (const Axis& axis : plan.axis) cells *= static_cast<double>(axis.cells);
+    const int shift = part_bits(plan, cells);
     int64_t rim[kAxes];
     for (int a = 0; a < kAxes; ++a) {
       const Axis& axis = plan.axis[a];
@@ -83,6 +100,7 @@ struct Points {
           inside &= at[a] >= rim[a] && at[a] < axis.cells - rim[a];
         }
         cell[i] = inside ? cell_number(plan, at) : -1;
+        if (inside && shift > 0) cell[i] = cell[i] << shift | part_of(plan, at, x + i, all);
         order[i] = static_cast<uint32_t>(i);
         any[part] |= !inside;
       }
@@ -99,9 +117,7 @@ struct Points {
         }
       }
     }
-    double cells = 1;
-    for (const Axis& axis : plan.axis) cells *= static_cast<double>(axis.cells);
-    sort_cells(cell, order, n, std::max(1, std::ilogb(cells) + 1), serial);
+    sort_cells(cell, order, n, std::max(1, std::ilogb(cells) + 1 + shift), serial);
     pitch = padded(n);
     columns.allocate(plan.features * pitch);
     parallel_blocks((n + 16383) / 16384, serial, [&](int64_t part) {
@@ -113,8 +129,8 @@ struct Points {
     boxes.clear();
     for (int64_t i = 0; i < n;) {
       int64_t end = i + 1;
-      while (end < n && cell[end] == cell[i]) ++end;
-      boxes.push_back({cell[i], i, end});
+      while (end < n && cell[end] >> shift == cell[i] >> shift) ++end;
+      boxes.push_back({cell[i] >> shift, i, end});
       i = end;
     }
   }

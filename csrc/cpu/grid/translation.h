@@ -54,6 +54,7 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
       task.scale[axis] = plan.axis[axis].to_local();
       task.terms[axis] = plan.axis[axis].terms;
     }
+    task.window = plan.window();
     task.charge = charge.get();
     task.pitch = kBlock;
     task.columns = columns;
@@ -66,9 +67,10 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
         const R* const x = sources.axis(plan, axis);
         task.x[axis] = x ? x + begin : nullptr;
       }
-      table.moments(task);
+      plan.mesh ? table.spread(task) : table.moments(task);
       for (int64_t k = 0; k < task.n; ++k) size_sum += std::fabs(charge[k]);
     }
+    for (int column = 0; plan.mesh && column < columns; ++column) table.fold(to + column * plan.size(), task.terms);
     mass[part.slot] = size_sum;
   });
   parallel_blocks(boxes, serial || sums.empty(), [&](int64_t i) {
@@ -251,6 +253,10 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
         }
       }
     }
+    const int terms[kAxes] = {plan.axis[2].terms, plan.axis[1].terms, a.terms};
+    for (int64_t k = 0; plan.mesh && k < static_cast<int64_t>(n) * columns; ++k) {
+      table.fold(series.get() + k * plan.size(), terms);
+    }
     for (size_t k = 0; k < n; ++k) {
       if (kept_series) {
         std::copy_n(series.get() + static_cast<int64_t>(k) * size, size, kept_series + task.boxes[k] * size);
@@ -274,6 +280,7 @@ void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, con
     rows.scale[axis] = plan.axis[axis].to_local();
     rows.terms[axis] = plan.axis[axis].terms;
   }
+  rows.window = plan.window();
   rows.order = order;
   rows.series = series;
   rows.columns = columns;
@@ -287,7 +294,7 @@ void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, con
       const R* const x = targets.axis(plan, axis);
       rows.x[axis] = x ? x + begin : nullptr;
     }
-    table.evaluate(rows);
+    plan.mesh ? table.interpolate(rows) : table.evaluate(rows);
     finish(begin, rows.n, sums.get(), kSeriesPoints, bound);
   }
 }

@@ -10,7 +10,7 @@
 #include "../dense/single_rows.h"
 #include "../dense/skipping/select.h"
 #include "../dense/tiled_kernels.h"
-#include "../grid/kernels/tensors.h"
+#include "../grid/kernels/mesh.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
 #include "../linear/kernels/series.h"
@@ -37,7 +37,7 @@ extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<doubl
 
 template <typename T>
 constexpr GridKernels<T> grid_table() {
-  return {grid_product, grid_moments<T>, grid_evaluate<T>};
+  return {grid_product, grid_moments<T>, grid_evaluate<T>, grid_spread<T>, grid_interpolate<T>, grid_fold};
 }
 extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
 extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();

@@ -242,3 +242,29 @@ def test_more_features_are_refused():
         nwfast.nadaraya_watson(four, four, four, method="fgt", backend="native")
     with pytest.raises(ValueError, match=r"one feature on backend='numba', got .* D = 2 features"):
         nwfast.nadaraya_watson(four[:, :2], four[:, :2], four, method="fgt", backend="numba")
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "n", "w"),
+    [
+        ("uniform", 2, 8000, 20.0),
+        ("clusters", 2, 20000, 60.0),
+        ("circle", 2, 8000, 20.0),
+        ("uniform", 3, 20000, 15.0),
+    ],
+)
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_meshes_agree_with_series(kind, features, n, w, exclude_self):
+    """So many points have meshes in float32, and Chebyshev series in float64: all gradients."""
+    generator = np.random.default_rng(5)
+    query, key = (
+        torch.from_numpy(places(kind, 2 * n, features, generator)).float().view(n, 2, features).unbind(1)
+    )
+    value, grad = (torch.from_numpy(generator.standard_normal((n, 2))).float() for _ in range(2))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value, torch.full((features,), w))]
+        out = nwfast.nadaraya_watson(*inputs, exclude_self=exclude_self, backend="native", method="fgt")
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))])
+    for single, double in zip(*results, strict=True):
+        assert (single - double).abs().max() <= 1e-6 * double.abs().max()

@@ -1,4 +1,4 @@
-"""Bounds that series on a grid rely on (docs/linear-time.md): of interpolation in two features, of derivatives."""
+"""Bounds that series and meshes on a grid rely on (docs/linear-time.md): of interpolation, and of derivatives."""
 
 import math
 
@@ -65,3 +65,64 @@ def test_derivatives_keep_theirs(terms, half, order):
         error = np.abs(values(series(terms, half, apart), order) - kernel_values(half, apart, order)).max()
         gap = 2 * half * max(apart - 1, 0)
         assert error <= growth * (truncation(terms, half) * math.exp(-(gap**2) / 4) + 1e-15)
+
+
+NODES, DEGREE = 12, 14  # of a mesh's window
+FRACTIONS = np.linspace(0, 1, 9)
+
+
+def window(shape):
+    """Of Kaiser and Bessel, as polynomials between nodes: of node g, by the place from 0 to 1 after its fifth."""
+    beta = shape * NODES
+
+    def value(x):
+        return np.i0(beta * np.sqrt(np.maximum(1 - (x / (NODES / 2)) ** 2, 0))) / np.i0(beta)
+
+    return [
+        chebyshev.Chebyshev.interpolate(lambda f, g=g: value(f - g + NODES / 2 - 1), DEGREE, domain=[0, 1])
+        for g in range(NODES)
+    ]
+
+
+def taps(spacing, shape, count):
+    """The kernel between nodes: the transform of exp(-z^2 / 2) over the square of that of the window."""
+    angle = np.pi * (np.arange(256) + 0.5) / 256
+    root = np.sqrt((shape * NODES) ** 2 - (NODES / 2 * angle) ** 2)
+    transform = NODES * np.sinh(root) / (root * np.i0(shape * NODES))
+    factor = np.sqrt(2 * np.pi) / spacing * np.exp(-((angle / spacing) ** 2) / 2) / transform**2 / 256
+    return np.cos(np.outer(np.arange(count), angle)) @ factor
+
+
+@pytest.mark.parametrize(
+    ("most", "shape", "order"), [(0.35, 2.45, 0), (0.3, 2.7, 0), (0.3, 2.7, 1), (0.3, 2.7, 2)]
+)
+@pytest.mark.parametrize("share", [1, 0.7])
+def test_meshes_keep_their_bound(most, shape, order, share):
+    """Values, first and second derivatives, by the offset z of a query from a key."""
+    spacing, polynomials = most * share, window(shape)
+    at_key = np.array([p(FRACTIONS) for p in polynomials])
+    at_query = np.array([(p.deriv(order) if order else p)(FRACTIONS) for p in polynomials]) / spacing**order
+    far = int(9 / spacing)
+    tap = taps(spacing, shape, far + NODES)
+    bound = (1e-11, 5e-11, 7e-9)[order]
+    largest = 0.0
+    for apart in range(far):
+        between = tap[np.abs(apart + np.arange(NODES)[:, None] - np.arange(NODES))]
+        z = spacing * (apart + FRACTIONS[:, None] - FRACTIONS)
+        exact = (1, -z, z**2 - 1)[order] * np.exp(-(z**2) / 2)
+        error = np.abs(at_query.T @ between @ at_key - exact)
+        assert (error <= bound * np.exp(-(z**2) / 8) + 1e-14 / spacing**order).all()
+        largest = max(largest, error.max() / bound)
+    assert largest > 1e-3, "a bound so loose wastes rows"
+    if order == 0 and share == 1:
+        assert not_a_bound(spacing, shape)
+
+
+def not_a_bound(spacing, shape):
+    """Whether values are worse than the bound where nodes lie a fifth further apart: the test can tell."""
+    wide, polynomials = 1.2 * spacing, window(shape)
+    weights = np.array([p(FRACTIONS) for p in polynomials])
+    tap = taps(wide, shape, NODES)
+    between = tap[np.abs(np.arange(NODES)[:, None] - np.arange(NODES))]
+    z = wide * (FRACTIONS[:, None] - FRACTIONS)
+    return np.abs(weights.T @ between @ weights - np.exp(-(z**2) / 2)).max() > 1e-11

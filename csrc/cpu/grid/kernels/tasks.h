@@ -6,13 +6,21 @@
 
 namespace nwfast {
 
-constexpr int kGridTerms = 24;            // of the series of one feature
+constexpr int kGridTerms = 32;            // of the series of one feature
+constexpr int kWindowNodes = 12;          // of a mesh that a point adds to, along one feature
+constexpr int kWindowDegree = 14;         // of the polynomials that a window is made of
 constexpr int kMostSlots = 7;             // values, first and second derivatives in three features
 constexpr int64_t kMatrixPadding = 8;     // doubles behind each array that kernels may read, and do not use
 constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
 
 // Polynomials of even degree come first, in all tensors: the place of degree n among `terms`.
 constexpr int place_of_degree(int n, int terms) { return n % 2 ? terms / 2 + n / 2 : n / 2; }
+
+// What a point adds to the nodes around it, by its place f in [0, 1] between two of them: polynomials of 2 f - 1, the
+// coefficient of each power for all nodes side by side; those of the first and second derivatives by f.
+struct GridWindow {
+  alignas(64) double power[3][kWindowDegree + 1][kWindowNodes];
+};
 
 // The translation of tensors along one feature: to (rows, terms) = sum_o (left (rows, terms) @ matrix_o), over boxes o
 // cells lower and o cells higher. The matrix of -o has the entries of that of o, with changed signs where degrees of
@@ -37,7 +45,8 @@ struct GridMoments {
   int64_t n;
   double centre[3], scale[3];
   int terms[3];
-  const double* charge;  // (columns, pitch)
+  const GridWindow* window;  // of a mesh; null for Chebyshev series
+  const double* charge;      // (columns, pitch)
   int64_t pitch;
   int columns;
   double* moments;
@@ -52,6 +61,7 @@ struct GridEvaluate {
   int64_t n;
   double centre[3], scale[3];
   int terms[3];
+  const GridWindow* window;
   int order;
   const double* series;
   int columns;
@@ -64,6 +74,12 @@ struct GridKernels {
   void (*product)(const GridProduct&);
   void (*moments)(const GridMoments<R>&);
   void (*evaluate)(const GridEvaluate<R>&);
+  // The same for meshes: tensors are values at their nodes.
+  void (*spread)(const GridMoments<R>&);
+  void (*interpolate)(const GridEvaluate<R>&);
+  // Values at nodes that mirror each other become sums and differences, in the places of both, and back but for a
+  // factor of 2 a feature: what a translation reads and writes of a mesh.
+  void (*fold)(double* tensor, const int* terms);
 };
 
 template <typename R>
