@@ -2,6 +2,7 @@
 
 #include "plan.h"
 
+#include <numbers>
 #include <numeric>
 
 namespace nwfast {
@@ -11,7 +12,6 @@ namespace {
 using Real = long double;
 
 constexpr int kTerms[] = {4, 8, 12, 16, 20, 24};
-constexpr Real kPi = 3.14159265358979323846264338327950288L;
 
 // The error that a series may have, such that its derivatives are as good as is asked for: those of a polynomial of
 // degree T on [-1, 1] are up to T^2 and T^2 (T^2 - 1) / 3 times as large.
@@ -147,7 +147,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
   plan.mesh = false;
   const double direct = pairs_within(extent, plan.radius) * 1.6 * Accuracy<R>::kPair / (2 * kMultiply);
   for (const int spacings : kMeshSpacings) {
-    if (sizeof(R) == 8) break;
+    if (sizeof(R) == 8 || extent.order > 1) break;
     Axis axes[kAxes];
     bool fits = true;
     double boxes;
@@ -210,9 +210,10 @@ void fill_matrix(const Axis& axis, int64_t apart, double* matrix) {
   std::vector<Real> polynomial(terms * terms), values(terms * terms), half_done(terms * terms);
   std::vector<Real> node(terms);
   for (int p = 0; p < terms; ++p) {
-    node[p] = std::cos(kPi * (p + 0.5L) / terms);
+    node[p] = std::cos(std::numbers::pi_v<Real> * (p + 0.5L) / terms);
     for (int n = 0; n < terms; ++n) {
-      polynomial[n * terms + p] = std::cos(kPi * (p + 0.5L) * n / terms) * (n > 0 ? 2.0L : 1.0L) / terms;
+      polynomial[n * terms + p] =
+          std::cos(std::numbers::pi_v<Real> * (p + 0.5L) * n / terms) * (n > 0 ? 2.0L : 1.0L) / terms;
     }
   }
   for (int p = 0; p < terms; ++p) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <vector>
 
 namespace nwfast {
@@ -12,7 +13,6 @@ namespace {
 
 using Real = long double;
 
-constexpr Real kPi = 3.14159265358979323846264338327950288L;
 constexpr int kTapNodes = 256;  // of the integral over frequencies
 
 // The modified Bessel function of order 0.
@@ -50,13 +50,14 @@ GridWindow make_window(int order) {
     // In Chebyshev polynomials first, by their values at Chebyshev nodes.
     Real value[kCount], power[kCount] = {}, before[kCount] = {}, last[kCount] = {};
     for (int i = 0; i < kCount; ++i) {
-      const Real f = (std::cos(kPi * (i + 0.5L) / kCount) + 1) / 2;
+      const Real f = (std::cos(std::numbers::pi_v<Real> * (i + 0.5L) / kCount) + 1) / 2;
       value[i] = kaiser.value(f - node + Kaiser::kHalf - 1);
     }
     last[0] = 1;
     for (int n = 0; n < kCount; ++n) {
       Real coefficient = 0;
-      for (int i = 0; i < kCount; ++i) coefficient += value[i] * std::cos(kPi * n * (i + 0.5L) / kCount);
+      for (int i = 0; i < kCount; ++i)
+        coefficient += value[i] * std::cos(std::numbers::pi_v<Real> * n * (i + 0.5L) / kCount);
       coefficient *= (n > 0 ? 2.0L : 1.0L) / kCount;
       for (int k = 0; k <= n; ++k) power[k] += coefficient * last[k];
       Real next[kCount] = {};
@@ -87,8 +88,10 @@ void fill_mesh_matrices(int order, int spacings, double spacing, int64_t reach, 
   // K' between nodes.
   std::vector<Real> tap(reach * spacings + terms, 0);
   for (int i = 0; i < kTapNodes; ++i) {
-    const Real angle = kPi * (i + 0.5L) / kTapNodes, wave = angle / spacing, transform = kaiser.transform(angle);
-    const Real factor = std::sqrt(2 * kPi) / spacing * std::exp(-wave * wave / 2) / (transform * transform) / kTapNodes;
+    const Real angle = std::numbers::pi_v<Real> * (i + 0.5L) / kTapNodes, wave = angle / spacing,
+               transform = kaiser.transform(angle);
+    const Real factor = std::sqrt(2 * std::numbers::pi_v<Real>) / spacing * std::exp(-wave * wave / 2) /
+                        (transform * transform) / kTapNodes;
     if (factor < 1e-26L) break;
     const Real twice = 2 * std::cos(angle);
     Real last = twice / 2, now = 1;

@@ -16,7 +16,8 @@ namespace grid {
 
 // How wide nodes may lie apart, in bandwidths, and how narrow the window is, by the order of the derivatives that are
 // asked for; how far off interpolation in one feature is taken to be, relative to exp(-z^2 / 8) of a charge at a
-// distance z. That is a bound for values; first derivatives are as good, second ones to 7e-9.
+// distance z. That is a bound for values, and first derivatives are as good. Second ones are good to 7e-9 only: what
+// asks for them (the gradient of w) gets series.
 struct MeshKind {
   double spacing, shape, error;
 };
