@@ -117,7 +117,7 @@ def _by_formula(
         if reduction == "none":
             return squares
         total = squares.sum()
-        return total if reduction == "sum" else total / (squares.numel() if examples > 1 else 0)
+        return total if reduction == "sum" else _mean(total, squares.new_tensor(squares.numel() * (examples > 1)))
     counts = key_weight != 0
     kept = counts.sum(-1, keepdim=True) > counts.to(torch.int64)
     weight = key_weight.to(residual.dtype)
@@ -131,7 +131,13 @@ def _by_formula(
     total = terms.sum()
     if reduction == "sum":
         return total
-    return total / torch.where(kept, weight, 0.0).expand_as(terms).sum()
+    return _mean(total, torch.where(kept, weight, 0.0).expand_as(terms).sum())
+
+
+def _mean(total: Tensor, weights: Tensor) -> Tensor:
+    """Their quotient; NaN without gradient where nothing is counted."""
+    none = weights == 0
+    return torch.where(none, torch.nan, total / torch.where(none, 1.0, weights))
 
 
 class _OfW(torch.autograd.Function):

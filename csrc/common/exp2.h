@@ -1,7 +1,7 @@
 // 2^x by range reduction and a polynomial: 2^x = 2^floor(x) * p(x - floor(x)).
 //
-// Of the coefficients nwfast/constants.py tells; they are here by csrc/common/constants.h. These are the ones for floor;
-// those for round are evaluated in csrc/cpu/linear/kernels/direct.h and near_rows.h, vectors in csrc/cpu/simd.h.
+// Of the coefficients nwfast/constants.py tells; they are here by csrc/common/constants.h. These are the ones for
+// floor; those for round are evaluated in csrc/cpu/linear/kernels/direct.h and near_rows.h, vectors in csrc/cpu/simd.h.
 
 #pragma once
 

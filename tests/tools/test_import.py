@@ -68,23 +68,26 @@ def test_a_blocked_package_cannot_be_imported():
         run("import numba", blocked=("numba",))
 
 
-def test_import_costs_at_most_50_ms_over_torch():
+def test_import_costs_little_over_torch():
     # Processor time: other work on the machine does not count. Median, since the first process may compile bytecode.
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+between = time.process_time()
 import nwfast
-report["ms"] = (time.process_time() - start) * 1e3
+report["share"] = (time.process_time() - between) / (between - start)
 """
-    costs = [run(code)["ms"] for _ in range(5)]
-    assert statistics.median(costs) <= 50, f"milliseconds in 5 processes: {costs}"
+    shares = [run(code)["share"] for _ in range(5)]
+    assert statistics.median(shares) <= 0.1, f"of torch's own, in 5 processes: {shares}"
 
 
 def test_the_modules_of_the_op_import_one_way():
-    """Each can be read with those to its right alone: call, prepared -> schema -> autograd -> by_reference."""
+    """Each can be read with those to its right alone: call, prepared, local_linear -> schema -> autograd -> by_reference."""
     allowed = {
         "call": {"schema", "autograd", "by_reference"},
         "prepared": {"schema", "autograd"},
+        "local_linear": {"schema", "autograd", "by_reference"},
         "schema": {"autograd", "by_reference"},
         "autograd": {"by_reference"},
         "by_reference": set(),

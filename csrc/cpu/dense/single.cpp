@@ -76,11 +76,13 @@ class RowBlock {
   double lse_by_w_times(int64_t i, double grad) const {
     const double slope = lse_by_w(i), offset = far_offset(i);
     if (std::isfinite(slope) || !(std::fabs(grad) < 1)) return grad * slope;
-    return grad * (sum(i, kScoreTotal) / total(i) / step_) * (batch_.w / step_) - batch_.w * grad * offset * offset;
+    return grad * (sum(i, kScoreTotal) / total(i)) / step_ * (batch_.w / step_) - (batch_.w * offset) * (grad * offset);
   }
-  double lse_by_query(int64_t i) const {
-    if (batch_.w == 0) return sum(i, kOffsetTotal) / total(i) * 0;
-    return -batch_.w * (sum(i, kOffsetTotal) / total(i) * (batch_.w / step_) + batch_.w * far_offset(i));
+  double lse_by_query_times(int64_t i, double grad) const {
+    if (batch_.w == 0) return grad * (sum(i, kOffsetTotal) / total(i) * 0);
+    const double offset = sum(i, kOffsetTotal) / total(i) * (batch_.w / step_) + batch_.w * far_offset(i);
+    const double slope = -batch_.w * offset;
+    return std::isfinite(slope) ? grad * slope : -batch_.w * (grad * offset);
   }
 
  private:
@@ -142,7 +144,7 @@ void query_block(const Problem& problem, const BackwardTask<R>& task, const Sing
       if (task.grad_w) by_w += rows.out_by_w(i, g);
     }
     if (g_lse != 0) {
-      if (task.grad_query) by_query += g_lse * rows.lse_by_query(i);
+      if (task.grad_query) by_query += rows.lse_by_query_times(i, g_lse);
       if (task.grad_w) by_w += rows.lse_by_w_times(i, g_lse);
     }
     if (task.grad_query) task.grad_query[row] = static_cast<R>(by_query);
