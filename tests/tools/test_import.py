@@ -83,7 +83,7 @@ report["share"] = (time.process_time() - between) / (between - start)
 
 
 def test_the_modules_of_the_op_import_one_way():
-    """Each can be read with those to its right alone: call, prepared, local_linear -> schema -> autograd -> by_reference."""
+    """Each can be read with those further on alone: call, prepared, local_linear; schema; autograd; by_reference."""
     allowed = {
         "call": {"schema", "autograd", "by_reference"},
         "prepared": {"schema", "autograd"},
