@@ -117,7 +117,11 @@ def _by_formula(
         if reduction == "none":
             return squares
         total = squares.sum()
-        return total if reduction == "sum" else _mean(total, squares.new_tensor(squares.numel() * (examples > 1)))
+        return (
+            total
+            if reduction == "sum"
+            else _mean(total, squares.new_tensor(squares.numel() * (examples > 1)))
+        )
     counts = key_weight != 0
     kept = counts.sum(-1, keepdim=True) > counts.to(torch.int64)
     weight = key_weight.to(residual.dtype)

@@ -6,7 +6,7 @@ is skipped. Here keys are divided at medians (a k-d tree) down to tiles, and row
 NumPy: next to nothing beside the pairs of a call that is worth it.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -57,6 +57,14 @@ def _divided(points: np.ndarray, leaf: int) -> Tensor | None:
         order[first:last] = order[first:last][np.argpartition(along, middle)]
         ranges += [(first, first + middle), (first + middle, last)]
     return torch.from_numpy(order)
+
+
+@overload
+def ordered(tensor: Tensor, order: Tensor, dim: int) -> Tensor: ...
+
+
+@overload
+def ordered(tensor: Tensor | None, order: Tensor, dim: int) -> Tensor | None: ...
 
 
 def ordered(tensor: Tensor | None, order: Tensor, dim: int) -> Tensor | None:
