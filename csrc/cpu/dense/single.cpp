@@ -76,7 +76,8 @@ class RowBlock {
   double lse_by_w_times(int64_t i, double grad) const {
     const double slope = lse_by_w(i), offset = far_offset(i);
     if (std::isfinite(slope) || !(std::fabs(grad) < 1)) return grad * slope;
-    return grad * (sum(i, kScoreTotal) / total(i)) / step_ * (batch_.w / step_) - (batch_.w * offset) * (grad * offset);
+    return grad * (sum(i, kScoreTotal) / total(i)) / step_ * (batch_.w / step_) -
+           product_of(batch_.w, grad, offset) * offset;
   }
   double lse_by_query_times(int64_t i, double grad) const {
     if (batch_.w == 0) return grad * (sum(i, kOffsetTotal) / total(i) * 0);
