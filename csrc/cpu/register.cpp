@@ -326,17 +326,6 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
 // C).
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <typename V>
-Tensor tensor_of(const std::vector<V>& from, int64_t columns) {
-  const int64_t sizes[2] = {static_cast<int64_t>(from.size()) / (columns > 0 ? columns : 1), columns};
-  const ScalarType dtype = std::is_same<V, int64_t>::value  ? ScalarType::Long
-                           : std::is_same<V, double>::value ? ScalarType::Double
-                                                            : ScalarType::Float;
-  const Tensor tensor = empty(sizes, columns > 0 ? 2 : 1, dtype);
-  if (!from.empty()) std::memcpy(tensor.mutable_data_ptr(), from.data(), from.size() * sizeof(V));
-  return tensor;
-}
-
 template <typename T>
 Seven compress_as(const Problem& problem) {
   PreparedKeys<T> prepared;

@@ -1,6 +1,10 @@
 // From torch's tensors to views of them, and to new ones: what every file that registers operators of the CPU needs.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
 #include "../common/tensors.h"
 #include "problem.h"
 
@@ -31,6 +35,18 @@ inline View view_of(const Tensor& tensor, const Batch& batch, int leading, int r
 template <typename T>
 T* data(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+// A copy, (rows, columns), or a vector where there are no columns.
+template <typename V>
+Tensor tensor_of(const std::vector<V>& from, int64_t columns = 0) {
+  const int64_t sizes[2] = {static_cast<int64_t>(from.size()) / (columns > 0 ? columns : 1), columns};
+  const ScalarType dtype = std::is_same<V, int64_t>::value  ? ScalarType::Long
+                           : std::is_same<V, double>::value ? ScalarType::Double
+                                                            : ScalarType::Float;
+  const Tensor tensor = empty(sizes, columns > 0 ? 2 : 1, dtype);
+  if (!from.empty()) std::memcpy(tensor.mutable_data_ptr(), from.data(), from.size() * sizeof(V));
+  return tensor;
 }
 
 }  // namespace nwfast

@@ -145,9 +145,10 @@ bool make_plan(const Extent& extent, Plan& plan) {
   }
   plan.order = extent.order;
   plan.mesh = false;
-  const double direct = pairs_within(extent, plan.radius) * 1.6 * Accuracy<R>::kPair / (2 * kMultiply);
+  const bool may_mesh = sizeof(R) == 4 && extent.order < 2;
+  const double direct = may_mesh ? pairs_within(extent, plan.radius) * 1.6 * Accuracy<R>::kPair / (2 * kMultiply) : 0;
   for (const int spacings : kMeshSpacings) {
-    if (sizeof(R) == 8 || extent.order > 1) break;
+    if (!may_mesh) break;
     Axis axes[kAxes];
     bool fits = true;
     double boxes;

@@ -70,7 +70,9 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
       plan.mesh ? table.spread(task) : table.moments(task);
       for (int64_t k = 0; k < task.n; ++k) size_sum += std::fabs(charge[k]);
     }
-    for (int column = 0; plan.mesh && column < columns; ++column) table.fold(to + column * plan.size(), task.terms);
+    if (plan.mesh) {
+      for (int column = 0; column < columns; ++column) table.fold(to + column * plan.size(), task.terms);
+    }
     mass[part.slot] = size_sum;
   });
   parallel_blocks(boxes, serial || sums.empty(), [&](int64_t i) {
@@ -253,9 +255,9 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
         }
       }
     }
-    const int terms[kAxes] = {plan.axis[2].terms, plan.axis[1].terms, a.terms};
-    for (int64_t k = 0; plan.mesh && k < static_cast<int64_t>(n) * columns; ++k) {
-      table.fold(series.get() + k * plan.size(), terms);
+    if (plan.mesh) {
+      const int terms[kAxes] = {plan.axis[2].terms, plan.axis[1].terms, a.terms};
+      for (int64_t k = 0; k < static_cast<int64_t>(n) * columns; ++k) table.fold(series.get() + k * plan.size(), terms);
     }
     for (size_t k = 0; k < n; ++k) {
       if (kept_series) {

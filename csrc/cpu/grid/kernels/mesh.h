@@ -21,7 +21,8 @@ NWFAST_INLINE AnyQuad& quad(double* p) { return *reinterpret_cast<AnyQuad*>(p); 
 
 constexpr int kMeshPoints = 16;  // whose windows are held at once
 
-// Of one feature: the first node of each point's window, and its weights with kOrder derivatives by the place in a box.
+// Of one feature: the first node of each point's window, and its weights with their derivatives, if kOrder is 1, by the
+// place in a box.
 template <int kOrder>
 struct Windows {
   int first[kMeshPoints];
@@ -168,13 +169,9 @@ NWFAST_ONE_COPY void interpolate(const GridEvaluate<R>& task) {
 template <typename R>
 void grid_interpolate(const GridEvaluate<R>& task) {
   if (!task.x[1]) {
-    task.order == 0   ? interpolate<R, 0, true>(task)
-    : task.order == 1 ? interpolate<R, 1, true>(task)
-                      : interpolate<R, 2, true>(task);
+    task.order == 0 ? interpolate<R, 0, true>(task) : interpolate<R, 1, true>(task);
   } else {
-    task.order == 0   ? interpolate<R, 0, false>(task)
-    : task.order == 1 ? interpolate<R, 1, false>(task)
-                      : interpolate<R, 2, false>(task);
+    task.order == 0 ? interpolate<R, 0, false>(task) : interpolate<R, 1, false>(task);
   }
 }
 

@@ -17,9 +17,9 @@ constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are wri
 constexpr int place_of_degree(int n, int terms) { return n % 2 ? terms / 2 + n / 2 : n / 2; }
 
 // What a point adds to the nodes around it, by its place f in [0, 1] between two of them: polynomials of 2 f - 1, the
-// coefficient of each power for all nodes side by side; those of the first and second derivatives by f.
+// coefficient of each power for all nodes side by side; and those of the derivatives by f.
 struct GridWindow {
-  alignas(64) double power[3][kWindowDegree + 1][kWindowNodes];
+  alignas(64) double power[2][kWindowDegree + 1][kWindowNodes];
 };
 
 // The translation of tensors along one feature: to (rows, terms) = sum_o (left (rows, terms) @ matrix_o), over boxes o
@@ -74,7 +74,7 @@ struct GridKernels {
   void (*product)(const GridProduct&);
   void (*moments)(const GridMoments<R>&);
   void (*evaluate)(const GridEvaluate<R>&);
-  // The same for meshes: tensors are values at their nodes.
+  // The same for meshes, up to first derivatives: tensors are values at their nodes.
   void (*spread)(const GridMoments<R>&);
   void (*interpolate)(const GridEvaluate<R>&);
   // Values at nodes that mirror each other become sums and differences, in the places of both, and back but for a
