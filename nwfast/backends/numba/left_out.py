@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import EXACT, ROOT, entry
 from .exp2 import MOST_EXPONENT, exp2_double
-from .scores import HUGE, add_wide_part, in_order, limited, part_of_score
+from .scores import limited, relative_score
 
 HELD_EXPONENTS = 1024  # whose exponents are held at once
 
@@ -64,19 +64,6 @@ def finite(key: Tensor, value: Tensor) -> Tensor:
 
 
 @njit(**EXACT)
-def _exponent(q, k, reference, w, base):
-    score = 0.0
-    for f in range(len(q)):
-        score += part_of_score(q[f], k[f], reference[f], w[f])
-    if abs(score) < HUGE:
-        return score + base
-    score, exponent = 0.0, 0
-    for f in range(len(q)):
-        score, exponent = add_wide_part(score, exponent, q[f], k[f], reference[f], w[f])
-    return in_order(score, exponent) + base
-
-
-@njit(**EXACT)
 def scaled(x, exponent):
     """X 2^exponent, at most the largest finite number."""
     while exponent > 0.0 and x != 0.0 and abs(x) < np.inf:
@@ -97,7 +84,7 @@ def weights(rows, key, value, own, result, first, last):
         for begin in range(0, count, HELD_EXPONENTS):
             end, here = min(begin + HELD_EXPONENTS, count), -np.inf
             for i in range(begin, end):
-                exponent = _exponent(query[i], key[j], reference[i], w, base[i])
+                exponent = relative_score(query[i], key[j], 0, 1, reference[i], 0, 1, w) + base[i]
                 exponents[i - begin] = exponent
                 if i != own[j]:
                     here = max(here, exponent)

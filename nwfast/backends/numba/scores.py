@@ -95,16 +95,17 @@ def in_order(score, exponent):
 
 
 @njit(**EXACT)
-def relative_score(q, key, place, key_d, origin, w):
-    """Base-2 score of the key at `place` minus that of the key at `origin`; beyond HUGE, what is in_order."""
+def relative_score(q, key, place, key_d, reference, origin, reference_d, w):
+    """Base-2 score of the key at `place` minus that of the one at `origin` of `reference`; beyond HUGE, in_order."""
     score = 0.0
     for f in range(len(q)):
-        score += part_of_score(q[f], double(key[place + f * key_d]), double(key[origin + f * key_d]), w[f])
+        k, k0 = double(key[place + f * key_d]), double(reference[origin + f * reference_d])
+        score += part_of_score(q[f], k, k0, w[f])
     if abs(score) < HUGE:
         return score
     score, exponent = 0.0, 0
     for f in range(len(q)):
-        k, k0 = double(key[place + f * key_d]), double(key[origin + f * key_d])
+        k, k0 = double(key[place + f * key_d]), double(reference[origin + f * reference_d])
         score, exponent = add_wide_part(score, exponent, q[f], k, k0, w[f])
     return in_order(score, exponent)
 
@@ -235,7 +236,9 @@ def row_terms(about, given, q, w, skip, terms):
             reached &= abs(k) < np.inf
             # A feature without a bandwidth knows no infinite distance.
             valid &= k == k and (infinite or abs(k) < np.inf or w[f] != 0.0)
-        if reached and (origin < 0 or relative_score(q, key, place, key_d, at + origin * key_n, w) > 0.0):
+        if reached and (
+            origin < 0 or relative_score(q, key, place, key_d, key, at + origin * key_n, key_d, w) > 0.0
+        ):
             origin = j
     if kept == 0:
         return -1, 0.0, 0.0, 0.0 if valid else np.nan
@@ -249,7 +252,7 @@ def row_terms(about, given, q, w, skip, terms):
         if weighted and kept_j:
             kept_j = double(weight[weight_at + j * weight_n]) > 0.0
         if kept_j:
-            score = relative_score(q, key, at + j * key_n, key_d, origin_at, w)
+            score = relative_score(q, key, at + j * key_n, key_d, key, origin_at, key_d, w)
             if weighted:
                 score += double(math.frexp(double(weight[weight_at + j * weight_n]))[1])
         terms[j] = score

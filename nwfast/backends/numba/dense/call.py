@@ -20,7 +20,7 @@ from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, 
 from .. import base as place
 from .. import left_out as left_out_keys
 from .keys import backward_keys
-from .order import order_of, ordered, restored
+from .order import order_of, ordered, pays, restored
 from .rows import EMPTY, FAR, QUERY_BLOCK, backward_rows, backward_tangents, forward_rows
 from .tiles import TILE
 
@@ -87,8 +87,10 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
-    anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
-    order = order_of(query, anchored, w, exclude_self, QUERY_BLOCK)
+    order = None
+    if pays(query, key, w):
+        anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+        order = order_of(query, anchored, w, exclude_self, QUERY_BLOCK)
     if order is None:
         return _backward(
             grad_out, grad_lse, query, key, value, w, key_weight, out, state, tangent_w, tangent_q,

@@ -228,7 +228,8 @@ def key_side(example, about, unit, first, last, rows, means, far, gradients):
             p = score = np.nan
             if rows[3 * row] >= 0:
                 origin_at = at_key + int(rows[3 * row]) * about[KEY_N]
-                score = relative_score(q, key, place, about[KEY_D], origin_at, w) - rows[3 * row + 1]
+                by_d = about[KEY_D]
+                score = relative_score(q, key, place, by_d, key, origin_at, by_d, w) - rows[3 * row + 1]
                 p = mantissa * exp2_double(min(score + exponent, MOST_EXPONENT)) / total
             pull = lse_gradient(example, about, row)
             for c in range(n_channels):

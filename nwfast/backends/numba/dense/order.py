@@ -24,12 +24,18 @@ class Order(NamedTuple):
     keys: Tensor
 
 
-def order_of(query: Tensor, key: Tensor, w: Tensor, exclude_self: bool, row_block: int) -> Order | None:
-    """The order in which to compute a call, in canonical form; None where it is to stay as it is."""
+def pays(query: Tensor, key: Tensor, w: Tensor) -> bool:
+    """Whether a call, in canonical form, is of one batch element, and large enough."""
     m, n, features = query.shape[-2], key.shape[-2], key.shape[-1]
     alone = query.numel() == m * features and key.numel() == n * features and w.numel() <= features
-    if features == 1 or n <= TILE or m * n < _LEAST_PAIRS or not alone:
+    return features > 1 and n > TILE and m * n >= _LEAST_PAIRS and alone
+
+
+def order_of(query: Tensor, key: Tensor, w: Tensor, exclude_self: bool, row_block: int) -> Order | None:
+    """The order in which to compute a call; None where it is to stay as it is."""
+    if not pays(query, key, w):
         return None
+    m, n, features = query.shape[-2], key.shape[-2], key.shape[-1]
     scale = w.reshape(-1).double().abs().numpy()
     keys = _divided(key.reshape(n, features).double().numpy() * scale, TILE)
     if keys is None:
