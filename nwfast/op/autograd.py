@@ -46,12 +46,12 @@ def formula(ctx: Any, backward: Callable, grad_out: Tensor | None, grad_lse: Ten
     full = backward(grad_out, grad_lse, *inputs, out, *computed, ctx.exclude_self, needs)
     gradients: list[Tensor | None] = [None] * 5
     for place in needed:
-        reduce = _reduce_weights if place == 4 else _reduce_to
+        reduce = reduce_weights if place == 4 else reduce_to
         gradients[place] = reduce(full[place], inputs[place])
     return tuple(gradients)
 
 
-def _reduce_to(gradient: Tensor, tensor: Tensor) -> Tensor:
+def reduce_to(gradient: Tensor, tensor: Tensor) -> Tensor:
     """Sum the gradient over the leading dimensions in which the input was broadcast."""
     if gradient.shape != tensor.shape:
         if gradient.numel() == tensor.numel():  # of a call on the short way, in canonical form
@@ -61,14 +61,14 @@ def _reduce_to(gradient: Tensor, tensor: Tensor) -> Tensor:
     return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
 
 
-def _reduce_weights(gradient: Tensor, weight: Tensor) -> Tensor:
-    """As `_reduce_to`; of weights of 0 the largest number stands for more, as in what the kernels give."""
-    reduced = _reduce_to(gradient, weight)
+def reduce_weights(gradient: Tensor, weight: Tensor) -> Tensor:
+    """As `reduce_to`; of weights of 0 the largest number stands for more, as in what the kernels give."""
+    reduced = reduce_to(gradient, weight)
     if gradient.dtype == weight.dtype and gradient.numel() == weight.numel():
         return reduced
     share = 2.0**-40  # of sums that may overflow, on the way too
     most, largest = torch.finfo(gradient.dtype).max, torch.finfo(weight.dtype).max
-    sums = _reduce_to(gradient * share, weight.to(gradient.dtype)).clamp(-most * share, most * share)
+    sums = reduce_to(gradient * share, weight.to(gradient.dtype)).clamp(-most * share, most * share)
     sums = (sums / share).clamp(-largest, largest).to(weight.dtype)
     return torch.where((weight == 0) & ~reduced.isfinite(), sums, reduced)
 

@@ -23,24 +23,12 @@ from .. import backends
 from ..backends import is_captured
 from ..backends import local_linear as formula
 from . import by_reference
-from .autograd import _reduce_to, _reduce_weights
+from .autograd import reduce_to, reduce_weights
 from .by_reference import NEEDS
-from .schema import KERNELS, _register_autograd, _register_fake
+from .schema import KERNELS, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
 MOST_EXTENT = 6000.0
-
-torch.library.define(
-    "nwfast::local_linear",
-    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, str kernel) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "nwfast::local_linear_backward",
-    "(Tensor grad_fit, Tensor grad_slope, Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, "
-    "Tensor slope, Tensor means, Tensor inverse, bool exclude_self, str kernel, int needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 def local_linear(
@@ -60,7 +48,7 @@ def local_linear(
         return formula.forward(query, key, value, w, key_weight, exclude_self)
     query, key, value, w = query.double(), key.double(), value.double(), w.double()
     key_weight = key_weight if key_weight is None else key_weight.double()
-    return torch.ops.nwfast.local_linear.default(query, key, value, w, key_weight, exclude_self, kernel)[:2]
+    return _LOCAL_LINEAR(query, key, value, w, key_weight, exclude_self, kernel)[:2]
 
 
 def _forward(query, key, value, w, key_weight, exclude_self, kernel):
@@ -216,10 +204,10 @@ def _formula(ctx, grad_fit, grad_slope, *_):
         grad_slope = torch.zeros_like(slope)
     needed = ctx.needs_input_grad[:5]
     needs = sum(flag for need, flag in zip(needed, NEEDS, strict=True) if need)
-    full = torch.ops.nwfast.local_linear_backward.default(
+    full = _LOCAL_LINEAR_BACKWARD(
         grad_fit, grad_slope, *inputs, slope, means, inverse, ctx.exclude_self, ctx.kernel, needs
     )
-    reduce = (_reduce_to,) * 4 + (_reduce_weights,)
+    reduce = (reduce_to,) * 4 + (reduce_weights,)
     gradients = [reduce[i](full[i], inputs[i]) if needed[i] else None for i in range(5)]
     return *gradients, None, None
 
@@ -244,10 +232,22 @@ def _second(ctx, *grads):
     return *by_reference.pull_back(gradients, inputs, grads), *(None,) * 6
 
 
-for _name, _run, _fake, _gradients, _saved in (
-    ("local_linear", _forward, _fake_forward, _formula, _save),
-    ("local_linear_backward", _backward, _fake_backward, _second, _save_for_second),
-):
-    torch.library.impl(f"nwfast::{_name}", "CompositeExplicitAutograd", _run)
-    _register_fake(f"nwfast::{_name}", _fake)
-    _register_autograd(getattr(torch.ops.nwfast, _name).default, _gradients, _saved)
+_LOCAL_LINEAR = define(
+    "local_linear",
+    "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, str kernel) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _formula,
+    _save,
+)
+_LOCAL_LINEAR_BACKWARD = define(
+    "local_linear_backward",
+    "(Tensor grad_fit, Tensor grad_slope, Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, "
+    "Tensor slope, Tensor means, Tensor inverse, bool exclude_self, str kernel, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _second,
+    _save_for_second,
+)

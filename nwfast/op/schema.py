@@ -58,6 +58,18 @@ def _register_autograd(operator: Any, backward: Callable, setup_context: Callabl
     _LIBRARY.impl(operator._opname, run, "Autograd", with_keyset=True)
 
 
+def define(
+    name: str, schema: str, run: Callable, fake: Callable, backward: Callable, setup_context: Callable
+) -> Any:
+    """An operator in Python, of other operators, with its derivative."""
+    torch.library.define(f"nwfast::{name}", schema)
+    torch.library.impl(f"nwfast::{name}", "CompositeExplicitAutograd", run)
+    _register_fake(f"nwfast::{name}", fake)
+    operator = getattr(torch.ops.nwfast, name).default
+    _register_autograd(operator, backward, setup_context)
+    return operator
+
+
 class _Kernels:
     """A kernel's operators, and the autograd.Functions around them."""
 
