@@ -130,9 +130,7 @@ def extensions() -> list[Extension]:
         CppExtension(
             "nwfast._C",
             sources=units(),
-            depends=sorted(
-                path for kind in ("h", "cpp") for path in glob(f"csrc/**/*.{kind}", recursive=True)
-            ),
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cpp", recursive=True)),
             py_limited_api=True,
             extra_compile_args=[*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", ""))],
         )

@@ -1,4 +1,8 @@
-"""Data that breaks a naive softmax: far queries, overflowing scores, duplicates, gaps, NaN; and memory at large N."""
+"""Data that breaks a naive softmax: far queries, overflowing scores, duplicates, gaps, NaN; and memory at large N.
+
+One file, since nearly all its tests are a few lines of unkind data before the same comparisons, on every backend: with
+the textbook, or with the exact results and their bounds.
+"""
 
 import itertools
 import subprocess

@@ -215,6 +215,18 @@ def test_crowded_boxes_serve_without_the_keys(native, features, monkeypatch):
         index(query + 100, 2.0)
 
 
+@pytest.mark.parametrize(("features", "n", "w"), [(2, 20_000, 60.0), (3, 60_000, 15.0)])
+def test_boxes_with_meshes(native, features, n, w):
+    """So many boxes have meshes in float32, and series in float64: what is prepared says which."""
+    key, query = torch.rand(n, features), torch.rand(1000, features)
+    value = torch.sin(7 * key.sum(1))
+    out, lse = nwfast.KeyIndex(key, value, method="fgt", backend="native")(query, w, return_lse=True)
+    inputs = query.double(), key.double(), value.double(), w
+    exact, exact_lse = nwfast.nadaraya_watson(*inputs, method="fgt", backend="native", return_lse=True)
+    close(out, exact, torch.float32, 1.0)
+    close(lse, exact_lse, torch.float32, exact_lse.abs().max().item())
+
+
 @pytest.mark.parametrize("features", [2, 3])
 def test_options_with_several_features(backend, features):
     key, value, query = several(features, torch.float64, n=1500, m=200, channels=(3,))

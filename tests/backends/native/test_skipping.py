@@ -19,11 +19,6 @@ RESULTS = ("out", "lse", "query", "key", "value", "w", "key_weight")
 M, N = 150, 420
 
 
-def seeded(number):
-    """As every test's generators, in the process that is started too."""
-    return torch.Generator().manual_seed(number + 1000 * int(os.environ.get("NWFAST_TEST_SEED", "0")))
-
-
 def points(n, d, generator, clusters=6, spread=0.4):
     """Clusters with gaps between them, in no order."""
     centres = 10 * torch.rand(clusters, d, generator=generator, dtype=torch.float64)
@@ -33,7 +28,7 @@ def points(n, d, generator, clusters=6, spread=0.4):
 
 def draw(d, kind, dtype):
     """The arguments of a call: query, key, value, w, key_weight and exclude_self."""
-    generator = seeded(100 * d + len(kind))
+    generator = torch.Generator().manual_seed(100 * d + len(kind))
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
@@ -96,7 +91,7 @@ CASES += [(3, "exclude_self", torch.float16), (70, "clusters", torch.float32), (
 
 def cotangents(out, lse):
     """Of very different sizes; none of rows that are not numbers."""
-    generator = seeded(9)
+    generator = torch.Generator().manual_seed(9)
     sizes = 10 ** (6 * torch.rand(lse.shape, generator=generator) - 3)
     sizes = sizes * (out.isfinite().all(-1) & lse.isfinite())
     grad = torch.randn(out.shape, generator=generator) * sizes[..., None]
@@ -132,7 +127,7 @@ def main(path):
 
 def beside_large_values():
     """Rows among small values; far from them keys whose values are so large that they still add a tenth."""
-    generator = seeded(4)
+    generator = torch.Generator().manual_seed(4)
     key = torch.rand(N, 3, generator=generator)
     key[N // 2 :, 0] += 9.0
     value = 1 + torch.rand(N, 1, generator=generator)
@@ -186,7 +181,7 @@ def test_keys_far_away_count_where_their_values_are_large(always):
 
 
 def large_problem(d, dtype, n=2100, m=2010):
-    generator = seeded(d)
+    generator = torch.Generator().manual_seed(d)
     both = points(n + m, d, generator, clusters=20, spread=0.2).to(dtype)
     value = torch.sin(both[:n].sum(1, keepdim=True))
     weight = torch.rand(n, generator=generator).to(dtype)
