@@ -14,12 +14,14 @@
 #include "drivers.h"
 #include "left_out.h"
 #include "tensor_views.h"
+#include "tiny_weights.h"
 
 namespace nwfast {
 namespace {
 
 // x (N,), y (N,), w of one element, key_weight (N,), all of one dtype.
-Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& w, const std::optional<Tensor>& key_weight) {
+Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& w, const std::optional<Tensor>& key_weight,
+                   TinyWeights& weights) {
   Problem problem;
   const Batch& batch = problem.batch;
   check(x.dim() == 1 && y.dim() == 1 && w.dim() <= 1 && w.numel() == 1 && y.size(0) == x.size(0) && x.size(0) > 0 &&
@@ -33,11 +35,12 @@ Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& w, const std:
   if (key_weight) problem.key_weight = view_of(*key_weight, batch, 0, 0, -1);
   for (const View* view : {&problem.value, &problem.w}) check(view->dtype == problem.query.dtype);
   check(!key_weight || problem.key_weight.dtype == problem.query.dtype);
+  weights.rescale(problem);
   return problem;
 }
 
 template <typename T>
-void run(const Problem& problem, Method method, bool mean, bool differentiate, T* loss, T* grad_w) {
+void run(const Problem& problem, Method method, int exponent, bool mean, bool differentiate, T* loss, T* grad_w) {
   const int64_t n = problem.keys;
   const WithoutLeftOut kept(problem, false);
   Buffer<T> out(n), tangent(differentiate ? n : 0);
@@ -62,24 +65,26 @@ void run(const Problem& problem, Method method, bool mean, bool differentiate, T
     check(!std::isinf(tangent[i]));  // T does not hold it: refused, so that the caller goes the general way
     slope += 2 * a * residual * static_cast<double>(tangent[i]);
   }
-  const double scale = mean ? weights : 1;
-  *loss = static_cast<T>(squares / scale);
+  const auto reduced = [&](double sum) { return static_cast<T>(mean ? sum / weights : std::ldexp(sum, exponent)); };
+  *loss = reduced(squares);
   // Where nothing is counted the mean is NaN, of rows without gradient.
-  if (differentiate) *grad_w = static_cast<T>(counted > 1 ? slope / scale : 0);
+  if (differentiate) *grad_w = counted > 1 ? reduced(slope) : 0;
 }
 
 template <Method method>
 std::tuple<Tensor, Tensor> leave_one_out(const Tensor& x, const Tensor& y, const Tensor& w,
                                          const std::optional<Tensor>& key_weight, bool mean, bool differentiate) {
-  const Problem problem = problem_of(x, y, w, key_weight);
+  TinyWeights weights;
+  const Problem problem = problem_of(x, y, w, key_weight, weights);
   const bool wide = problem.query.dtype == Dtype::kDouble;
   check(wide || problem.query.dtype == Dtype::kFloat);
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t one = 1;
   const Tensor loss = empty(&one, 0, dtype);
   const Tensor grad_w = empty(&one, differentiate ? w.dim() : 0, dtype);
-  wide ? run(problem, method, mean, differentiate, data<double>(loss), data<double>(grad_w))
-       : run(problem, method, mean, differentiate, data<float>(loss), data<float>(grad_w));
+  const int exponent = weights.exponent(0);  // of the weights' unit, which a sum is in
+  wide ? run(problem, method, exponent, mean, differentiate, data<double>(loss), data<double>(grad_w))
+       : run(problem, method, exponent, mean, differentiate, data<float>(loss), data<float>(grad_w));
   return {loss, grad_w};
 }
 

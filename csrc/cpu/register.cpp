@@ -16,6 +16,7 @@
 #include "left_out.h"
 #include "tangents.h"
 #include "tensor_views.h"
+#include "tiny_weights.h"
 
 namespace nwfast {
 namespace {
@@ -27,6 +28,7 @@ enum class Form { kCanonical, kShared, kPerQuery };
 
 struct Call {
   Problem problem;
+  TinyWeights weights;  // what the problem's are, if not the caller's
   Form form = Form::kCanonical;
   bool channels = true;  // whether results have a dimension for them
   mutable std::optional<Tensor> nothing;
@@ -128,6 +130,7 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
   if (key_weight) {
     problem.key_weight = vector_view(*key_weight, batch);
     check(ndim > 1 || problem.key_weight.dtype == problem.query.dtype);
+    call.weights.rescale(problem);
   }
   return call;
 }
@@ -165,6 +168,7 @@ Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
                     call.allocate(m, channels, call.channels, dtype, wanted.tangent_q)};
   const bool linear = is_linear(method, problem);
   wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
+  call.weights.restore_lse(wide ? data<double>(std::get<1>(outputs)) : nullptr, problem.queries);
   return outputs;
 }
 
@@ -311,6 +315,7 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
     run_backward(problem, kept, task, w, needs, gradients, linear);
   };
   wide ? run(double()) : run(float());
+  call.weights.restore_gradients(wide ? data<double>(std::get<4>(gradients)) : nullptr, problem.keys);
   return gradients;
 }
 
@@ -338,7 +343,8 @@ Seven compress_as(const Problem& problem) {
 
 Seven compress(const Tensor& key, const Tensor& value, const Tensor& w, const std::optional<Tensor>& key_weight) {
   check(key.dim() == 1 && w.numel() == 1);
-  const WithoutLeftOut kept(call_of(key, key, value, w, key_weight, false).problem, false);
+  const Call call = call_of(key, key, value, w, key_weight, false);
+  const WithoutLeftOut kept(call.problem, false);
   Problem problem = kept.problem();
   problem.queries = 0;
   return problem.key.dtype == Dtype::kDouble ? compress_as<double>(problem) : compress_as<float>(problem);

@@ -9,6 +9,8 @@ from .schema import COMPRESS, GRID_COMPRESS, GRID_PREDICT, PREDICT
 
 # How native_fgt_predict begins its refusal.
 _BEYOND_PREPARED = "nwfast: queries beyond"
+# Weights that are all below it are for the op itself, which rescales them.
+_LEAST_WEIGHT = 2.0**-960
 
 
 def compress(kernel: str, key: Tensor, value: Tensor, w: Tensor, key_weight: Tensor | None) -> list[Tensor]:
@@ -21,6 +23,8 @@ def compress(kernel: str, key: Tensor, value: Tensor, w: Tensor, key_weight: Ten
     key_weight = key_weight if key_weight is None else key_weight.detach().to(dtype)
     if kernel.startswith("numba"):
         return backends.load("numba_fgt").compress(key, value, key_weight, w)
+    if key_weight is not None and not (key_weight >= _LEAST_WEIGHT).any():
+        return []
     if key.shape[1] > 1:
         if key_weight is not None:
             counted = key_weight != 0

@@ -369,21 +369,21 @@ def test_tiny_weights_of_tiny_values(native, method, keys, extent):
 
 @DTYPES
 @pytest.mark.parametrize("order", [1, -1])
-def test_derivatives_that_a_cotangent_brings_back(backend, order, dtype):
-    """d out / d query and d out / d w are beyond all numbers, the gradients are not."""
-    if backend == "triton":
-        pytest.xfail("Triton's products take saved slopes, which have the range of the dtype")
+@pytest.mark.parametrize("own", [False, True])
+def test_derivatives_that_a_cotangent_brings_back(backend, own, order, dtype):
+    """d out / d query and d out / d w are beyond all numbers, the gradients are not; in leave-one-out rows too."""
     large = 1e30 if dtype == torch.float32 else 1e200
-    key, value = (
-        torch.tensor([0.0, 1 / large][::order], dtype=dtype),
-        torch.tensor([large, -large], dtype=dtype),
-    )
-    query, w = torch.tensor([0.0, 0.4 / large], dtype=dtype), torch.tensor(large, dtype=dtype)
-    grad = torch.tensor([0.5, -1.5], dtype=dtype) / large
+    key = torch.tensor([0.0, 1 / large, 3 / large][::order], dtype=dtype)
+    value = torch.tensor([large, -large, large / 2], dtype=dtype)
+    query = torch.tensor([0.0, 0.4 / large, 2 / large], dtype=dtype)
+    weight = torch.tensor([0.5, 2.0, 1.0], dtype=dtype) if own else None
+    w, grad = torch.tensor(large, dtype=dtype), torch.tensor([0.5, -1.5, 1.0], dtype=dtype) / large
     for method in nwfast.backends.METHODS[backend]:
         leaves = [x.clone().requires_grad_() for x in (query, key, value, w)]
-        out = nwfast.nadaraya_watson(*leaves, backend=backend, method=method)
-        right = solve(query, key, value, w, None, grad, boxes=BOXES if method == "fgt" else 0.0)
+        options = {"key_weight": weight, "exclude_self": own, "method": method, "backend": backend}
+        out = nwfast.nadaraya_watson(*leaves, **options)
+        boxes = BOXES if method == "fgt" else 0.0
+        right = solve(query, key, value, w, weight, grad, exclude_self=own, boxes=boxes)
         names = ("query", "key", "value", "w")
         for wanted in ([0], [3], [0, 1], [0, 1, 2, 3]):
             gradients = torch.autograd.grad(out, [leaves[i] for i in wanted], grad, retain_graph=True)

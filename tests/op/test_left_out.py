@@ -200,8 +200,6 @@ def test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number(
 @pytest.mark.parametrize(("features", "channels"), [(1, 1), (2, 3)])
 def test_weights_that_are_all_tiny(backend, features, channels, unit):
     """Down to the last subnormal numbers they give what others give; the gradients of weights are what they must be."""
-    if backend == "native" and unit < 1e-315:
-        pytest.xfail("native sums of subnormal terms have fewer digits")
     query, key, value, w, _ = draw((), features, channels, torch.float64)
     weight = torch.randint(4, 9, (N,)).double() / 4
     weight[::7] = 0
@@ -215,6 +213,41 @@ def test_weights_that_are_all_tiny(backend, features, channels, unit):
             assert (a - b).abs().max() <= 1e-11 * b.abs().max(), (method, place)
         small = results((query, key, value, w, weight * unit), grad_out * unit, grad_lse * unit, **options)[6]
         assert (small - right[6]).abs().max() <= 1e-3 * right[6].abs().max(), method
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_batch_elements_of_tiny_weights_beside_others(backend, features):
+    """Each has its own unit, and shared weights of zero keep finite gradients in any of them."""
+    query, key, value, w, weight = draw((3,), features, 1, torch.float64)
+    unit = torch.tensor([1.0, 2.0**-1060, 2.0**-960], dtype=torch.float64)[:, None]
+    weight = torch.where(weight == 0, 0.0, (4 * weight).ceil())
+    grad_out, grad_lse = torch.randn(3, M, 1).double(), torch.randn(3, M).double()
+    right = results((query, key, value, w, weight), grad_out, grad_lse, backend=backend)
+    found = results((query, key, value, w, weight * unit), grad_out, grad_lse, backend=backend)
+    right[1] = right[1] + unit.log()
+    for place, (a, b) in enumerate(zip(found[:6], right[:6], strict=True)):
+        assert (a - b).abs().max() <= 1e-11 * b.abs().max(), place
+    shared = results((query, key, value, w, weight[0] * 2.0**-1060), grad_out, grad_lse, backend=backend)[6]
+    assert shared[weight[0] == 0].isfinite().all()
+
+
+def test_prepared_keys_and_losses_of_tiny_weights(native):
+    query, key, value, w, _ = draw((), 1, 1, torch.float64)
+    query, key, value = query[:, 0], key[:, 0], value[:, 0]
+    weight = torch.randint(4, 9, (N,)).double() / 4
+    for points, places in ((query, key), (query[:, None].expand(-1, 2), key[:, None].expand(-1, 2))):
+        index = nwfast.KeyIndex(places, value, key_weight=weight * 2.0**-1060, method="fgt")
+        out, lse = index(points, w, return_lse=True)
+        right = nwfast.nadaraya_watson(points, places, value, w, key_weight=weight, return_lse=True)
+        torch.testing.assert_close(out, right[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, right[1] - 1060 * math.log(2), rtol=1e-12, atol=1e-12)
+    for reduction, unit in (("mean", 1.0), ("sum", 2.0**-1000)):
+        slopes = []
+        for weights in (weight * 2.0**-1000, weight):
+            leaf = w.clone().requires_grad_()
+            loss = nwfast.leave_one_out_loss(key, value, leaf, key_weight=weights, reduction=reduction)
+            slopes.append(torch.stack([loss.detach(), torch.autograd.grad(loss, leaf)[0]]))
+        torch.testing.assert_close(slopes[0] / unit, slopes[1], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 2), (2, 1), (70, 1)])

@@ -34,8 +34,8 @@ from .launch import (
     without_left_out,
 )
 from .merge import single_merge, tiled_merge
-from .queries import query_side
-from .saved_rows import FLAG_ROWS, describe_rows, tangent_products
+from .queries import query_side, tangent_products
+from .saved_rows import FLAG_ROWS, describe_rows
 
 
 def forward(
@@ -176,7 +176,8 @@ def backward(
             rows = _Rows(rows_call, grads, out.contiguous(), state.contiguous(), exclude_self)
         if needs & (NEEDS_QUERY | NEEDS_W):
             if by_products:
-                partial_w = _tangent_products(call, grads[0], tangent_w, tangent_q, state, grad_query, needs)
+                saved = tangent_w, tangent_q, out.contiguous(), state.contiguous()
+                partial_w = _tangent_products(rows_call, grads[0], saved, grad_query, exclude_self, needs)
             else:
                 partial_w = _query_side(rows_call, rows, grad_query, exclude_self, needs)
         if needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT):
@@ -246,15 +247,16 @@ class _Rows:
 
 
 def _tangent_products(
-    call: Call, grad_out, tangent_w, tangent_q, state, grad_query, needs: int
+    call: Call, grad_out, saved: tuple, grad_query, exclude_self: bool, needs: int
 ) -> Tensor | None:
     block = 1024 if call.m > 128 else 128
     blocks = triton.cdiv(call.m, block)
     by_w, by_q = bool(needs & NEEDS_W), bool(needs & NEEDS_QUERY)
     partial = call.empty(by_w, call.batches, blocks, 1, dtype=torch.float64)
     tangent_products[(call.batches * blocks,)](
-        grad_out, tangent_w, tangent_q, state, grad_query, partial, call.m, blocks,
-        BY_W=by_w, BY_Q=by_q, BLOCK_M=block, num_warps=4 if block > 128 else 1, **OPTIONS,
+        *call.tensors, grad_out, *saved, grad_query, partial, call.table, call.m, call.n, call.batches, blocks,
+        *call.single_strides, WEIGHTED=call.weighted, SELF=exclude_self, TABLE=call.tabled, BY_W=by_w, BY_Q=by_q,
+        BLOCK_M=block, BLOCK_F=FAR_KEYS, num_warps=4 if block > 128 else 1, **OPTIONS,
     )  # fmt: skip
     return partial if by_w else None
 

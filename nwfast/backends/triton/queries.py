@@ -1,11 +1,12 @@
-"""The query side of the backward pass: gradients of query and w where no tangents were saved.
+"""The query side of the backward pass: gradients of query and w, from saved tangents or from sums over the keys.
 
 With p_ij the weights and u_ij = p_ij (<g_i, v_j> - <g_i, out_i> + g_lse_i),
 
     grad_query_if = -w_f^2 sum_j u_ij (q_if - k_jf),     grad_w_f = -w_f sum_ij u_ij (q_if - k_jf)^2
 
 A program owns BLOCK_M queries of one batch element, and BLOCK_D features, and walks over all keys. Its part of the
-gradient of w goes to partial_w (batches, blocks, D), to be summed in order.
+gradient of w goes to partial_w (batches, blocks, D), to be summed in order. Where the forward pass saved tangents, the
+derivatives of out by query and w, the gradients are products with them.
 """
 
 import triton
@@ -17,6 +18,8 @@ from .terms import (
     far_scores,
     inputs_of,
     lift_of,
+    nearest_key,
+    own_score,
     scaled_offsets,
     squared_distances,
     unit_of,
@@ -153,10 +156,11 @@ def query_side(
             nearest = tl.max(tl.where(tl.arange(0, BLOCK_M) == r, origin, -1), 0)
             if nearest >= 0:
                 own = (block * BLOCK_M + r).to(tl.int64)
+                top = tl.load(tops + b * m + own)
                 firsts_far, seconds_far = far_query(
-                    own, b * m + own, nearest, query + own * query_m, query_d, key, key_n, key_d,
+                    own, b * m + own, nearest, top, query + own * query_m, query_d, key, key_n, key_d,
                     value, value_n, value_c, w, w_d, key_weight, weight_n, n, channels,
-                    grad_out, grad_lse, out, state, tops, f,
+                    grad_out, grad_lse, out, state, f,
                     D, WEIGHTED, SELF, BY_LSE, T, BLOCK_D, BLOCK_F,
                 )  # fmt: skip
                 if BY_Q:
@@ -169,17 +173,17 @@ def query_side(
 
 @triton.jit
 def far_query(
-    own, row, origin, query, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d, key_weight, weight_n,
-    n, channels, grad_out, grad_lse, out, state, tops, f,
+    own, row, origin, top, query, query_d, key, key_n, key_d, value, value_n, value_c, w, w_d, key_weight, weight_n,
+    n, channels, grad_out, grad_lse, out, state, f,
     D: tl.constexpr, WEIGHTED: tl.constexpr, SELF: tl.constexpr, BY_LSE: tl.constexpr, T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Both sums over keys of one far row, [BLOCK_D], of offsets and half their squares times `unit_of`.
 
-    What <g, v - out> weighs is taken relative to the nearest key.
+    What <g, v - out> weighs is taken relative to the nearest key, `origin`, as scores are; `top` is what the state's
+    shift is in them.
     """
     skip = own if SELF else tl.full([], -1, tl.int64)
-    top = tl.load(tops + row)
     total = tl.load(state + 2 * row + 1)
     through_lse = total * 0.0
     if BY_LSE:
@@ -219,3 +223,68 @@ def far_query(
                 firsts += tl.where(f == feature, tl.sum(first, 0), 0.0)
                 seconds += tl.where(f == feature, tl.sum(second, 0), 0.0)
     return firsts, seconds
+
+
+@triton.jit
+def tangent_products(
+    query, key, value, w, key_weight, grad_out, tangent_w, tangent_q, out, state, grad_query, partial_w, table,
+    m, n, batches, blocks,
+    query_b, query_m, key_b, key_n, value_b, value_n, w_b, weight_b, weight_n,
+    WEIGHTED: tl.constexpr, SELF: tl.constexpr, TABLE: tl.constexpr, BY_W: tl.constexpr, BY_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gradients of query and w for D = C = 1: products with the tangents; partial_w (batches, blocks).
+
+    A tangent may be beyond all numbers where its product with the cotangent is not: such rows are summed as far ones.
+    """
+    T: tl.constexpr = out.dtype.element_ty
+    pid = tl.program_id(0)
+    block = pid % blocks
+    b = (pid // blocks).to(tl.int64)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    exists = i < m
+    row = b * m + i
+    total = tl.load(state + 2 * row + 1, mask=exists, other=0.0)
+    # A row without keys is NaN, and what comes back to it may be.
+    g = tl.load(grad_out + row, mask=exists & (total != 0.0), other=0.0)
+    beyond = tl.zeros([BLOCK_M], tl.int1)
+    if BY_Q:
+        by_query = tl.load(tangent_q + row, mask=exists & (g != 0.0), other=0.0)
+        beyond = tl.abs(by_query) == float("inf")
+        tl.store(grad_query + row, g.to(T) * by_query, mask=exists)
+    sum_w = tl.zeros([], tl.float64)
+    if BY_W:
+        by_w = tl.load(tangent_w + row, mask=exists & (g != 0.0), other=0.0)
+        beyond = beyond | (tl.abs(by_w) == float("inf"))
+        sum_w = tl.sum(tl.where(beyond, 0.0, g.to(tl.float64) * by_w.to(tl.float64)), 0)
+    if tl.max(beyond.to(tl.int32), 0) > 0:
+        tl.debug_barrier()  # what was written above is written again below
+        query, key, value, w, key_weight = inputs_of(
+            query, key, value, w, key_weight, b, query_b, key_b, value_b, w_b, weight_b, batches, table, WEIGHTED, TABLE
+        )  # fmt: skip
+        bandwidth = tl.load(w).to(tl.float64)
+        by_unit = bandwidth / unit_of(bandwidth, T).to(tl.float64)
+        f = tl.arange(0, 1)
+        for r in range(BLOCK_M):
+            if tl.max(((tl.arange(0, BLOCK_M) == r) & beyond).to(tl.int32), 0) > 0:
+                own = (block * BLOCK_M + r).to(tl.int64)
+                skip = own if SELF else tl.full([], -1, tl.int64)
+                at = query + own * query_m
+                origin, _invalid = nearest_key(
+                    at, 0, key, key_n, 0, w, 0, key_weight, weight_n, n, skip, 1, WEIGHTED, T, BLOCK_F
+                )
+                origin = tl.maximum(origin, 0)
+                top = own_score(at, 0, key, origin * key_n, 0, w, 0, 1, T) - tl.load(
+                    state + 2 * (b * m + own)
+                )
+                firsts, seconds = far_query(
+                    own, b * m + own, origin, top, at, 0, key, key_n, 0, value, value_n, 0, w, 0, key_weight, weight_n,
+                    n, 1, grad_out, grad_out, out, state, f,
+                    1, WEIGHTED, SELF, False, T, 1, BLOCK_F,
+                )  # fmt: skip
+                if BY_Q:
+                    gradient = -bandwidth * (by_unit * tl.sum(firsts, 0))
+                    tl.store(grad_query + b * m + own, gradient.to(T))
+                sum_w += -by_unit * (2.0 * tl.sum(seconds, 0))
+    if BY_W:
+        tl.store(partial_w + pid, sum_w)

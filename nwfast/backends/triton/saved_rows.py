@@ -1,4 +1,4 @@
-"""What the backward kernels need to know of each row, and the gradients that are products with saved tangents.
+"""What the backward kernels need to know of each row.
 
 A row is one query of one batch element, numbered b * m + i. For each: the shift of its scores and the inverse of its
 total, both in the arithmetic dtype; the inverse is 0 where the row adds nothing to any near sum: it has no keys, or it
@@ -102,26 +102,3 @@ def describe_rows(
                 )  # fmt: skip
                 tl.store(origins + first + r, origin)
                 tl.store(tops + first + r, top)
-
-
-@triton.jit
-def tangent_products(
-    grad_out, tangent_w, tangent_q, state, grad_query, partial_w, m, blocks,
-    BY_W: tl.constexpr, BY_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Gradients of query and w for D = C = 1: products with the tangents; partial_w (batches, blocks)."""
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = (pid // blocks).to(tl.int64)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    exists = i < m
-    row = b * m + i
-    total = tl.load(state + 2 * row + 1, mask=exists, other=0.0)
-    # A row without keys is NaN, and what comes back to it may be.
-    g = tl.load(grad_out + row, mask=exists & (total != 0.0), other=0.0)
-    if BY_Q:
-        slope = tl.load(tangent_q + row, mask=exists & (g != 0.0), other=0.0)
-        tl.store(grad_query + row, g.to(slope.dtype) * slope, mask=exists)
-    if BY_W:
-        slope = tl.load(tangent_w + row, mask=exists & (g != 0.0), other=0.0)
-        tl.store(partial_w + pid, tl.sum(g.to(tl.float64) * slope.to(tl.float64), 0))
