@@ -153,8 +153,8 @@ def nadaraya_watson(
     tensor([1.6667, 1.6667, 1.6667])
     """
     check_method(method)
-    if backend == "auto" or backend == "native":
-        result = call.short_way(query, key, value, w, key_weight, exclude_self, method, return_lse)
+    if backend == "auto" or backend == "native" or backend == "numba":
+        result = call.short_way(backend, query, key, value, w, key_weight, exclude_self, method, return_lse)
         if result is not None:
             return result
     form = canonical(query, key, value, w, key_weight, exclude_self)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
 from .functional import nadaraya_watson
 from .op import by_reference, call
 from .op.schema import LEAVE_ONE_OUT
@@ -148,18 +149,19 @@ class _OfW(torch.autograd.Function):
     """The loss as a function of w alone: its derivative comes with it."""
 
     @staticmethod
-    def forward(ctx, operator, x, y, w, key_weight, mean):
+    def forward(ctx, w, held):  # of one argument: each that autograd looks at takes its time
+        operator, x, y, key_weight, mean = held
         with torch._C._AutoDispatchBelowAutograd():
-            loss, slope = operator(x, y, w, key_weight, mean, True)
-        ctx.save_for_backward(x, y, w, key_weight, slope)
+            loss, ctx.slope = operator(x, y, w, key_weight, mean, True)
+        ctx.save_for_backward(w, x, y, key_weight)  # for the second derivative
         ctx.mean = mean
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        x, y, w, key_weight, slope = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, None, None, grad * slope, None, None
+            return grad * ctx.slope, None
+        w, x, y, key_weight = ctx.saved_tensors
         by_reference.require_memory("second derivative", x[:, None], x[:, None], y[:, None])
         reduction = "mean" if ctx.mean else "sum"
 
@@ -167,12 +169,12 @@ class _OfW(torch.autograd.Function):
             return _by_formula(x, y, w, key_weight, reduction, "auto", "reference")
 
         (found,) = torch.func.vjp(loss, w)[1](grad)
-        return None, None, None, found, None, None
+        return found, None
 
 
 def _short_way(x: Any, y: Any, w: Any, key_weight: Any, mean: bool, method: str) -> Tensor | None:
     """The loss of a call that the native operator takes as it is and that needs no gradient but that of w."""
-    if not call.goes_short(x, x, y, w, key_weight):
+    if not call.goes_short(x, x, y, w, key_weight) or backends._why_not("native"):
         return None
     differentiate = torch.is_grad_enabled()
     if differentiate and (
@@ -182,7 +184,7 @@ def _short_way(x: Any, y: Any, w: Any, key_weight: Any, mean: bool, method: str)
     operator = LEAVE_ONE_OUT[call.choose_kernel("native", method, 1, x.numel() ** 2)]
     try:
         if differentiate and w.requires_grad:
-            return _OfW.apply(operator, x, y, w, key_weight, mean)
+            return _OfW.apply(w, (operator, x, y, key_weight, mean))
         with torch._C._AutoDispatchBelowAutograd():
             return operator(x, y, w, key_weight, mean, False)[0]
     except RuntimeError as error:

@@ -108,8 +108,11 @@ def _gradients_need_rules() -> bool:
 
 def functions_around(
     forward_kernel: Callable, backward_kernel: Callable, stateless: Callable | None
-) -> tuple[Any, Any]:
-    """The autograd.Functions around a kernel's operators, for eager calls: outside functorch transforms, and inside."""
+) -> tuple[Any, Any, Any]:
+    """The autograd.Functions around a kernel's operators, for eager calls.
+
+    Outside functorch transforms, inside, and inside where nothing is differentiated.
+    """
 
     def run_backward(*args):
         if not _gradients_need_rules():
@@ -145,15 +148,19 @@ def functions_around(
 
         @staticmethod
         def backward(ctx, grad_out, grad_lse=None):
-            # Training w is what small calls are for: no detour where its gradient alone is due and has its shape.
-            if ctx.needs_input_grad == _W_ALONE and grad_out is not None and not _gradients_need_rules():
+            # Training w is what small calls are for: no detour where its gradient, which has its shape, alone is due.
+            if (
+                ctx.needs_input_grad == _W_ALONE
+                and grad_out is not None
+                and grad_lse is None
+                and not _gradients_need_rules()
+            ):
                 tensors = ctx.saved_tensors
-                if grad_out.ndim == tensors[5].ndim:
-                    with torch._C._AutoDispatchBelowAutograd():
-                        gradients = backward_kernel(
-                            grad_out, grad_lse, *tensors, ctx.exclude_self, backends.NEEDS_W
-                        )
-                    return None, None, None, gradients[3], None, None, None, None
+                with torch._C._AutoDispatchBelowAutograd():
+                    if grad_out.ndim != tensors[5].ndim:
+                        grad_out = grad_out.reshape(tensors[5].shape)
+                    gradients = backward_kernel(grad_out, None, *tensors, ctx.exclude_self, backends.NEEDS_W)
+                return None, None, None, gradients[3], None, None, None, None
             return *formula(ctx, run_backward, grad_out, grad_lse), None, None, None
 
     class TransformableNadarayaWatson(torch.autograd.Function):
@@ -170,14 +177,30 @@ def functions_around(
 
         @staticmethod
         def vmap(info, in_dims, *args):
-            tensors, flags = args[:5], args[5:]
-            batched: list[Any] = [_lead(tensor, dim) for tensor, dim in zip(tensors, in_dims, strict=False)]
-            batched[3] = _lead_w(tensors[3], in_dims[3], batched[0].ndim - 1)
-            if in_dims[:3] == (None, None, None):  # w and key_weight do not make the batch larger
-                batched[0] = batched[0].expand(info.batch_size, *tensors[0].shape)
-            outputs = TransformableNadarayaWatson.apply(*batched, *flags)
+            flags = args[5:]
+            outputs = TransformableNadarayaWatson.apply(*_as_one_batch(info, in_dims, args[:5]), *flags)
             _, tangent_w, tangent_q = flags
             return outputs, (0, 0, 0, 0 if tangent_w else None, 0 if tangent_q else None)
+
+    class NadarayaWatsonOutput(torch.autograd.Function):
+        """Under vmap where nothing is differentiated: (out, lse), lse of shape (0,) where it is not asked for."""
+
+        @staticmethod
+        def forward(query, key, value, w, key_weight, exclude_self, return_lse):
+            inputs = query, key, value, w, key_weight, exclude_self
+            with torch._C._AutoDispatchBelowAutograd():
+                if stateless is None:
+                    return tuple(forward_kernel(*inputs, False, False)[:2])
+                return tuple(stateless(*inputs, return_lse, False, False)[:2])
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.mark_non_differentiable(*output)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            outputs = NadarayaWatsonOutput.apply(*_as_one_batch(info, in_dims, args[:5]), *args[5:])
+            return outputs, (0, 0 if outputs[1].ndim > 1 else None)
 
     class NadarayaWatsonBackward(torch.autograd.Function):
         @staticmethod
@@ -207,7 +230,16 @@ def functions_around(
                 gradients[3] = gradients[3].reshape(w.shape)
             return tuple(gradients), tuple(0 if needs & flag else None for flag in NEEDS)
 
-    return NadarayaWatson, TransformableNadarayaWatson
+    return NadarayaWatson, TransformableNadarayaWatson, NadarayaWatsonOutput
+
+
+def _as_one_batch(info: Any, in_dims: tuple, tensors: tuple) -> list[Any]:
+    """The inputs of a call on all elements that vmap maps over: what they share keeps a leading dimension of 1."""
+    batched: list[Any] = [_lead(tensor, dim) for tensor, dim in zip(tensors, in_dims, strict=False)]
+    batched[3] = _lead_w(tensors[3], in_dims[3], batched[0].ndim - 1)
+    if in_dims[:3] == (None, None, None):  # w and key_weight do not make the batch larger
+        batched[0] = batched[0].expand(info.batch_size, *tensors[0].shape)
+    return batched
 
 
 def _lead(tensor: Tensor | None, dim: int | None) -> Tensor | None:

@@ -49,14 +49,10 @@ def nadaraya_watson(
         out, lse = reference.forward(query, key, value, w, key_weight, exclude_self)
         return drop_last(out, drop), drop_last(lse, drop - 1) if return_lse else None
     kernels = KERNELS[kernel]
-    differentiate = torch.is_grad_enabled() and (
-        w.requires_grad
-        or query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (key_weight is not None and key_weight.requires_grad)
-    )
-    if functorch:  # a wrapped tensor may hide that it needs a gradient
+    differentiate = _needs_gradient(query, key, value, w, key_weight)
+    if functorch and not _is_differentiated(query, key, value, w, key_weight):
+        out, lse = kernels.mapped.apply(query, key, value, w, key_weight, exclude_self, return_lse)
+    elif functorch:
         tangents = not return_lse and is_single(query, key, value)
         out, lse = kernels.transformable.apply(
             query, key, value, w, key_weight, exclude_self, tangents, tangents
@@ -107,6 +103,21 @@ def choose_kernel(backend: str, method: str, features: int, pairs: int) -> str:
     return f"{backend}_auto"
 
 
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a transform, or the graph outside of all, may ask for derivatives (private API, pinned by a test)."""
+    if not torch.is_grad_enabled():
+        return False
+    functorch = torch._C._functorch
+    if any(at.key() != functorch.TransformType.Vmap for at in functorch.get_interpreter_stack()):
+        return True
+    for tensor in tensors:
+        while tensor is not None and functorch.is_batchedtensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def _is_for_onnx() -> bool:
     """Whether the program is for ONNX, which knows torch's own operators alone."""
     if torch.compiler.is_compiling():
@@ -125,7 +136,7 @@ _REFUSED = "nwfast: operators take"
 
 
 def goes_short(query: Any, key: Any, value: Any, w: Any, key_weight: Any) -> bool:
-    """Whether the arguments are plain tensors of an eager call on the CPU, outside of all transforms."""
+    """Whether these are plain CPU tensors of an eager call in a form of one feature, outside of all transforms."""
     return (
         type(query) in _PLAIN
         and type(key) in _PLAIN
@@ -143,7 +154,6 @@ def goes_short(query: Any, key: Any, value: Any, w: Any, key_weight: Any) -> boo
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
-        and not backends._why_not("native")
     )
 
 
@@ -153,6 +163,7 @@ def is_refusal(error: RuntimeError, *tensors: Tensor) -> bool:
 
 
 def short_way(
+    backend: str,
     query: Any,
     key: Any,
     value: Any,
@@ -162,25 +173,23 @@ def short_way(
     method: str,
     return_lse: bool,
 ) -> Any:
-    """The result, out or (out, lse), of a call that the native operators take as it is; None for any other.
+    """The result, out or (out, lse), of a call that a CPU backend takes as it is; None for any other.
 
     That is a call on plain tensors in a form of one feature. With 50 queries the sums take a quarter of the time of
-    the checks and views that a general call needs. The operator refuses what is not exactly of such a
-    form, and the checks of `validation` then say what was wrong.
+    the checks and views that a general call needs. What is not exactly of such a form is refused, by the native
+    operators themselves, and the checks of `validation` then say what was wrong.
     """
     if not goes_short(query, key, value, w, key_weight):
         return None
+    if backend == "numba" or backends._why_not("native"):
+        return _short_way_of_numba(
+            backend, query, key, value, w, key_weight, exclude_self, method, return_lse
+        )
     kernels = KERNELS[
         choose_kernel("native", method, 1, key.numel() * (query.numel() if key.ndim == 1 else 1))
     ]
     try:
-        if torch.is_grad_enabled() and (
-            w.requires_grad
-            or query.requires_grad
-            or key.requires_grad
-            or value.requires_grad
-            or (key_weight is not None and key_weight.requires_grad)
-        ):
+        if _needs_gradient(query, key, value, w, key_weight):
             return kernels.eager.apply(query, key, value, w, key_weight, exclude_self, return_lse, 0)
         with torch._C._AutoDispatchBelowAutograd():
             outputs = kernels.stateless(
@@ -191,3 +200,38 @@ def short_way(
         if is_refusal(error, query, key, value, w):
             return None
         raise  # a failure of the kernel, as memory that it does not get
+
+
+def _short_way_of_numba(backend, query, key, value, w, key_weight, exclude_self, method, return_lse) -> Any:
+    """Keys (N,) and values (N,): the module's functions, past the dispatcher, which takes a third of such a call."""
+    m, n, dtype = query.numel(), key.numel(), query.dtype
+    if (
+        backends._why_not("numba")
+        or not key.ndim == value.ndim == 1
+        or not value.numel() == n > 0
+        or w.numel() != 1
+        or w.ndim > 1
+        or not key.dtype is value.dtype is w.dtype is dtype
+        or (key_weight is not None and not (key_weight.dtype is dtype and key_weight.shape == key.shape))
+        or (exclude_self and m != n)
+        or any(x.layout is not torch.strided for x in (query, key, value, w))
+    ):
+        return None
+    function, output = KERNELS[choose_kernel("numba", method, 1, m * n)].direct
+    needs_gradient = _needs_gradient(query, key, value, w, key_weight)
+    query, key, value = query.unsqueeze(-1), key.unsqueeze(-1), value.unsqueeze(-1)
+    w = w if w.ndim else w.unsqueeze(0)
+    if needs_gradient:
+        return function.apply(query, key, value, w, key_weight, exclude_self, return_lse, 1)
+    out, lse, *_ = output(query, key, value, w, key_weight, exclude_self, return_lse, False, False)
+    return (out.squeeze(-1), lse) if return_lse else out.squeeze(-1)
+
+
+def _needs_gradient(query: Tensor, key: Tensor, value: Tensor, w: Tensor, key_weight: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        w.requires_grad
+        or query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (key_weight is not None and key_weight.requires_grad)
+    )

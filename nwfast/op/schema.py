@@ -96,10 +96,23 @@ class _Kernels:
 
     def __getattr__(self, name: str) -> Any:
         # Made at the first call that needs them: they would take a quarter of the time of an import.
-        if name not in ("eager", "transformable"):
+        if name == "direct" and not self.name.startswith("native"):
+            # Past the dispatcher: the eager function, and what gives results alone.
+            forward, output, backward = (_implementation(self.name, function) for function in _FUNCTIONS)
+
+            def backward_of_plain(grad_out, grad_lse, *rest):
+                # torch.autograd.grad(is_grads_batched=True) maps over the cotangents with no sign of it but this.
+                batched = torch._C._functorch.is_legacy_batchedtensor
+                mapped = batched(grad_out) or (grad_lse is not None and batched(grad_lse))
+                plain = not mapped and torch._C._len_torch_dispatch_stack() == 0
+                return (backward if plain else self.backward)(grad_out, grad_lse, *rest)
+
+            self.direct = functions_around(forward, backward_of_plain, None)[0], output
+            return self.direct
+        if name not in ("eager", "transformable", "mapped"):
             raise AttributeError(name)
         stateless = self.stateless if self.name.startswith("native") else None
-        self.eager, self.transformable = functions_around(self.forward, self.backward, stateless)
+        self.eager, self.transformable, self.mapped = functions_around(self.forward, self.backward, stateless)
         return self.__dict__[name]
 
 
@@ -157,10 +170,12 @@ def _fake_backward(
     )
 
 
+_FUNCTIONS = ("forward", "output", "backward")
+
+
 def _register_python(name: str, *dispatch_keys: str) -> None:
     """Register a kernel that is a Python module, imported at the first call."""
-    functions = ("forward", "output", "backward") if name.startswith("numba") else ("forward", "backward")
-    for function in functions:
+    for function in _FUNCTIONS if name.startswith("numba") else ("forward", "backward"):
         for dispatch_key in dispatch_keys:
             torch.library.impl(f"nwfast::{name}_{function}", dispatch_key, _implementation(name, function))
 

@@ -346,6 +346,33 @@ def test_nested_vmap_and_ensembles_of_w(backend):
     close(torch.autograd.grad(grid_of(ours, leaf).sin().sum(), leaf)[0], of_gradient(theirs))
 
 
+def test_vmap_knows_whether_anything_is_differentiated(backend):
+    """By a transform around it or within, by a graph outside, or not at all: then results alone are computed."""
+    (query, key, value, _, weight), _ = inputs()
+    query, key, value, weight = (x.detach() for x in (query, key, value, weight))
+    many = torch.rand(3, dtype=DOUBLE) + 1
+
+    def mapped(f, over=many, **options):
+        return torch.vmap(lambda w: f(query, key, value, w, weight, **options))(over)
+
+    ours, theirs = op(backend)
+    right = mapped(theirs)
+    close(mapped(ours), right)
+    with torch.no_grad():
+        close(mapped(ours, many.clone().requires_grad_()), right)
+    assert not mapped(ours).requires_grad
+    seen = []
+    for f in (ours, theirs):
+        scale = torch.tensor(1.5, dtype=DOUBLE, requires_grad=True)
+        through = torch.vmap(lambda w, f=f, scale=scale: f(query, key, value, w * scale, weight))(many)
+        outside = torch.func.grad(lambda s, f=f: mapped(f, many * s).sin().sum())(scale.detach())
+        inside = torch.vmap(torch.func.grad(lambda w, f=f: f(query, key, value, w, weight).sin().sum()))(many)
+        seen.append((torch.autograd.grad(through.sin().sum(), scale)[0], outside, inside))
+    for found, expected in zip(*seen, strict=True):
+        assert expected.any()
+        close(found, expected)
+
+
 @pytest.mark.parametrize("place", range(5))
 def test_dual_tensors(backend, place):
     """Inputs that require gradients or not, duals or not: the tangent is right wherever one enters."""
@@ -396,6 +423,19 @@ def test_private_checks_that_choose_the_route():
         look(x)
     look(x)
     assert seen == [(False, -1), (True, -1), (True, -1), (True, 0), (False, 0), (False, -1)]
+    functorch = torch._C._functorch
+    keys = []
+
+    def stack(x):
+        keys.append([at.key() for at in functorch.get_interpreter_stack()])
+        assert functorch.is_batchedtensor(x)
+        assert functorch.get_unwrapped(x).ndim == x.ndim + 1
+        return x.sum()
+
+    torch.vmap(stack)(x[None])
+    torch.func.grad(lambda x: torch.vmap(stack)(x[None]).sum())(x)
+    vmap, grad = functorch.TransformType.Vmap, functorch.TransformType.Grad
+    assert keys == [[vmap], [grad, vmap]]
     with torch._C._AutoDispatchBelowAutograd():
         assert not (x.clone().requires_grad_() * 2).requires_grad
 

@@ -1,4 +1,4 @@
-"""Small calls in one feature go to the native operators as they are: same bits as through the canonical form."""
+"""Small calls in one feature go to the CPU's kernels as they are: same bits as through the canonical form."""
 
 import pytest
 import torch
@@ -71,17 +71,51 @@ def test_derivatives(form):
         def regress(query, key, value, w, weight=None, return_lse=return_lse):
             return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
 
-        assert (
-            call.short_way(*inputs[:4], inputs[4] if weight is not None else None, False, "auto", return_lse)
-            is not None
-        )
+        given = *inputs[:4], inputs[4] if weight is not None else None
+        assert call.short_way("auto", *given, False, "auto", return_lse) is not None
         assert torch.autograd.gradcheck(regress, inputs, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(regress, inputs)
 
 
-def test_refuses_what_is_not_exactly_of_such_a_form():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["dense", "fgt"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_numba_past_the_dispatcher_gives_the_same_bits(weighted, scalar, method, dtype, monkeypatch):
+    query, key, value, weight = make("weights", dtype)
+    inputs = query, key, value, torch.tensor(7.0 if scalar else [7.0], dtype=dtype), weight
+    taken = []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(call, "goes_short", lambda *tensors: False)
+        for exclude_self, return_lse in ((False, False), (True, False), (False, True)):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            options = {"exclude_self": exclude_self, "return_lse": return_lse, "backend": "numba"}
+
+            def regress(query, key, value, w, weight, options=options, own=exclude_self):
+                return nwfast.nadaraya_watson(
+                    key if own else query, key, value, w,
+                    key_weight=weight if weighted else None, method=method, **options,
+                )  # fmt: skip
+
+            with torch.no_grad():
+                plain = regress(*leaves)
+            out = regress(*leaves)
+            wanted = leaves[1 if exclude_self else 0 : 5 if weighted else 4]
+            outs = out if return_lse else (out,)
+            taken += [*(plain if return_lse else (plain,)), *outs]
+            taken += torch.autograd.grad(outs, wanted, [torch.ones_like(x) for x in outs], retain_graph=True)
+            taken += torch.autograd.grad(outs, leaves[3], [torch.ones_like(x) for x in outs])
+    half = len(taken) // 2
+    for ours, theirs in zip(taken[:half], taken[half:], strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["auto", "numba"])
+def test_refuses_what_is_not_exactly_of_such_a_form(name):
     x, w = torch.rand(3), torch.ones(1)
-    assert call.short_way(x, x, x, w, None, False, "auto", False) is not None
+    assert call.short_way(name, x, x, x, w, None, False, "auto", False) is not None
     for arguments in (
         (x, x, torch.rand(4), w, None),
         (x, torch.rand(4, 3), torch.rand(4, 3), w, None),
@@ -102,7 +136,8 @@ def test_refuses_what_is_not_exactly_of_such_a_form():
         (x, x, x, w[:0], None),
         (x, x, x, w, torch.tensor(1.0)),
     ):
-        assert call.short_way(*arguments, False, "auto", False) is None
+        assert call.short_way(name, *arguments, False, "auto", False) is None
+    assert call.short_way(name, x, x[:2], x[:2], w, None, True, "auto", False) is None
 
 
 @pytest.mark.parametrize("differentiate", [False, True])
@@ -120,7 +155,7 @@ def test_a_failure_is_no_refusal(monkeypatch, error, differentiate):
         raise error
 
     monkeypatch.setattr(kernels, "stateless", fail)
-    eager, _ = autograd.functions_around(fail, fail, fail)
+    eager, *_ = autograd.functions_around(fail, fail, fail)
     monkeypatch.setattr(kernels, "eager", eager)
     with pytest.raises(type(error), match=str(error)):
         nwfast.nadaraya_watson(x, x, x, w)

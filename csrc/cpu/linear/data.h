@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <memory>
+
 #include "../order.h"
 #include "plan.h"
 
@@ -47,6 +49,7 @@ Range scan(const R* x, int64_t n, bool serial, bool* in_order) {
   return all;
 }
 
+// Copies share what was packed and sorted.
 template <typename R>
 class Data {
  public:
@@ -56,33 +59,45 @@ class Data {
     channels = static_cast<int>(problem.channels);
     keys = problem.keys;
     queries = problem.queries;
-    double w_value = 0;
-    read(problem.w, problem.w.offset(problem.batch, b), 1, 0, &w_value);
-    w = w_value;
-    if (!(std::fabs(w) < kMostScale) || channels > 4096 || queries >= kMostPoints || keys >= kMostPoints) return false;
+    if (!take_scale(problem, b) || channels > 4096 || queries >= kMostPoints || keys >= kMostPoints) return false;
     bool keys_ascend = false;
-    key = line(problem.key, problem.key.offset(problem.batch, b), keys, key_);
+    const int64_t key_at = problem.key.offset(problem.batch, b), query_at = problem.query.offset(problem.batch, b);
+    key = line(problem.key, key_at, keys, held_->key);
     key_range = scan(key, keys, serial, &keys_ascend);
     if (!key_range.finite || !read_weights(problem, b)) return false;
     read_values(problem, b);
     order_keys(keys_ascend);
     if (key_range.magnitude() > kMostCoordinate || !centre_values()) return false;
-    if (!prepare_queries(problem.query, problem.query.offset(problem.batch, b), queries, serial)) return false;
+    if (keys_moved && keys == problem.keys && same(problem.query, query_at, problem.key, key_at)) {
+      query = key;  // sorted already
+      query_range = key_range;
+      row_order = key_order;
+      rows_moved = matched = true;
+    } else {
+      if (!prepare_queries(problem.query, query_at, queries, serial)) return false;
+      matched = !keys_moved && !rows_moved;
+    }
     const double magnitude = std::fmax(key_range.magnitude(), query_range.magnitude());
     if (magnitude > 0 && magnitude < kLeastCoordinate) return false;
     exclude = problem.exclude_self;
-    if (exclude && (keys_moved || rows_moved)) {
-      Buffer<int64_t> place(problem.keys);
+    if (exclude && !matched) {
+      Buffer<int64_t> place(problem.keys), &excluded = held_->excluded, &excluding = held_->excluding;
       for (int64_t j = 0; j < problem.keys; ++j) place[j] = -1;
       for (int64_t j = 0; j < keys; ++j) place[original_key(j)] = j;
-      excluded_.allocate(queries);
-      excluding_.allocate(keys);
+      excluded.allocate(queries);
+      excluding.allocate(keys);
       for (int64_t i = 0; i < queries; ++i) {
-        excluded_[i] = place[original_row(i)];
-        if (excluded_[i] >= 0) excluding_[excluded_[i]] = i;
+        excluded[i] = place[original_row(i)];
+        if (excluded[i] >= 0) excluding[excluded[i]] = i;
       }
     }
     return true;
+  }
+
+  // The w of a batch element; false if it is beyond what boxes can hold.
+  bool take_scale(const Problem& problem, int64_t b) {
+    read(problem.w, problem.w.offset(problem.batch, b), 1, 0, &w);
+    return std::fabs(w) < kMostScale;
   }
 
   // Sorts the queries, if need be. Keys are in place.
@@ -90,29 +105,31 @@ class Data {
     serial_ = serial;
     queries = n;
     bool ascend = false;
-    query = line(view, offset, queries, query_);
+    query = line(view, offset, queries, held_->query);
     query_range = scan(query, queries, serial, &ascend);
     if (!query_range.finite) ascend = replace_bad_queries();
     if (query_range.magnitude() > kMostCoordinate || queries >= kMostPoints) return false;
     if (ascend) return true;
-    row_order.allocate(queries);
+    held_->row_order.allocate(queries);
     Buffer<R> sorted(queries);
-    sort_numbers(query, queries, serial, row_order.get(), sorted.get());
+    sort_numbers(query, queries, serial, held_->row_order.get(), sorted.get());
     rows_moved = true;
-    query_.swap(sorted);
-    query = query_.get();
+    held_->query.swap(sorted);
+    query = held_->query.get();
+    row_order = held_->row_order.get();
     return true;
   }
 
   int64_t original_row(int64_t i) const { return rows_moved ? static_cast<int64_t>(row_order[i]) : i; }
   int64_t original_key(int64_t j) const { return keys_moved ? static_cast<int64_t>(key_order[j]) : j; }
   // The place of the key that row i leaves out, or -1.
-  int64_t excluded(int64_t i) const { return !exclude ? -1 : keys_moved || rows_moved ? excluded_[i] : i; }
+  int64_t excluded(int64_t i) const { return !exclude ? -1 : matched ? i : held_->excluded[i]; }
   // Whether row i leaves out key i, and they are equal.
-  bool leaves_out_queries() const { return exclude && !keys_moved && !rows_moved && query == key; }
-  const int64_t* excluded_places() const { return excluded_.get(); }  // of all rows, where keys or rows have moved
+  bool leaves_out_queries() const { return exclude && matched && query == key; }
+  // Those places of all rows; null where row i leaves out key i, or none.
+  const int64_t* excluded_places() const { return exclude && !matched ? held_->excluded.get() : nullptr; }
   // The row that leaves key j out.
-  int64_t excluding(int64_t j) const { return keys_moved || rows_moved ? excluding_[j] : j; }
+  int64_t excluding(int64_t j) const { return matched ? j : held_->excluding[j]; }
   double weight_of(int64_t j) const { return weight ? static_cast<double>(weight[j]) * weight_factor : 1; }
   double value_of(int64_t j, int c) const {
     return static_cast<double>(value[j * row_stride + c * column_stride]) - centre[c];
@@ -166,12 +183,17 @@ class Data {
   double weight_span = 0;     // log of the ratio of the largest weight to the smallest
   Range key_range, query_range;
   bool exclude = false, keys_moved = false, rows_moved = false;
-  Buffer<uint32_t> key_order, row_order;
+  bool matched = false;                                       // query i and key i are of one number of the caller's
+  const uint32_t *key_order = nullptr, *row_order = nullptr;  // of the keys and queries that moved
   std::vector<uint32_t> dropped;                 // keys of weight 0 in ascending order, as the caller numbers them
   std::vector<int64_t> nan_rows, infinite_rows;  // whose query is not a finite number, as the caller numbers them
 
  private:
   static constexpr int64_t kMostPoints = int64_t{1} << 32;
+
+  static bool same(const View& a, int64_t a_offset, const View& b, int64_t b_offset) {
+    return a.data == b.data && a.dtype == b.dtype && a_offset == b_offset && a.row_stride == b.row_stride;
+  }
 
   const R* line(const View& view, int64_t offset, int64_t n, Buffer<R>& packed) {
     if (native<R>(view) && (view.row_stride == 1 || n == 1)) return pointer<R>(view, offset);
@@ -192,10 +214,11 @@ class Data {
   }
 
   bool replace_bad_queries() {
-    if (query_.get() != query) {
-      query_.allocate(queries);
-      std::copy(query, query + queries, query_.get());
-      query = query_.get();
+    Buffer<R>& packed = held_->query;
+    if (packed.get() != query) {
+      packed.allocate(queries);
+      std::copy(query, query + queries, packed.get());
+      query = packed.get();
     }
     query_range = Range();
     nan_rows.clear();
@@ -203,22 +226,22 @@ class Data {
     R last = keys > 0 ? key[0] : R(0);
     bool in_order = true;
     for (int64_t i = 0; i < queries; ++i) {
-      if (std::isfinite(query_[i])) {
-        in_order &= i == 0 || last <= query_[i];
-        last = query_[i];
+      if (std::isfinite(packed[i])) {
+        in_order &= i == 0 || last <= packed[i];
+        last = packed[i];
       } else {
-        (query_[i] != query_[i] ? nan_rows : infinite_rows).push_back(i);
-        query_[i] = last;
+        (packed[i] != packed[i] ? nan_rows : infinite_rows).push_back(i);
+        packed[i] = last;
         in_order &= i > 0;
       }
     }
-    query_range = scan(query_.get(), queries, serial_, nullptr);
+    query_range = scan(packed.get(), queries, serial_, nullptr);
     return in_order;
   }
 
   bool read_weights(const Problem& problem, int64_t b) {
     if (!problem.key_weight.data) return true;
-    weight = line(problem.key_weight, problem.key_weight.offset(problem.batch, b), keys, weight_);
+    weight = line(problem.key_weight, problem.key_weight.offset(problem.batch, b), keys, held_->weight);
     const Range range = scan(weight, keys, serial_, nullptr);
     if (!range.finite || range.low < 0) return false;
     double low = range.low;
@@ -244,13 +267,14 @@ class Data {
       row_stride = problem.value.row_stride;
       column_stride = problem.value.column_stride;
     } else {
-      value_.allocate(keys * channels);
+      Buffer<R>& packed = held_->value;
+      packed.allocate(keys * channels);
       for (int64_t j = 0; j < keys && channels > 1; ++j) {
         read(problem.value, offset + j * problem.value.row_stride, channels, problem.value.column_stride,
-             value_.get() + j * channels);
+             packed.get() + j * channels);
       }
-      if (channels == 1) read(problem.value, offset, keys, problem.value.row_stride, value_.get());
-      value = value_.get();
+      if (channels == 1) read(problem.value, offset, keys, problem.value.row_stride, packed.get());
+      value = packed.get();
       row_stride = channels;
       column_stride = 1;
     }
@@ -283,43 +307,45 @@ class Data {
     const bool drop = weight && some_zero_;
     keys_moved = !ascend || drop;
     if (keys_moved) {
-      key_order.allocate(keys);
+      Buffer<uint32_t>& order = held_->key_order;
+      order.allocate(keys);
       if (ascend) {
-        for (int64_t j = 0; j < keys; ++j) key_order[j] = static_cast<uint32_t>(j);
+        for (int64_t j = 0; j < keys; ++j) order[j] = static_cast<uint32_t>(j);
       } else {
         Buffer<R> sorted(keys);
-        sort_numbers(key, keys, serial_, key_order.get(), sorted.get());
-        key_.swap(sorted);
-        key = key_.get();
+        sort_numbers(key, keys, serial_, order.get(), sorted.get());
+        held_->key.swap(sorted);
+        key = held_->key.get();
       }
       if (drop) {
         const int64_t all = keys;
-        R* const packed = ascend ? nullptr : key_.get();
+        R* const packed = ascend ? nullptr : held_->key.get();
         keys = 0;
         dropped.clear();
         for (int64_t j = 0; j < all; ++j) {
-          if (weight[key_order[j]] > 0) {
+          if (weight[order[j]] > 0) {
             if (packed) packed[keys] = packed[j];
-            key_order[keys++] = key_order[j];
+            order[keys++] = order[j];
           } else {
-            dropped.push_back(key_order[j]);
+            dropped.push_back(order[j]);
           }
         }
       }
-      if (ascend) permute(key, key_order.get(), keys, key_);
-      if (weight) permute(weight, key_order.get(), keys, weight_);
+      if (ascend) permute(key, order.get(), keys, held_->key);
+      if (weight) permute(weight, order.get(), keys, held_->weight);
       Buffer<R> sorted(keys * channels);
       const R* const from = value;
       parallel_blocks((keys + kChunk - 1) / kChunk, serial_, [&](int64_t chunk) {
         const int64_t end = std::min(keys, (chunk + 1) * kChunk);
         for (int64_t j = chunk * kChunk; j < end; ++j) {
           for (int c = 0; c < channels; ++c) {
-            sorted[j * channels + c] = from[key_order[j] * row_stride + c * column_stride];
+            sorted[j * channels + c] = from[order[j] * row_stride + c * column_stride];
           }
         }
       });
-      value_.swap(sorted);
-      value = value_.get();
+      held_->value.swap(sorted);
+      value = held_->value.get();
+      key_order = order.get();
       row_stride = channels;
       column_stride = 1;
     }
@@ -330,9 +356,40 @@ class Data {
     }
   }
 
+  struct Held {
+    Buffer<R> key, query, value, weight;
+    Buffer<uint32_t> key_order, row_order;
+    Buffer<int64_t> excluded, excluding;
+  };
+
   bool serial_ = false, some_zero_ = false, all_one_ = false;
-  Buffer<R> key_, query_, value_, weight_;
-  Buffer<int64_t> excluded_, excluding_;
+  std::shared_ptr<Held> held_ = std::make_shared<Held>();
+};
+
+// The data of batch elements; sorted once where they differ in w alone.
+template <typename R>
+class BatchData {
+ public:
+  explicit BatchData(const Problem& problem) : problem_(problem) {
+    for (int dim = 0; dim < problem.batch.rank; ++dim) {
+      for (const View* view : {&problem.query, &problem.key, &problem.value, &problem.key_weight}) {
+        one_ &= problem.batch.sizes[dim] == 1 || !view->data || view->batch_strides[dim] == 0;
+      }
+    }
+    one_ &= problem.batch.count > 1;
+    if (one_) served_ = data_.prepare(problem, 0, problem.queries + problem.keys < kChunk);
+  }
+  // False where the dense drivers have to serve.
+  bool prepare(int64_t b, bool serial, Data<R>& data) const {
+    if (!one_) return data.prepare(problem_, b, serial);
+    data = data_;
+    return served_ && data.take_scale(problem_, b);
+  }
+
+ private:
+  const Problem& problem_;
+  bool one_ = true, served_ = false;
+  Data<R> data_;
 };
 
 }  // namespace linear

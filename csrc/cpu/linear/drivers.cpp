@@ -8,9 +8,10 @@ namespace linear {
 namespace {
 
 template <typename R>
-bool forward_element(const Problem& problem, const ForwardResult<R>& result, int64_t b, bool serial) {
+bool forward_element(const Problem& problem, const BatchData<R>& batch, const ForwardResult<R>& result, int64_t b,
+                     bool serial) {
   Element<R> element;
-  if (!element.prepare(problem, b, result.tangent_q, result.tangent_w, serial)) return false;
+  if (!element.prepare(batch, b, result.tangent_q, result.tangent_w, serial)) return false;
   const Data<R>& data = element.data;
   const int64_t base = b * problem.queries;
   const int channels = data.channels;
@@ -24,9 +25,10 @@ bool forward_element(const Problem& problem, const ForwardResult<R>& result, int
 }
 
 template <typename R>
-bool query_element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial) {
+bool query_element(const Problem& problem, const BatchData<R>& batch, const BackwardTask<R>& task, int64_t b,
+                   bool serial) {
   Element<R> element;
-  if (!element.prepare(problem, b, task.grad_query, task.grad_w, serial)) return false;
+  if (!element.prepare(batch, b, task.grad_query, task.grad_w, serial)) return false;
   const Data<R>& data = element.data;
   const RowGradients<R> gradients(problem, task, b, data);
   // Rows that add nothing, by their number in the caller's order.
@@ -88,16 +90,18 @@ bool query_element(const Problem& problem, const BackwardTask<R>& task, int64_t 
 
 template <typename T>
 bool linear_forward(const Problem& problem, const ForwardResult<T>& result) {
+  const linear::BatchData<T> batch(problem);
   return linear::over_batch(
-      problem, [&](int64_t b, bool serial) { return linear::forward_element(problem, result, b, serial); });
+      problem, [&](int64_t b, bool serial) { return linear::forward_element(problem, batch, result, b, serial); });
 }
 template bool linear_forward<float>(const Problem&, const ForwardResult<float>&);
 template bool linear_forward<double>(const Problem&, const ForwardResult<double>&);
 
 template <typename T>
 bool linear_query_backward(const Problem& problem, const BackwardTask<T>& task) {
-  return linear::over_batch(problem,
-                            [&](int64_t b, bool serial) { return linear::query_element(problem, task, b, serial); });
+  const linear::BatchData<T> batch(problem);
+  return linear::over_batch(
+      problem, [&](int64_t b, bool serial) { return linear::query_element(problem, batch, task, b, serial); });
 }
 template bool linear_query_backward<float>(const Problem&, const BackwardTask<float>&);
 template bool linear_query_backward<double>(const Problem&, const BackwardTask<double>&);

@@ -15,8 +15,8 @@ struct Element {
   Boxes<R> boxes;
   bool expanded = false;
 
-  bool prepare(const Problem& problem, int64_t b, bool offsets, bool scores, bool serial) {
-    if (!data.prepare(problem, b, serial)) return false;
+  bool prepare(const BatchData<R>& batch, int64_t b, bool offsets, bool scores, bool serial) {
+    if (!batch.prepare(b, serial, data)) return false;
     if (data.keys == 0) return true;
     make_plan<R>(data.extent(data.channels + 1, offsets, scores), plan);
     compress(serial);
@@ -66,16 +66,14 @@ void finish_rows(const LinearKernels<R>& table, const Plan& plan, const Data<R>&
     task.tangent_w = !result.tangent_w ? nullptr : data.rows_moved ? block + 2 * kRows : result.tangent_w + row;
     task.tangent_q = !result.tangent_q ? nullptr : data.rows_moved ? block + 3 * kRows : result.tangent_q + row;
     table.finish(task);
-    for (int64_t k = 0; data.rows_moved && k < task.rows; ++k) {
-      const int64_t to = base + data.original_row(first + begin + k);
-      result.out[to] = block[k];
-      if (result.lse) result.lse[to] = block[kRows + k];
-      if (result.state) {
-        result.state[2 * to] = state[2 * k];
-        result.state[2 * to + 1] = state[2 * k + 1];
-      }
-      if (result.tangent_w) result.tangent_w[to] = block[2 * kRows + k];
-      if (result.tangent_q) result.tangent_q[to] = block[3 * kRows + k];
+    if (!data.rows_moved) continue;
+    const uint32_t* const order = data.row_order + first + begin;
+    R* const results[] = {result.out, result.lse, result.tangent_w, result.tangent_q};
+    for (int r = 0; r < 4; ++r) {
+      for (int64_t k = 0; results[r] && k < task.rows; ++k) results[r][base + order[k]] = block[r * kRows + k];
+    }
+    for (int64_t k = 0; result.state && k < task.rows; ++k) {
+      std::copy_n(state + 2 * k, 2, result.state + 2 * (base + order[k]));
     }
   }
 }

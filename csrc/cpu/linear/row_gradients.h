@@ -108,7 +108,7 @@ class RowGradients {
   void read_rows_of(const View& view, int64_t offset, int64_t begin, int64_t n, double* out) const {
     offset += view.offset(problem_.batch, b_);
     if (data_.rows_moved) {
-      gather(view, offset, data_.row_order.get() + begin, n, view.row_stride, out);
+      gather(view, offset, data_.row_order + begin, n, view.row_stride, out);
     } else {
       read(view, offset + begin * view.row_stride, n, view.row_stride, out);
     }

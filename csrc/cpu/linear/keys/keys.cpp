@@ -29,8 +29,9 @@ constexpr double kSmallShift = 12;    // binary digits by which shifts make most
 template <typename R>
 class KeyPass {
  public:
-  KeyPass(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial)
+  KeyPass(const Problem& problem, const BatchData<R>& batch, const BackwardTask<R>& task, int64_t b, bool serial)
       : problem_(problem),
+        batch_(batch),
         task_(task),
         b_(b),
         serial_(serial),
@@ -40,7 +41,7 @@ class KeyPass {
         steep_rows_(gradients_, data_, plan_) {}
 
   bool run() {
-    if (!data_.prepare(problem_, b_, serial_)) return false;
+    if (!batch_.prepare(b_, serial_, data_)) return false;
     channels_ = data_.channels;
     columns_ = channels_ + 1;
     const int64_t base = b_ * problem_.keys;
@@ -436,6 +437,7 @@ class KeyPass {
   }
 
   const Problem& problem_;
+  const BatchData<R>& batch_;
   const BackwardTask<R>& task_;
   const int64_t b_;
   const bool serial_;
@@ -457,8 +459,9 @@ class KeyPass {
 
 template <typename T>
 bool linear_key_backward(const Problem& problem, const BackwardTask<T>& task) {
-  return linear::over_batch(problem,
-                            [&](int64_t b, bool serial) { return linear::KeyPass<T>(problem, task, b, serial).run(); });
+  const linear::BatchData<T> batch(problem);
+  return linear::over_batch(
+      problem, [&](int64_t b, bool serial) { return linear::KeyPass<T>(problem, batch, task, b, serial).run(); });
 }
 template bool linear_key_backward<float>(const Problem&, const BackwardTask<float>&);
 template bool linear_key_backward<double>(const Problem&, const BackwardTask<double>&);

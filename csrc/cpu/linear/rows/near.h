@@ -78,9 +78,8 @@ class NearRowPass {
     task.weight = rows_.data.weight;
     task.weight_factor = static_cast<R>(rows_.data.weight_factor);
     task.exclude = rows_.data.exclude;
-    task.excluded = rows_.data.exclude && (rows_.data.keys_moved || rows_.data.rows_moved)
-                        ? rows_.data.excluded_places() + begin
-                        : nullptr;
+    const int64_t* const places = rows_.data.excluded_places();
+    task.excluded = places ? places + begin : nullptr;
     task.scale = rows_.plan.scale;
     task.log_span = rows_.plan.log_span + rows_.data.weight_span;
     task.near_span = std::min(task.log_span, std::log(kFewKeys / (Accuracy<R>::kAccept / 4)) + rows_.data.weight_span);

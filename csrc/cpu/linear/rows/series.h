@@ -10,7 +10,8 @@ namespace linear {
 template <typename R>
 class SeriesRows {
  public:
-  explicit SeriesRows(const RowTask<R>& rows) : rows_(rows), sums_(rows.slots * rows.columns * kPaddedRows) {}
+  explicit SeriesRows(const RowTask<R>& rows)
+      : rows_(rows), sums_(rows.slots * rows.columns * kPaddedRows), own_(rows.columns * kEvaluated) {}
 
   // Adds rows [begin, end) of a box, at most kEvaluated, to those that wait for their results. Rows that are not
   // accurate enough are summed again.
@@ -34,7 +35,7 @@ class SeriesRows {
     double least = error / Accuracy<R>::kAccept;
     if (rows_.data.exclude) {
       // What is left must not be small beside what was taken away.
-      if (rows_.data.leaves_out_queries()) rows_.subtract_equal(begin, end, sums);
+      if (rows_.data.leaves_out_queries()) rows_.subtract_equal(begin, end, sums, own_.data());
       for (int64_t i = begin; i < end && !rows_.data.leaves_out_queries(); ++i) {
         double* const row = sums + (i - begin);
         const double own = rows_.subtract_own(i, 0, row, kPaddedRows);
@@ -42,8 +43,8 @@ class SeriesRows {
       }
       least = std::fmax(least, 0);
     }
-    int bad = 0;
-    for (int64_t i = 0; i < end - begin; ++i) bad |= !(sums[i] >= least);
+    int64_t bad = 0;
+    for (int64_t i = 0; i < end - begin; ++i) bad |= sums[i] >= least ? 0 : 1;
     if (!bad) return;
     // Runs of rows that are accurate enough, and of rows that have to be summed again.
     end_ = begin;
@@ -73,6 +74,7 @@ class SeriesRows {
  private:
   const RowTask<R>& rows_;
   std::vector<double> sums_;  // (slots, columns, kPaddedRows) of the rows that wait
+  std::vector<double> own_;   // (columns, kEvaluated) charges of their own keys
   int64_t begin_ = 0, end_ = 0;
 };
 

@@ -38,21 +38,26 @@ struct RowTask {
     return !(beside >= own);
   }
 
-  // Takes keys that are the queries themselves out of their sums.
-  void subtract_equal(int64_t begin, int64_t end, double* sums) const {
+  // Takes keys that are the queries themselves out of their sums; `own` (columns, kEvaluated) is room for their
+  // charges.
+  void subtract_equal(int64_t begin, int64_t end, double* sums, double* own) const {
     const int64_t n = end - begin;
-    double charge[kEvaluated];
-    for (int64_t i = 0; i < n; ++i) charge[i] = data.weight ? data.weight_of(begin + i) : 1;
+    data.load(begin, n, own, kEvaluated);
     for (int64_t i = 0; i < n; ++i) {
-      const double left = sums[i] - charge[i];
-      sums[i] = left >= 1e-3 * charge[i] ? left : -1;
+      const double left = sums[i] - own[i];
+      sums[i] = left >= 1e-3 * own[i] ? left : -1;
     }
     for (int c = 0; c < data.channels; ++c) {
       double* const column = sums + (c + 1) * kPaddedRows;
+      const double* const taken = own + (c + 1) * kEvaluated;
+      const auto small = [&](int64_t i) { return kMostOwnValue * std::fabs(column[i]) < std::fabs(taken[i]); };
+      int64_t any = 0;
       for (int64_t i = 0; i < n; ++i) {
-        const double own = charge[i] * data.value_of(begin + i, c);
-        column[i] -= own;
-        if (kMostOwnValue * std::fabs(column[i]) < std::fabs(own) && stands_out(begin + i, c)) sums[i] = -1;
+        column[i] -= taken[i];
+        any |= small(i) ? 1 : 0;
+      }
+      for (int64_t i = 0; any && i < n; ++i) {
+        if (small(i) && stands_out(begin + i, c)) sums[i] = -1;
       }
     }
   }

@@ -7,10 +7,10 @@ The kernels are serial and release the GIL: Numba's own threading layers break f
 Kernels are compiled at the first call that needs them and cached on disk.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from .order import order_of, ordered, pays, restored
 from .rows import EMPTY, FAR, QUERY_BLOCK, backward_rows, backward_tangents, forward_rows
 from .tiles import TILE
 
-_EXAMPLE = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
+_EXAMPLE: dict[torch.dtype, np.ndarray] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
 _SERIAL = 60_000  # pairs below which a hand-over to other threads costs more than it saves
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process, workers, pool
@@ -41,6 +44,40 @@ def forward(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, lse, state and tangents of canonical inputs: see `nwfast.backends`."""
+    return _forward(query, key, value, w, key_weight, exclude_self, True, True, tangent_w, tangent_q)
+
+
+def output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+    with_lse: bool,
+    tangent_w: bool,
+    tangent_q: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
+    out, lse, _, by_w, by_q = _forward(
+        query, key, value, w, key_weight, exclude_self, with_lse, False, tangent_w, tangent_q
+    )
+    return out, lse, by_w, by_q
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+    with_lse: bool,
+    with_state: bool,
+    tangent_w: bool,
+    tangent_q: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All results; of shape (0,) where they are not wanted."""
     key, value = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
     order = order_of(query, key, w, exclude_self, QUERY_BLOCK)
     if order is not None:
@@ -48,27 +85,39 @@ def forward(
         key, value = ordered(key, order.keys, -2), ordered(value, order.keys, -2)
         key_weight = ordered(key_weight, order.keys, -1)
     call = _Call(query, key, value, w, key_weight, exclude_self)
-    rows = (*call.batch, call.m)
-    out = torch.empty((*rows, call.c), dtype=call.dtype)
-    lse = torch.empty(rows, dtype=call.dtype)
-    state = torch.empty((*rows, 2), dtype=torch.float64)
-    by_w = torch.empty((*rows, call.c) if tangent_w else (0,), dtype=call.dtype)
-    by_q = torch.empty((*rows, call.c) if tangent_q else (0,), dtype=call.dtype)
-    about = call.about
-    about[place.OUT], about[place.LSE], about[place.STATE] = out.data_ptr(), lse.data_ptr(), state.data_ptr()
-    about[place.TANGENT_W] = by_w.data_ptr() if tangent_w else 0
-    about[place.TANGENT_Q] = by_q.data_ptr() if tangent_q else 0
+    rows, about = (*call.batch, call.m), call.about
+    nothing = torch.empty(0, dtype=call.dtype)
+
+    def result(name: int, shape: tuple, wanted: bool, dtype: torch.dtype = call.dtype) -> Tensor:
+        if not wanted:
+            return nothing
+        tensor = torch.empty(shape, dtype=dtype)
+        about[name] = tensor.data_ptr()
+        return tensor
+
+    out = result(place.OUT, (*rows, call.c), True)
+    by_w = result(place.TANGENT_W, (*rows, call.c), tangent_w)
+    by_q = result(place.TANGENT_Q, (*rows, call.c), tangent_q)
+    lse = result(place.LSE, rows, with_lse)
+    state = result(place.STATE, (*rows, 2), with_state, torch.float64)
+    # The kernels write these, wanted or not.
+    unwanted = np.empty((3, call.size * call.m))
+    if not with_lse:
+        about[place.LSE] = address(unwanted)
+    if not with_state:
+        about[place.STATE] = address(unwanted[1:])
     call.run(forward_rows, call.m, QUERY_BLOCK)
     if order is not None:  # several features: without tangents
-        out, lse, state = [restored(t, order.rows, len(call.batch)) for t in (out, lse, state)]
+        at = len(call.batch)
+        out = restored(out, order.rows, at)
+        lse = restored(lse, order.rows, at) if with_lse else lse
+        state = restored(state, order.rows, at) if with_state else state
     return out, lse, state, by_w, by_q
 
 
-def output(*inputs_and_wanted: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
-    with_lse = inputs_and_wanted[6]
-    out, lse, _, by_w, by_q = forward(*inputs_and_wanted[:6], *inputs_and_wanted[7:])
-    return out, lse if with_lse else lse.new_empty(0), by_w, by_q
+def address(array: np.ndarray) -> int:
+    """Where an array begins; `ctypes.data` takes three times as long."""
+    return array.__array_interface__["data"][0]
 
 
 def backward(
@@ -87,6 +136,11 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, w and key_weight: see `nwfast.backends`."""
+    if not needs & ~(NEEDS_QUERY | NEEDS_W) and grad_lse is None:
+        products = _tangent_products(grad_out, out, state, tangent_w, tangent_q, w, needs)
+        if products is not None:
+            nothing = torch.empty(0, dtype=out.dtype)
+            return products[0], nothing, nothing, products[1], nothing
     order = None
     if pays(query, key, w):
         anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
@@ -158,38 +212,24 @@ def _backward(
         inputs.append(grad_lse.to(dtype).contiguous())
         about[place.GRAD_LSE] = inputs[-1].data_ptr()
     keys_wanted = bool(needs & (NEEDS_KEY | NEEDS_VALUE | NEEDS_KEY_WEIGHT))
-    rows_wanted = bool(needs & (NEEDS_QUERY | NEEDS_W))
-    products = (
-        rows_wanted
-        and grad_lse is None
-        and not (needs & NEEDS_QUERY and not tangent_q.numel())
-        and not (needs & NEEDS_W and not tangent_w.numel())
-    )
-    blocks = 1 if products else -(-call.m // QUERY_BLOCK)
-    sums = np.zeros((call.size, blocks, call.d))
-    if needs & NEEDS_QUERY:
-        about[place.GRAD_QUERY] = grad_query.data_ptr()
-    if needs & NEEDS_W:
-        about[place.GRAD_W] = sums.ctypes.data
-    if products:
-        tangents = tangent_w.contiguous(), tangent_q.contiguous()
-        about[place.TANGENT_W], about[place.TANGENT_Q] = tangents[0].data_ptr(), tangents[1].data_ptr()
-        backward_tangents(_EXAMPLE[dtype], np.array(about, dtype=np.int64))
-        # A tangent may be beyond all numbers where its product with the cotangent is not.
-        products = bool(np.isfinite(sums).all() and np.isfinite(grad_query.numpy()).all())
-        if products:
-            about[place.GRAD_QUERY] = about[place.GRAD_W] = 0
-        else:
-            blocks = -(-call.m // QUERY_BLOCK)
-            sums = np.zeros((call.size, blocks, call.d))
-            about[place.GRAD_W] = sums.ctypes.data if needs & NEEDS_W else 0
-    if keys_wanted or not products:
+    products = None
+    if needs & (NEEDS_QUERY | NEEDS_W) and grad_lse is None:
+        products = _tangent_products(inputs[0], out, state, tangent_w, tangent_q, w, needs)
+    sums = np.zeros((call.size, -(-call.m // QUERY_BLOCK), call.d))
+    if products is not None:
+        grad_query, grad_w = products
+    else:
+        if needs & NEEDS_QUERY:
+            about[place.GRAD_QUERY] = grad_query.data_ptr()
+        if needs & NEEDS_W:
+            about[place.GRAD_W] = address(sums)
+    if keys_wanted or products is None:
         rows, means = np.empty((call.size * call.m, 3)), np.empty((call.size * call.m, call.c))
         kinds = np.empty(call.size * call.m, np.int8)
-        about[place.ROWS], about[place.MEANS] = rows.ctypes.data, means.ctypes.data
-        about[place.KINDS] = kinds.ctypes.data
+        about[place.ROWS], about[place.MEANS] = address(rows), address(means)
+        about[place.KINDS] = address(kinds)
         call.run(backward_rows, call.m, QUERY_BLOCK)
-    if needs & NEEDS_W:
+    if needs & NEEDS_W and products is None:
         grad_w = _sum_for_w(sums.sum(1), call.batch, w)
     if keys_wanted:
         if needs & NEEDS_KEY:
@@ -207,6 +247,37 @@ def _backward(
             computed = grad_out, grad_lse, out, state, rows, means, kinds
             _fill_left_out(grad_weight, left_out, query, key, *held, w, exclude_self, computed)
     return grad_query, grad_key, grad_value, grad_w, grad_weight
+
+
+def _tangent_products(
+    grad_out: Tensor, out: Tensor, state: Tensor, tangent_w: Tensor, tangent_q: Tensor, w: Tensor, needs: int
+) -> tuple[Tensor, Tensor] | None:
+    """Gradients of query and w from saved tangents; None where there are none, or they do not hold the derivatives.
+
+    A tangent may be beyond all numbers where its product with the cotangent is not.
+    """
+    by_q, by_w = bool(needs & NEEDS_QUERY), bool(needs & NEEDS_W)
+    if (by_q and not tangent_q.numel()) or (by_w and not tangent_w.numel()):
+        return None
+    dtype, batch = out.dtype, tuple(out.shape[:-2])
+    size, m = math.prod(batch), out.shape[-2]
+    grad_query = torch.empty(out.shape if by_q else (0,), dtype=dtype)
+    sums = np.zeros((size, 1))
+    if grad_out.dtype != dtype:
+        grad_out = grad_out.to(dtype)
+    inputs = [x.contiguous() for x in (grad_out, state, tangent_w, tangent_q)]
+    about = np.zeros(place.BATCHES, np.int64)
+    about[place.BATCH], about[place.M] = size, m
+    about[place.GRAD_OUT], about[place.STATE] = inputs[0].data_ptr(), inputs[1].data_ptr()
+    if by_q:
+        about[place.TANGENT_Q], about[place.GRAD_QUERY] = inputs[3].data_ptr(), grad_query.data_ptr()
+    if by_w:
+        about[place.TANGENT_W], about[place.GRAD_W] = inputs[2].data_ptr(), address(sums)
+    backward_tangents(_EXAMPLE[dtype], about)
+    finite = math.isfinite(sums[0, 0]) if size == 1 else np.isfinite(sums).all()
+    if not finite or (by_q and not np.isfinite(grad_query.numpy()).all()):
+        return None
+    return grad_query, _sum_for_w(sums, batch, w) if by_w else torch.empty(0, dtype=dtype)
 
 
 def _fill_left_out(
@@ -276,11 +347,14 @@ def _fill_left_out(
 
 def _sum_for_w(gradient: np.ndarray, batch: tuple[int, ...], w: Tensor) -> Tensor:
     """Bring the sums (B, D) to the shape and dtype of w, over the dimensions in which w was broadcast."""
-    gradient = gradient.reshape(*batch, gradient.shape[-1])
-    gradient = gradient.sum(tuple(range(gradient.ndim - w.ndim)))
-    for dim, size in enumerate(w.shape):
-        if size == 1:
-            gradient = gradient.sum(dim, keepdims=True)
+    if gradient.size == 1 and w.dtype in _EXAMPLE:  # in a small call every conversion counts
+        return torch.from_numpy(gradient.reshape(w.shape).astype(_EXAMPLE[w.dtype].dtype))
+    if gradient.shape != w.shape:
+        gradient = gradient.reshape(*batch, gradient.shape[-1])
+        gradient = gradient.sum(tuple(range(gradient.ndim - w.ndim)))
+        for dim, size in enumerate(w.shape):
+            if size == 1:
+                gradient = gradient.sum(dim, keepdims=True)
     return torch.from_numpy(np.ascontiguousarray(gradient)).to(w.dtype)
 
 
