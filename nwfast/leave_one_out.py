@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .functional import nadaraya_watson
+from .functional import local_linear, nadaraya_watson
 from .op import by_reference, call
 from .op.schema import LEAVE_ONE_OUT
 from .validation import check_method
@@ -48,8 +48,9 @@ def leave_one_out_loss(
     key_weight : Tensor, optional
         Weights a_i >= 0 of the examples, (N,) or (..., N). They weigh a residual as they weigh the example among
         others: an example of weight 0 is as if it were not there, and its weight can grow without a jump of the loss.
-    degree : int
-        0: local averages.
+    degree : {0, 1}
+        Of the local polynomial that is fitted to the others: 0 for `nadaraya_watson`, the formula above, 1 for
+        `local_linear`, whose fit takes the quotient's place in r_i.
     reduction : {"mean", "sum", "none"}
         "mean" is the weighted mean above over all examples, channels and leading dimensions, "sum" is its numerator,
         "none" are the numerator's terms a_i r_i^2 in the shape of the fit.
@@ -73,10 +74,13 @@ def leave_one_out_loss(
     nothing. If that leaves none, the mean is NaN and has no gradient. With one feature and one channel, where no
     gradient but that of w is needed, the native backend computes loss and derivative in one pass, and `backward` is one
     multiplication. Differentiable in x, y, w and key_weight, twice; the second derivative builds (N, N) matrices.
+    With ``degree=1`` the fit is computed in float64; time, memory and derivatives are those of `local_linear`.
 
     References
     ----------
-    Hardle and Marron (1985), "Optimal Bandwidth Selection in Nonparametric Regression Function Estimation".
+    Hardle and Marron (1985), "Optimal Bandwidth Selection in Nonparametric Regression Function Estimation"; for
+    degree 1 Xia and Li (2002), "Asymptotic Behavior of Bandwidth Selected by the Cross-Validation Method for Local
+    Polynomial Fitting".
 
     Examples
     --------
@@ -88,13 +92,13 @@ def leave_one_out_loss(
     check_method(method)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-    if degree != 0:
-        raise ValueError(f"degree must be 0, the only one that there is, got {degree!r}")
-    if reduction != "none" and (backend == "auto" or backend == "native"):
+    if degree not in (0, 1):
+        raise ValueError(f"degree must be 0 or 1, got {degree!r}")
+    if degree == 0 and reduction != "none" and (backend == "auto" or backend == "native"):
         loss = _short_way(x, y, w, key_weight, reduction == "mean", method)
         if loss is not None:
             return loss
-    return _by_formula(x, y, w, key_weight, reduction, method, backend)
+    return _by_formula(x, y, w, key_weight, degree, reduction, method, backend)
 
 
 def _by_formula(
@@ -102,13 +106,13 @@ def _by_formula(
     y: Tensor,
     w: float | Tensor,
     key_weight: Tensor | None,
+    degree: int,
     reduction: str,
     method: str,
     backend: str,
 ) -> Tensor:
-    fitted = nadaraya_watson(
-        x, x, y, w, key_weight=key_weight, exclude_self=True, method=method, backend=backend
-    )
+    fit = local_linear if degree else nadaraya_watson
+    fitted = fit(x, x, y, w, key_weight=key_weight, exclude_self=True, method=method, backend=backend)
     residual = fitted - y
     examples = x.shape[0] if x.ndim == 1 else x.shape[-2]
     if key_weight is None:
@@ -166,7 +170,7 @@ class _OfW(torch.autograd.Function):
         reduction = "mean" if ctx.mean else "sum"
 
         def loss(w):
-            return _by_formula(x, y, w, key_weight, reduction, "auto", "reference")
+            return _by_formula(x, y, w, key_weight, 0, reduction, "auto", "reference")
 
         (found,) = torch.func.vjp(loss, w)[1](grad)
         return found, None

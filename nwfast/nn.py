@@ -214,7 +214,13 @@ class NWKernelRegression(nn.Module):
         return out
 
     def leave_one_out_loss(
-        self, x: Tensor, y: Tensor, *, key_weight: Tensor | None = None, reduction: str = "mean"
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        key_weight: Tensor | None = None,
+        degree: int = 0,
+        reduction: str = "mean",
     ) -> Tensor:
         """`nwfast.leave_one_out_loss` of examples x, y with the module's w: what to train w by.
 
@@ -223,7 +229,7 @@ class NWKernelRegression(nn.Module):
 
         Parameters
         ----------
-        x, y, key_weight, reduction
+        x, y, key_weight, degree, reduction
             As for `nwfast.leave_one_out_loss`.
 
         Returns
@@ -235,7 +241,14 @@ class NWKernelRegression(nn.Module):
         if isinstance(x, Tensor) and w.dtype != x.dtype:
             w = _widened(w, x.dtype)
         return leave_one_out_loss(
-            x, y, w, key_weight=key_weight, reduction=reduction, method=self.method, backend=self.backend
+            x,
+            y,
+            w,
+            key_weight=key_weight,
+            degree=degree,
+            reduction=reduction,
+            method=self.method,
+            backend=self.backend,
         )
 
     @property

@@ -166,12 +166,87 @@ def test_compiles(native):
     torch.testing.assert_close(*[torch.autograd.grad(one, w)[0] for one in (ours, right)])
 
 
-def test_module(backend):
+def lines(x, y, w, weight=None, reduction="mean"):
+    """The loss of degree 1: for each row a weighted least-squares line through all others, by the normal equations."""
+    n = len(x)
+    weight = x.new_ones(n) if weight is None else weight
+    scores = -(((x[:, None] - x[None]) * w) ** 2).sum(-1) / 2
+    shares = weight * scores.exp() * (1 - torch.eye(n, dtype=x.dtype))
+    design = torch.cat([x.new_ones(n, n, 1), x[None] - x[:, None]], -1)  # (rows, examples, 1 + D)
+    left = torch.einsum("ij,ija,ijb->iab", shares, design, design)
+    right = torch.einsum("ij,ija,jc->iac", shares, design, y)
+    terms = weight[:, None] * (torch.linalg.solve(left, right)[:, 0] - y) ** 2
+    if reduction == "none":
+        return terms
+    return terms.sum() / (weight.sum() * y.shape[-1] if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 2), (2, 1)])
+def test_lines_through_the_others(backend, features, channels, weighted, reduction, dtype):
+    data = [None if one is None else one.to(dtype) for one in draw(features, channels, weighted)]
+    exact = [None if one is None else one.double().clone().requires_grad_() for one in data]
+    expected = lines(*exact, reduction)
+    present = [one for one in exact if one is not None]
+    cotangent = torch.rand_like(expected)
+    gradients = torch.autograd.grad(expected, present, cotangent)
+    x, y, w, weight = leaves = [None if one is None else one.clone().requires_grad_() for one in data]
+    one_column = features == channels == 1
+    loss = nwfast.leave_one_out_loss(
+        x[:, 0] if one_column else x,
+        y[:, 0] if one_column else y,
+        w,
+        key_weight=weight,
+        degree=1,
+        reduction=reduction,
+        backend=backend,
+    )
+    assert_near(loss, expected, dtype)
+    found = torch.autograd.grad(
+        loss, [one for one in leaves if one is not None], cotangent.to(dtype).reshape(loss.shape)
+    )
+    for ours, right in zip(found, gradients, strict=True):
+        # Rows at the ends see few others: their lines multiply errors.
+        error = (ours.double() - right.reshape(ours.shape)).abs().max()
+        assert error <= (1e-4 if dtype == torch.float32 else 1e-9) * right.abs().max().clamp(min=1)
+
+
+def test_lines_where_there_are_none(backend):
+    """Exact for points on a line; others that coincide, a single one or none: the local average, or nothing."""
+    x = torch.rand(60, dtype=torch.float64)
+    assert nwfast.leave_one_out_loss(x, 3 * x - 1, 8.0, degree=1, backend=backend) < 1e-20
+    y = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for place, n in ((torch.ones(3), 3), (torch.tensor([0.0, 1.0, 1.0]), 2), (torch.zeros(3), 1)):
+        loss, averages = (
+            nwfast.leave_one_out_loss(
+                place[:n].double(), y[:n], w, degree=degree, reduction="sum", backend=backend
+            )
+            for degree in (1, 0)
+        )
+        torch.testing.assert_close(loss, averages)
+        assert torch.autograd.grad(loss, w)[0].isfinite()
+    weight = torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64)
+    for reduction in ("sum", "mean"):
+        loss = nwfast.leave_one_out_loss(
+            torch.rand(3).double(), y, w, key_weight=weight, degree=1, reduction=reduction, backend=backend
+        )
+        assert loss.item() == 0 if reduction == "sum" else loss.isnan()
+        assert torch.autograd.grad(loss, w)[0].item() == 0
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_module(backend, degree):
     x, y, _, _ = draw(1, 1, False)
     x, y = x[:, 0], y[:, 0]
     net = nwfast.NWKernelRegression(w=5.0, dtype=torch.float64, backend=backend)
-    ours = net.leave_one_out_loss(x, y, reduction="sum")
-    torch.testing.assert_close(ours, (net(x, x, y, exclude_self=True) - y).square().sum())
+    ours = net.leave_one_out_loss(x, y, degree=degree, reduction="sum")
+    if degree == 0:
+        torch.testing.assert_close(ours, (net(x, x, y, exclude_self=True) - y).square().sum())
+    else:
+        torch.testing.assert_close(ours, lines(x[:, None], y[:, None], net.w.detach(), None, "sum"))
     ours.backward()
     assert net.w.grad.shape == (1,)
 
@@ -179,7 +254,8 @@ def test_module(backend):
 def test_refuses():
     x = torch.rand(4)
     for arguments, match in (
-        ({"degree": 1}, "degree"),
+        ({"degree": 2}, "degree must be 0 or 1"),
+        ({"degree": -1}, "degree must be 0 or 1"),
         ({"reduction": "max"}, "reduction"),
         ({"method": "?"}, "method"),
     ):
