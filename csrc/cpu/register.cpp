@@ -141,14 +141,21 @@ bool is_linear(Method method, const Problem& problem) {
   return method == Method::kLinear || (method == Method::kAuto && linear_is_faster(problem));
 }
 
+// Whether the linear method served.
 template <typename T>
-void run_forward(const Problem& problem, const Gradients& outputs, bool linear) {
-  if (problem.batch.count == 0 || problem.queries == 0) return;
+bool run_forward(const Problem& problem, const Gradients& outputs, bool linear) {
+  if (problem.batch.count == 0 || problem.queries == 0) return true;
   const ForwardResult<T> result{data<T>(std::get<0>(outputs)), data<T>(std::get<1>(outputs)),
                                 data<double>(std::get<2>(outputs)), data<T>(std::get<3>(outputs)),
                                 data<T>(std::get<4>(outputs))};
-  if (linear && (problem.features == 1 ? linear_forward(problem, result) : grid::forward(problem, result))) return;
+  if (linear && (problem.features == 1 ? linear_forward(problem, result) : grid::forward(problem, result))) return true;
   problem.single() ? single_forward(problem, result) : tiled_forward(problem, result);
+  return false;
+}
+
+// With one feature the linear method has tangents of the query for any number of channels.
+bool may_have_tangents(const Problem& problem, bool tangent_w, bool tangent_q) {
+  return problem.single() || !(tangent_w || tangent_q) || (problem.features == 1 && !tangent_w);
 }
 
 // Which results of a forward pass are wanted, beside out.
@@ -167,7 +174,9 @@ Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
                     call.allocate(m, channels, call.channels, dtype, wanted.tangent_w),
                     call.allocate(m, channels, call.channels, dtype, wanted.tangent_q)};
   const bool linear = is_linear(method, problem);
-  wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
+  const bool served =
+      wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
+  if (!served && !problem.single() && wanted.tangent_q) std::get<4>(outputs) = call.allocate(m, 0, false, dtype, false);
   call.weights.restore_lse(wide ? data<double>(std::get<1>(outputs)) : nullptr, problem.queries);
   return outputs;
 }
@@ -176,8 +185,8 @@ template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  STD_TORCH_CHECK(call.problem.single() || !(tangent_w || tangent_q),
-                  "nwfast: tangents are for one feature and one channel");
+  STD_TORCH_CHECK(may_have_tangents(call.problem, tangent_w, tangent_q),
+                  "nwfast: tangents are for one feature, those of w for one channel");
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
 
@@ -187,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> output(const Tensor& query, const Ten
                                                   const Tensor& w, const std::optional<Tensor>& key_weight,
                                                   bool exclude_self, bool lse, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  check(call.problem.single() || !(tangent_w || tangent_q));
+  check(may_have_tangents(call.problem, tangent_w, tangent_q));
   const Gradients outputs = run_forward(call, method, {lse, false, tangent_w, tangent_q});
   return {std::get<0>(outputs), std::get<1>(outputs), std::get<3>(outputs), std::get<4>(outputs)};
 }

@@ -60,7 +60,7 @@ bool query_element(const Problem& problem, const BatchData<R>& batch, const Back
       read(task.grad_out, grad + original * task.grad_out.row_stride + c * task.grad_out.column_stride, 1, 0, &g);
       const double mean = sums.value(c) / total;
       if (task.grad_w) by_w -= g * w * ((sums.score(c + 1) - mean * sums.score(0)) / total);
-      if (task.grad_query) by_query -= g * w * (w * ((sums.offset(c + 1) - mean * sums.offset(0)) / total));
+      if (task.grad_query) by_query -= g * w * (w * sums.offset_covariance(c));
     }
     if (total > 0 && task.grad_lse.data) {
       double g = 0;

@@ -87,8 +87,8 @@ void empty_row(const ForwardResult<R>& result, int channels, int64_t row, double
     result.state[2 * row] = 0;
     result.state[2 * row + 1] = total;
   }
-  if (result.tangent_w) result.tangent_w[row] = static_cast<R>(total);
-  if (result.tangent_q) result.tangent_q[row] = static_cast<R>(total);
+  if (result.tangent_w) std::fill_n(result.tangent_w + row * channels, channels, static_cast<R>(total));
+  if (result.tangent_q) std::fill_n(result.tangent_q + row * channels, channels, static_cast<R>(total));
 }
 
 template <typename R>
@@ -97,7 +97,7 @@ void finish_odd_rows(const Data<R>& data, const ForwardResult<R>& result, int64_
   for (const int64_t row : data.nan_rows) empty_row(result, data.channels, base + row, NAN, NAN);
 }
 
-// Results of all rows, from row `base` of the result on.
+// Results of all rows, from row `base` of the result on; with several channels no tangents of w.
 template <typename R>
 void forward_rows(const Element<R>& element, const ForwardResult<R>& result, int64_t base, bool serial) {
   const Data<R>& data = element.data;
@@ -112,15 +112,19 @@ void forward_rows(const Element<R>& element, const ForwardResult<R>& result, int
     }
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = base + data.original_row(first + k);
-      const double total = sums[k];
+      const RowSums of_row(plan, channels, sums + k, pitch, 0);
+      const double total = of_row.total();
       if (!(total > 0)) {
         empty_row(result, channels, row, -INFINITY, 0);
         continue;
       }
       for (int c = 0; c < channels; ++c) {
-        const double out = data.centre[c] + sums[(c + 1) * pitch + k] / total;
+        const double out = data.centre[c] + of_row.value(c) / total;
         result.out[row * channels + c] =
             static_cast<R>(std::fmin(std::fmax(out, data.values[c].low), data.values[c].high));
+        if (result.tangent_q) {
+          result.tangent_q[row * channels + c] = static_cast<R>(-w * (w * of_row.offset_covariance(c)));
+        }
       }
       const double offset = apart ? apart[k] * w : 0;
       if (result.lse) result.lse[row] = static_cast<R>(std::log(total * unit) - offset * offset / 2);

@@ -28,6 +28,8 @@ struct RowSums {
   double total() const { return sums[0]; }
   double value(int c) const { return sums[(c + 1) * pitch]; }
   double offset(int column) const { return sums[(offset_slot * columns + column) * pitch]; }
+  // d out / d query over -w^2: the covariance of the offset and the channel's value.
+  double offset_covariance(int c) const { return (offset(c + 1) - value(c) / total() * offset(0)) / total(); }
   double score(int column) const { return sums[(score_slot * columns + column) * pitch]; }
 };
 
