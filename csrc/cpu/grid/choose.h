@@ -11,6 +11,7 @@ namespace grid {
 template <typename R>
 std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, const Points<R>& targets, int columns,
                                   int order, bool serial) {
+  if (plan.direct) return {};
   const int64_t boxes = static_cast<int64_t>(targets.boxes.size());
   const double size = static_cast<double>(plan.size()) * columns * kMultiply;
   double sides = 0;
@@ -18,14 +19,14 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
     if (axis.terms > 1) sides += static_cast<double>(std::min(2 * axis.reach + 1, axis.cells) * axis.terms);
   }
   const double translation = sides * size, evaluation = plan.point_work() * columns * kMultiply * (1 + order);
-  const double pair = Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) * (1 + 0.7 * (order > 0));
+  const double pair = pair_time<R>(columns, order);
   // Told by a sample first.
   constexpr int64_t kSample = 64;
   std::vector<WindowFinder::Range> ranges;
   const int64_t count = std::min(boxes, kSample);
   double direct = 0, points = 0;
   {
-    WindowFinder finder(plan, sources.boxes, plan.radius);
+    WindowFinder finder(plan, sources.boxes, plan.near);
     for (int64_t i = 0; i < count; ++i) {
       const Box& box = targets.boxes[i * boxes / count];
       const double rows = static_cast<double>(box.end - box.begin);
@@ -44,7 +45,7 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
   constexpr int64_t kTask = 64;
   std::vector<double> saved((boxes + kTask - 1) / kTask);
   parallel_blocks((boxes + kTask - 1) / kTask, serial, [&](int64_t block) {
-    WindowFinder finder(plan, sources.boxes, plan.radius);
+    WindowFinder finder(plan, sources.boxes, plan.near);
     std::vector<WindowFinder::Range> found;
     for (int64_t i = block * kTask; i < std::min(boxes, (block + 1) * kTask); ++i) {
       const Box& box = targets.boxes[i];

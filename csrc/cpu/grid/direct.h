@@ -88,27 +88,37 @@ inline int64_t place_in(const std::vector<WindowFinder::Range>& ranges, int64_t 
   return -1;
 }
 
-// body(run, window, ranges) for all runs with any key within the radius; empty(run) for the others.
-template <typename R, typename Body, typename Empty>
-void over_windows(const Element<R>& element, const std::vector<Run>& runs, double radius, bool serial, const Body& body,
-                  const Empty& empty) {
+// The radii of direct sums of a level.
+inline double radius_of(const Plan& plan, int level) {
+  return level == 0 ? plan.near : plan.radius_at(kLevelDistance[level]);
+}
+
+// body(run, window, ranges, least) for all runs with any key within the radius of a level, where rows with a total (its
+// log2) below `least` need the next level.
+template <typename R, typename Body>
+void over_windows(const Element<R>& element, const std::vector<Run>& runs, int level, bool serial, const Body& body) {
+  const Plan& plan = element.plan;
+  const double radius = radius_of(plan, level);
   const int64_t count = static_cast<int64_t>(runs.size());
   parallel_blocks((count + kItemTask - 1) / kItemTask, serial, [&](int64_t block) {
-    WindowFinder finder(element.plan, element.keys.boxes, radius);
+    WindowFinder finder(plan, element.keys.boxes, radius), wide(plan, element.keys.boxes, plan.radius);
     KeyWindow<R> window;
     std::vector<WindowFinder::Range> ranges;
     int64_t cell = -1, keys = 0;
+    double least = element.least_total(radius);
     for (int64_t i = block * kItemTask; i < std::min(count, (block + 1) * kItemTask); ++i) {
       if (runs[i].cell != cell) {
         cell = runs[i].cell;
+        if (level == 0) {
+          double charge = 0;
+          wide.find(cell, ranges);
+          for (const auto& range : ranges) charge += element.weight_of(range.begin, range.end);
+          least = element.least_total(radius, charge, plan.radius);
+        }
         keys = finder.find(cell, ranges);
         if (keys > 0) window.gather(element.batch.data, ranges, keys);
       }
-      if (keys > 0) {
-        body(runs[i], window.data, ranges);
-      } else {
-        empty(runs[i]);
-      }
+      if (keys > 0) body(runs[i], window.data, ranges, least);
     }
   });
 }

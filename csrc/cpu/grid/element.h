@@ -39,6 +39,8 @@ struct Element {
     extent.keys = n;
     extent.queries = anywhere ? n : m;
     extent.order = order;
+    extent.columns = static_cast<int>(problem.channels) + 1;
+    extent.expand = anywhere;
     for (int f = 0; f < features; ++f) {
       extent.scale[f] = std::fabs(w_[f]);
       if (!(extent.scale[f] < kMostScale)) return false;
@@ -65,6 +67,10 @@ struct Element {
       if (spread > 0 && spread < kLeastSpread) return false;
       const int64_t samples = std::min<int64_t>(n, 1024);
       for (int64_t i = 0; i < samples; ++i) extent.sample[f].push_back(key[f * n + i * n / samples]);
+      const int64_t query_samples = std::min<int64_t>(m, 256);  // not at the same places: they may be the keys
+      for (int64_t i = 0; i < query_samples; ++i) {
+        extent.query_sample[f].push_back(query[f * m + (2 * i + 1) * m / (2 * query_samples)]);
+      }
     }
     if (!make_plan<R>(extent, plan)) return false;
     std::vector<int64_t> none;
@@ -86,9 +92,17 @@ struct Element {
       for (int64_t j = 0; j < n; ++j) charge[(c + 1) * pitch + j] = (static_cast<double>(from[j]) - centre) * charge[j];
     }
   }
-  // log2 of the least total, in units of batch.weight_unit, of which what lies beyond a radius is a small enough share.
+  // log2 of the least total, in units of batch.weight_unit, of which what lies beyond a radius is a small enough share:
+  // so much charge, and all of it beyond a larger radius.
   double least_total(double radius) const {
     return std::log2(mass / Accuracy<R>::kBeyond) - radius * radius * kHalfLog2E;
+  }
+  double least_total(double radius, double charge, double larger) const {
+    return std::log2((charge * Plan::beyond(radius) + mass * Plan::beyond(larger)) / Accuracy<R>::kBeyond);
+  }
+  // The weights of some keys, in units of batch.weight_unit.
+  double weight_of(int64_t begin, int64_t end) const {
+    return weighted_ ? weight_before_[end] - weight_before_[begin] : static_cast<double>(end - begin);
   }
   // |x_i - u_j|^2 in bandwidths.
   double square(int64_t i, int64_t j) const {
@@ -191,8 +205,10 @@ struct Element {
     batch.prepare(sorted, 0, layout, weigh, nullptr);
     if (!batch.usable) return false;
     if (weighted_) {
-      mass = 0;
-      for (int64_t j = 0; j < n; ++j) mass += batch.weight[j];
+      weight_before_.allocate(n + 1);
+      weight_before_[0] = 0;
+      for (int64_t j = 0; j < n; ++j) weight_before_[j + 1] = weight_before_[j] + batch.weight[j];
+      mass = weight_before_[n];
     }
     return true;
   }
@@ -204,7 +220,7 @@ struct Element {
     view.column_stride = pitch;
   }
 
-  Buffer<double> w_, weight_;
+  Buffer<double> w_, weight_, weight_before_;
   Buffer<R> value_;  // (channels, keys)
   bool weighted_ = false;
 };

@@ -16,9 +16,6 @@ constexpr double kDenseCall = 5e3;
 constexpr double kPoint = 120;  // to sort, pack and write a point
 constexpr double kCall = 60e3;  // matrices, and what else does not depend on the number of points
 constexpr double kSeriesCall = 500e3;
-constexpr double kCell[2] = {3500, 8000};  // to find and copy the window of a cell, in two and three features
-// Cells around a cell hold more than the ball around a point.
-constexpr double kCells = 1.6;
 
 int64_t sample(const View& view, const Batch& batch, int64_t n, int64_t most, int features, std::vector<double>* to) {
   const int64_t count = std::min(n, most), offset = view.offset(batch, 0);
@@ -44,7 +41,8 @@ bool faster(const Problem& problem) {
   extent.keys = problem.keys;
   extent.queries = problem.queries;
   extent.order = 0;
-  std::vector<double> query[kAxes];
+  extent.columns = static_cast<int>(columns);
+  auto& query = extent.query_sample;
   const int64_t keys = sample(problem.key, problem.batch, problem.keys, kKeySample, features, extent.sample);
   const int64_t queries = sample(problem.query, problem.batch, problem.queries, kQuerySample, features, query);
   double w[kAxes];
@@ -61,10 +59,10 @@ bool faster(const Problem& problem) {
   }
   Plan plan;
   if (!make_plan<R>(extent, plan)) return false;
-  // Pairs within reach, and rows too far from all keys for the grid.
-  double near = 0, far = 0, again = 0;
+  // Rows too far from all keys for the grid.
+  double far = 0;
   for (int64_t i = 0; i < queries; ++i) {
-    double nearest = INFINITY, count = 0;
+    double nearest = INFINITY;
     for (int64_t j = 0; j < keys; ++j) {
       double square = 0;
       for (int f = 0; f < features; ++f) {
@@ -72,20 +70,13 @@ bool faster(const Problem& problem) {
         square += z * z;
       }
       nearest = std::fmin(nearest, square);
-      count += square <= plan.radius * plan.radius;
     }
-    near += count;
     // The nearest key of all is nearer than that of the sample.
     const double share = std::pow(static_cast<double>(keys) / n, 1.0 / features);
-    again += !(std::sqrt(nearest) * share <= kLevelDistance[0]);
     far += !(std::sqrt(nearest) * share <= 2 * kLevelDistance[kLevels - 1]);
   }
-  const double pairs = m * n * kCells * near / static_cast<double>(queries * keys);
-  const double windows = std::fmin(m, plan.boxes) * (1 + again / static_cast<double>(queries));
-  const double direct = pairs * Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) + windows * kCell[features - 2];
-  const double series = kSeriesCall + plan.work * columns * kMultiply;
   const double left_over = far / static_cast<double>(queries) * dense;
-  return fixed + std::fmin(direct, series) + left_over < dense;
+  return fixed + plan.work + (plan.direct ? 0 : kSeriesCall) + left_over < dense;
 }
 
 }  // namespace

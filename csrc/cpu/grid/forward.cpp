@@ -93,14 +93,11 @@ class Forward {
   }
 
   void sum_directly(const std::vector<int64_t>& rows, int level) {
-    const Plan& plan = element_.plan;
-    const double radius = plan.radius_at(kLevelDistance[level]);
-    const double least = element_.least_total(radius);
     const double most = most_score<R, R>(problem_);
     const int64_t features = problem_.features, channels = problem_.channels;
     over_windows(
-        element_, runs_of(element_.queries, rows), radius, serial_,
-        [&](const Run& run, const TiledData<R>& data, const std::vector<WindowFinder::Range>& ranges) {
+        element_, runs_of(element_.queries, rows), level, serial_,
+        [&](const Run& run, const TiledData<R>& data, const std::vector<WindowFinder::Range>& ranges, double least) {
           double total[kItemRows], shift[kItemRows];
           int64_t excluded[kItemRows];
           Buffer<double> values(kItemRows * channels);
@@ -126,8 +123,7 @@ class Forward {
             write(i, shift[k], total[k], values.get() + k * channels, 1);
             left_[i] = 0;
           }
-        },
-        [](const Run&) {});
+        });
   }
 
   void sum_left_over(std::vector<int64_t> rows) {

@@ -11,6 +11,8 @@ namespace {
 
 using Real = long double;
 
+constexpr double kWindowCells[] = {0.5, 1, 2, 3};  // within the radius of direct sums, where all sums are direct
+constexpr double kRoundedUp = 1 + 0x1p-5;          // before short_number rounds down
 constexpr int kTerms[] = {4, 8, 12, 16, 20, 24};
 
 // The error that a series may have, such that its derivatives are as good as is asked for: those of a polynomial of
@@ -62,15 +64,17 @@ bool set_mesh_axis(const Extent& extent, int f, int spacings, Axis& axis) {
   return !axis.single || axis.half >= kLeastMeshHalf;
 }
 
-// Pairs of keys within a radius of each other, told by a sample.
+// Pairs of a query and a key within a radius of each other, told by a sample.
 double pairs_within(const Extent& extent, double radius) {
-  const int64_t count = static_cast<int64_t>(extent.sample[0].size()), step = std::max<int64_t>(1, count / 256);
+  const auto& queries = extent.query_sample[0].empty() ? extent.sample : extent.query_sample;
+  const auto count = [](const std::vector<double>& of) { return static_cast<int64_t>(of.size()); };
+  const auto step = [&](const std::vector<double>& of) { return std::max<int64_t>(1, count(of) / 256); };
   double pairs = 0, near = 0.5;
-  for (int64_t i = 0; i < count; i += step) {
-    for (int64_t j = 0; j < i; j += step) {
+  for (int64_t i = 0; i < count(queries[0]); i += step(queries[0])) {
+    for (int64_t j = 0; j < count(extent.sample[0]); j += step(extent.sample[0])) {
       double square = 0;
       for (int f = 0; f < extent.features; ++f) {
-        const double z = (extent.sample[f][i] - extent.sample[f][j]) * extent.scale[f];
+        const double z = (queries[f][i] - extent.sample[f][j]) * extent.scale[f];
         square += z * z;
       }
       near += square <= radius * radius;
@@ -78,6 +82,53 @@ double pairs_within(const Extent& extent, double radius) {
     }
   }
   return near / (pairs + 1) * static_cast<double>(extent.keys) * static_cast<double>(extent.queries);
+}
+
+// The cells of a window, between these axes.
+struct Window {
+  int crossed = 0;  // features with more than one cell
+  double width = 1, cells = 0, ranges = 0;
+
+  template <typename Axes>
+  Window(const Axes& axes, int features, double radius) {
+    for (int f = 0; f < features; ++f) {
+      crossed += !axes[f].single;
+      if (!axes[f].single) width = axes[f].width();
+    }
+    const auto reach = [&](double within) { return static_cast<int>(std::ceil(within / width)); };
+    const int far_a = crossed > 1 ? reach(radius) : 0, far_b = crossed > 2 ? reach(radius) : 0;
+    for (int i = -far_a; i <= far_a; ++i) {
+      for (int j = -far_b; j <= far_b; ++j) {
+        const double gap = width * std::hypot(std::max(std::abs(i) - 1, 0), std::max(std::abs(j) - 1, 0));
+        if (gap > radius) continue;
+        ++ranges;
+        cells += crossed > 0 ? 2 * reach(std::sqrt(radius * radius - gap * gap)) + 1 : 1;
+      }
+    }
+  }
+  double volume() const { return cells * std::pow(width, crossed); }
+};
+
+// Plan::near, such that it serves rows among keys that lie alike everywhere, twice over.
+template <typename R>
+double near_radius(const Extent& extent, const Axis (&axes)[kAxes], double radius) {
+  const Window wide(axes, extent.features, radius);
+  const double charge = 2 * wide.volume() / std::pow(2 * std::numbers::pi, wide.crossed / 2.0);
+  return std::fmin(radius, std::sqrt(2 * std::log(charge / Accuracy<R>::kBeyond)));
+}
+
+// What direct sums of all rows cost, in nanoseconds, with windows of cells of these axes: `pairs` lie within the
+// radius.
+template <typename R>
+double window_work(const Extent& extent, const Axis (&axes)[kAxes], double radius, double pairs, double boxes) {
+  const Window window(axes, extent.features, radius);
+  const double ball[kAxes + 1] = {1, 2 * radius, std::numbers::pi * radius * radius,
+                                  4 * std::numbers::pi / 3 * radius * radius * radius};
+  const double queries = static_cast<double>(extent.queries), windows = std::fmin(boxes, queries);
+  const double found =
+      std::fmin(pairs * window.volume() / ball[window.crossed], static_cast<double>(extent.keys) * queries);
+  return found * pair_time<R>(extent.columns, extent.order) +
+         windows * (kWindow + kWindowRange * window.ranges + kWindowKey * found / queries);
 }
 
 // Numbers of occupied boxes, told by a sample.
@@ -112,6 +163,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
   plan.radius = plan.radius_at(kLevelDistance[0]);
   double best = INFINITY;
   const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
+  const double multiply = extent.columns * kMultiply;
   Axis chosen[kAxes];
   // Of translating all boxes between these axes, and the number of boxes.
   const auto translation = [&](const Axis(&axes)[kAxes], double& boxes) {
@@ -136,7 +188,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
       set_axis<R>(extent, f, half, terms, axes[f]);
       size *= axes[f].terms;
     }
-    const double cost = points * size * (1 + 2.0 / terms) + translation(axes, boxes);
+    const double cost = multiply * (points * size * (1 + 2.0 / terms) + translation(axes, boxes));
     if (!(cost < best)) continue;
     best = cost;
     plan.boxes = boxes;
@@ -145,23 +197,44 @@ bool make_plan(const Extent& extent, Plan& plan) {
   }
   plan.order = extent.order;
   plan.mesh = false;
-  const bool may_mesh = sizeof(R) == 4 && extent.order < 2;
-  const double direct = may_mesh ? pairs_within(extent, plan.radius) * 1.6 * Accuracy<R>::kPair / (2 * kMultiply) : 0;
   for (const int spacings : kMeshSpacings) {
-    if (!may_mesh) break;
+    if (sizeof(R) == 8 || extent.order == 2) break;
     Axis axes[kAxes];
     bool fits = true;
     double boxes;
     for (int f = 0; f < extent.features; ++f) fits &= set_mesh_axis<R>(extent, f, spacings, axes[f]);
     if (!fits) continue;
-    const double cost = points * mesh_point_work(extent.features) + translation(axes, boxes) / 2;
-    if (!(cost < best && cost < direct)) continue;
+    const double cost = multiply * (points * mesh_point_work(extent.features) +
+                                    translation(axes, boxes) * mesh_translation(extent.features));
+    if (!(cost < best)) continue;
     best = cost;
     plan.mesh = true;
     plan.boxes = boxes;
     plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
   }
+  plan.direct = false;
+  const double pairs = pairs_within(extent, plan.radius);
+  for (const double cells : kWindowCells) {
+    if (extent.expand) break;
+    Axis axes[kAxes];
+    double near = plan.radius;
+    for (int step = 0; step < 2; ++step) {  // the radius and the width of cells depend on one another
+      for (int f = 0; f < extent.features; ++f) set_axis<R>(extent, f, near / cells * kRoundedUp / 2, 4, axes[f]);
+      near = near_radius<R>(extent, axes, plan.radius);
+    }
+    const double boxes = occupied(extent, axes);
+    const double share = std::pow(near / plan.radius, extent.features);
+    const double cost = window_work<R>(extent, axes, near, pairs * share, boxes);
+    if (!(cost < best)) continue;
+    best = cost;
+    plan.mesh = false;
+    plan.direct = true;
+    plan.boxes = boxes;
+    plan.work = cost;
+    std::copy(axes, axes + kAxes, chosen);
+  }
+  plan.near = near_radius<R>(extent, chosen, plan.radius);
   // Most cells first; without a third feature the axis in the middle is empty.
   double cells[kAxes] = {};
   for (int f = 0; f < extent.features; ++f) {

@@ -19,7 +19,9 @@
 // in the place of moments and series; all else is the same.
 //
 // Direct sums (direct.h). Queries of other boxes meet the keys of all cells within a radius one by one, in the dense
-// kernels. Which way is less work is told by counts.
+// kernels. Which way is less work is told by counts. The radius is that beyond which all keys add too little wherever
+// they are, or a smaller one beyond which those that there are within the larger one add too little. Where points are
+// so sparse that no box would pay, cells are as wide as suits windows.
 //
 // Which sums to trust. A row whose total is not well above what its way may have left out or rounded, is summed again:
 // directly, within a larger radius, and what that does not settle, over all keys by the dense driver (LeftOverRows of
@@ -57,7 +59,7 @@ struct Accuracy;
 template <>
 struct Accuracy<float> {
   static constexpr double kAccept = 1e-7, kBeyond = 5e-9, kTruncation[2] = {1e-9, 2e-10}, kLargestHalf = 1.5;
-  static constexpr double kPair = 0.4;  // nanoseconds of a pair in direct sums
+  static constexpr double kPair = 0.45;  // nanoseconds of a pair in direct sums
 };
 template <>
 struct Accuracy<double> {
@@ -65,6 +67,13 @@ struct Accuracy<double> {
   static constexpr double kPair = 1.4;
 };
 constexpr double kMultiply = 0.06;  // nanoseconds of a multiply-add in expansions
+// Of the window of a cell: to begin with, for each row of cells that it crosses, and for each key that is copied.
+constexpr double kWindow = 1500, kWindowRange = 60, kWindowKey = 2;
+
+template <typename R>
+double pair_time(int columns, int order) {
+  return Accuracy<R>::kPair * (1 + 0.15 * (columns - 2)) * (1 + 0.7 * (order > 0));
+}
 
 struct Axis {
   int feature = -1;   // of the caller, or -1: an axis of one cell, without coordinates
@@ -109,11 +118,13 @@ struct Plan {
   Axis axis[kAxes];
   int order = 0;          // of the derivatives that are asked for
   bool mesh = false;      // whether boxes have meshes rather than series
+  bool direct = false;    // whether cells are as wide as suits direct sums, and no box is expanded
   double truncation = 0;  // of the sums of values, relative to Axis::decay of a source's charge
   double log_span = 0;    // log of the ratio of all charges to what may be left out of a row near a key
   double radius = 0;      // keys further from a row near a key are left out
+  double near = 0;        // nor do those further than this count, if they are not many times what is within: see beyond
   double boxes = 0;       // that are occupied, told by a sample
-  double work = 0;        // of expanding all, in multiply-adds of a column
+  double work = 0;        // the time that it is expected to take, in nanoseconds
 
   int64_t size() const { return static_cast<int64_t>(axis[0].terms) * axis[1].terms * axis[2].terms; }
   const GridWindow* window() const { return mesh ? &grid_window(order) : nullptr; }
@@ -130,8 +141,11 @@ struct Extent {
   double scale[kAxes], low[kAxes], high[kAxes];  // |w|; of keys and queries
   double key_low[kAxes], key_high[kAxes];
   int64_t keys, queries;
-  int order;                          // of the derivatives that are asked for
-  std::vector<double> sample[kAxes];  // some of the keys
+  int order;                                // of the derivatives that are asked for
+  int columns;                              // of charges
+  bool expand = false;                      // whether all boxes will be expanded
+  std::vector<double> sample[kAxes];        // some of the keys
+  std::vector<double> query_sample[kAxes];  // of the queries; empty for those that are like the keys
 };
 
 // Plan::log_span of so many keys.

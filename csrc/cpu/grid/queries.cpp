@@ -181,7 +181,8 @@ class QueryBackward {
     PackedRows<R> packed;
     packed.pack(element_, *gradients_, task_.out, problem_, b_, rows);
     const TiledBatch<R>& batch = element_.batch;
-    const auto body = [&](const Run& run, const TiledData<R>& data, const std::vector<WindowFinder::Range>& ranges) {
+    const auto body = [&](const Run& run, const TiledData<R>& data, const std::vector<WindowFinder::Range>& ranges,
+                          double least) {
       Buffer<double> first(kItemRows * features), second(kItemRows * features);
       int64_t excluded[kItemRows];
       TiledQueryGrad<R> task;
@@ -202,6 +203,7 @@ class QueryBackward {
       kernels<R>().tiled_query_grad(task);
       for (int64_t k = 0; k < task.rows; ++k) {
         const int64_t i = rows[run.begin + k];
+        if (!(gradients_->log_total[i] >= least)) continue;
         for (int64_t f = 0; f < features; ++f) {
           const double w = batch.w[f], unit = batch.unit[f];
           if (task_.grad_query) {
@@ -213,8 +215,10 @@ class QueryBackward {
         gradients_->level[i] = RowGradients<R>::kIdle;
       }
     };
-    const double radius = element_.plan.radius_at(kLevelDistance[level]);
-    over_windows(element_, runs_of(element_.queries, rows), radius, serial_, body, [](const Run&) {});
+    over_windows(element_, runs_of(element_.queries, rows), level, serial_, body);
+    for (const int64_t i : rows) {
+      if (gradients_->level[i] == level) gradients_->level[i] = static_cast<char>(level + 1);
+    }
   }
 
   void sum_left_over(std::vector<double>& grad_w) {

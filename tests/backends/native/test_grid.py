@@ -191,6 +191,33 @@ def test_lone_keys_beside_crowds(features):
 
 
 @pytest.mark.parametrize("features", [2, 3])
+def test_crowds_beyond_the_first_windows(features):
+    """Keys further away than the smaller radius of direct sums count where a row has little else, in whatever cells."""
+    generator = torch.Generator().manual_seed(4)
+    shift = torch.linspace(0, 8, 60)[:, None, None]
+    key = 0.01 * torch.randn(1, 20_000, features, generator=generator)
+    key[..., 0] += 7.5
+    key[:, 0] = 0
+    key[:, 0, 0] = -3.6
+    value = torch.ones(1, 20_000, 1)
+    value[:, 0] = 0
+    query = [
+        x.requires_grad_()
+        for x in (torch.zeros(60, 4, features) + shift, torch.zeros(60, 4, features) + shift)
+    ]
+    results = []
+    for x, method in zip(query, ("fgt", "dense"), strict=True):
+        dtype = torch.float32 if method == "fgt" else torch.float64
+        args = (t.to(dtype) for t in (x, key + shift, value, torch.ones(features)))
+        out = nwfast.nadaraya_watson(*args, method=method, backend="native")
+        results.append((out.double(), torch.autograd.grad(out.sum(), x)[0].double()))
+    (out, grad), (right, right_grad) = results
+    assert right.min() > 5e-6
+    assert (out - right).abs().max() < 1e-6
+    assert (grad - right_grad).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("features", [2, 3])
 @pytest.mark.parametrize("w", [3.0, 30.0, 300.0])
 def test_same_bits_for_any_number_of_threads(features, w):
     query, key, value, w = problem("clusters", features, w, torch.float32, n=30_000, m=20_000, channels=2)

@@ -6,7 +6,8 @@
 
 namespace nwfast {
 
-constexpr int kGridTerms = 32;            // of the series of one feature
+constexpr int kGridTerms = 32;            // of the series of one feature, at most
+constexpr int kTensorTerms = 40;          // of those and of the nodes of a mesh
 constexpr int kWindowNodes = 12;          // of a mesh that a point adds to, along one feature
 constexpr int kWindowDegree = 14;         // of the polynomials that a window is made of
 constexpr int kMostSlots = 7;             // values, first and second derivatives in three features

@@ -143,7 +143,8 @@ NWFAST_INLINE void add_and_subtract(const GridProduct& task, int64_t pair, int64
 }
 
 inline void grid_product(const GridProduct& task) {
-  alignas(64) double plus[kProductPairs][kProductRows * kGridTerms], minus[kProductPairs][kProductRows * kGridTerms];
+  constexpr int kSize = kProductRows * kTensorTerms;
+  alignas(64) double plus[kProductPairs][kSize], minus[kProductPairs][kSize];
   const double *all_plus[kProductPairs], *all_minus[kProductPairs];
   for (int pair = 0; pair < kProductPairs; ++pair) {
     all_plus[pair] = plus[pair];

@@ -23,11 +23,14 @@ struct MeshKind {
 };
 constexpr MeshKind kMeshKinds[2] = {{0.35, 2.45, 1e-11}, {0.3, 2.7, 5e-11}};
 constexpr const MeshKind& mesh_kind(int order) { return kMeshKinds[order > 0]; }
-constexpr double kLeastMeshHalf = 1;         // half width of a cell, in bandwidths
-constexpr int kMeshSpacings[] = {5, 9, 13};  // of a box; with B of them it has B + kWindowNodes - 1 nodes
+constexpr double kLeastMeshHalf = 1;                     // half width of a cell, in bandwidths
+constexpr int kMeshSpacings[] = {5, 9, 13, 19, 25, 29};  // of a box; with B of them it has B + kWindowNodes - 1 nodes
 
 // Of a point: its windows, and the nodes that it touches; in multiply-adds of a column.
 constexpr double mesh_point_work(int features) { return features == 2 ? 350 : 3500; }
+
+// Of translation: half of what series take, but of tensors that are larger than the caches in three features.
+constexpr double mesh_translation(int features) { return features == 2 ? 0.5 : 0.9; }
 
 const GridWindow& grid_window(int order);
 
