@@ -26,8 +26,10 @@ from cases import Case, draw  # noqa: E402
 from judge import Failure, as_python, judge, shrink  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-# Seconds that a case may take: Numba compiles in its first ones, Triton is interpreted.
+# Seconds of the processor that a case may take: Numba compiles in its first ones, Triton is interpreted. On a machine
+# that does other things besides, or for a process that waits, so many times as many seconds.
 PATIENCE = {"numba": 240.0, "triton": 240.0}
+BUSY = 6
 BACKENDS = ("native", "numba", "reference", "triton")
 
 
@@ -56,9 +58,9 @@ class Worker:
         try:
             process.stdin.write(struct.pack("<q", len(data)) + data)
             process.stdin.flush()
-            end = time.monotonic() + patience
-            size = self._read(8, end)
-            return pickle.loads(self._read(struct.unpack("<q", size)[0], end))
+            limits = _processor_seconds(process.pid) + patience, time.monotonic() + BUSY * patience
+            size = self._read(8, limits)
+            return pickle.loads(self._read(struct.unpack("<q", size)[0], limits))
         except TimeoutError:
             return self._ended("does not return")
         except (BrokenPipeError, EOFError):
@@ -74,16 +76,26 @@ class Worker:
         self.close()
         return what
 
-    def _read(self, size: int, end: float) -> bytes:
+    def _read(self, size: int, limits: tuple[float, float]) -> bytes:
         data = b""
         while len(data) < size:
-            if not select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError
+            while not select.select([self._process.stdout], [], [], 1.0)[0]:
+                if _processor_seconds(self._process.pid) > limits[0] or time.monotonic() > limits[1]:
+                    raise TimeoutError
             piece = os.read(self._process.stdout.fileno(), size - len(data))
             if not piece:
                 raise EOFError
             data += piece
         return data
+
+
+def _processor_seconds(process: int) -> float:
+    """What a process has used; where there is no /proc, the seconds of the clock."""
+    try:
+        user, system = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    except OSError:
+        return time.monotonic()
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def arguments() -> argparse.Namespace:
