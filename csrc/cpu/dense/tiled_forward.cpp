@@ -144,7 +144,7 @@ template <typename R>
 void forward_products(const Problem& problem, const TiledBatch<float>& batch, int64_t b, bool serial, Rows& rows,
                       const ForwardResult<R>& result) {
   const int64_t count = static_cast<int64_t>(rows.size()), sample = std::min(count, kProductRows);
-  if (count < kLeastProductRows) return;
+  if (count < kLeastProductRows || problem.features + problem.channels < kLeastProductColumns) return;
   const auto panels = ProductPanels::of(batch, Values::kForward);
   if (!panels) return;
   for (int64_t i = 0; i < sample; ++i) std::swap(rows[i], rows[i * (count / sample)]);

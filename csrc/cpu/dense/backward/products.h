@@ -134,7 +134,7 @@ void product_backward(const Problem& problem, const BackwardTask<R>& task, int64
       sum = (sum - panels.key(j, f) * weight[j]) / panels.scale(f);
     }
   }
-  keys->add(problem, batch, 0, n, value.get(), weight.get(), offset.get());
+  keys->add(problem, batch, 0, n, values ? value.get() : nullptr, weight.get(), offsets ? offset.get() : nullptr);
 }
 
 }  // namespace backward

@@ -124,7 +124,7 @@ NWFAST_INLINE float highest_score(const float* row, int64_t count, float high) {
 
 NWFAST_ONE_COPY void product_rows(const ProductRows& task) {
   const ProductData& data = task.data;
-  alignas(64) float weights[kProductRows * kProductKeys];  // first scores
+  alignas(64) float weights[kProductRows * kProductKeys] = {};  // first scores
   float top[kProductRows];
   const int64_t rows = padded_rows(task.rows);
   for (int64_t i = 0; i < task.rows * data.channels; ++i) task.values[i] = 0;

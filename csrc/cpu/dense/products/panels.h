@@ -14,7 +14,8 @@ namespace nwfast {
 
 constexpr int64_t kLeastProductFeatures = 16;  // from which on products are faster
 constexpr int64_t kProductChunk = 192;         // rows of a backward pass at a time
-constexpr int64_t kLeastProductRows = 16;      // that pay for the panels
+constexpr int64_t kLeastProductRows = 96;      // that pay for the panels
+constexpr int64_t kLeastProductColumns = 24;   // features and channels: the same of a forward pass alone
 
 class ProductPanels {
  public:
@@ -76,21 +77,26 @@ class ProductPanels {
     centre_.allocate(features);
     key_lanes_.allocate(panels * features * kPanel);
     Buffer<double> square(n);
-    std::fill_n(square.get(), n, 0.0);
     for (int64_t f = 0; f < features; ++f) {
       const float* const key = batch_.data.key + f * batch_.data.pitch;
-      double sum = 0;
-      for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(key[j]);
-      centre_[f] = sum / static_cast<double>(n);
-      for (int64_t p = 0; p < panels; ++p) {
+      double sums[4] = {};
+      for (int64_t j = 0; j < n; ++j) sums[j % 4] += static_cast<double>(key[j]);
+      centre_[f] = (sums[0] + sums[1] + sums[2] + sums[3]) / static_cast<double>(n);
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t some = std::min(kPanel, n - p * kPanel);
+      double squares[kPanel] = {};
+      for (int64_t f = 0; f < features; ++f) {
+        const float* const key = batch_.data.key + f * batch_.data.pitch + p * kPanel;
         float* const lane = key_lanes_.get() + (p * features + f) * kPanel;
-        const int64_t some = std::min(kPanel, n - p * kPanel);
-        for (int64_t i = 0; i < some; ++i) {
-          lane[i] = coordinate(key[p * kPanel + i], f);
-          square[p * kPanel + i] += static_cast<double>(lane[i]) * static_cast<double>(lane[i]);
-        }
+        const double centre = centre_[f], scale = this->scale(f);
+        for (int64_t i = 0; i < some; ++i) lane[i] = static_cast<float>((static_cast<double>(key[i]) - centre) * scale);
         std::fill(lane + some, lane + kPanel, 0.0f);
+        for (int64_t i = 0; i < kPanel; ++i) {
+          squares[i] += static_cast<double>(lane[i]) * static_cast<double>(lane[i]);
+        }
       }
+      std::copy_n(squares, some, square.get() + p * kPanel);
     }
     data.key_lanes = key_lanes_.get();
     pack_charges(square.get());

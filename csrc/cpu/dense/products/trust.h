@@ -11,7 +11,7 @@
 //           q = sum x_f^2; exact where all are alike or where one is all and comes first.
 //   across: V(x, r). Terms of independent signs: the sum of x_f^2 u_f^2 times the partial sums that f is in, with the
 //   mean
-//           of u_f^2 over keys; times what a sample of pairs finds V(x, r) to be larger by (features may correlate).
+//           of u_f^2 over keys; times what a sample of keys finds V(x, r) to be larger by (features may correlate).
 //
 // Rounding the coordinates of x and u adds 2 d.(e x) each, d = x - u: of variance (kRounding 2^-24)^2 4 S sum x_f^4 /
 // |x|^2 where S = |d|^2 is spread over features as |x|^2 is.
@@ -63,13 +63,21 @@ class Trust {
     charge_ = charge;
     relative_reach_ = total > 0 ? reach_ * static_cast<double>(count) / total : 1;
     weight_.allocate(features_);
-    for (int64_t f = 0; f < features_; ++f) {
-      double sum = 0;
-      for (int64_t j = 0; j < data.n; ++j) {
-        const double u = key(data, j, f);
-        if (square[j] <= plain) sum += u * u;
+    std::fill_n(weight_.get(), features_, 0.0);
+    for (int64_t first = 0; first < data.n; first += kPanel) {
+      double counts[kPanel] = {};
+      for (int64_t j = first; j < std::min(data.n, first + kPanel); ++j) counts[j - first] = square[j] <= plain;
+      for (int64_t f = 0; f < features_; ++f) {
+        const float* const lane = data.key_lanes + first * features_ + f * kPanel;
+        double sums[2] = {};
+        for (int64_t i = 0; i < kPanel; ++i) {
+          sums[i % 2] += counts[i] * (static_cast<double>(lane[i]) * static_cast<double>(lane[i]));
+        }
+        weight_[f] += sums[0] + sums[1];
       }
-      weight_[f] = sum / static_cast<double>(std::max<int64_t>(count, 1)) * sums_with(f);
+    }
+    for (int64_t f = 0; f < features_; ++f) {
+      weight_[f] *= sums_with(f) / static_cast<double>(std::max<int64_t>(count, 1));
     }
     correlation_ = 1;
     correlation_ = sampled(data);
