@@ -1,4 +1,4 @@
-"""How fast is the dense forward pass: one feature and one channel, three features, 64 channels?"""
+"""How fast is the dense forward pass: one feature and one channel, three and many features, 64 channels?"""
 
 import functools
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from benchmarks.problems.workloads import data
 QUESTION = "dense forward"
 # The textbook is left out, with its (M, N, D), and the trees, which have nothing to skip at so wide a bandwidth.
 SEVERAL = [name for name in PEERS if name not in ("textbook", "KernelDensity", "RadiusNeighbors")]
+MANY = (16, 64, 256)  # features: matrix products
 
 
 def groups(scale: Scale) -> Iterator[Group]:
@@ -19,6 +20,10 @@ def groups(scale: Scale) -> Iterator[Group]:
     for channels, seconds in (1, 25), (64, 25):
         make = functools.partial(data, scale.points, 3, channels)
         yield forward(QUESTION, make, scale, seconds, SEVERAL)
+    for features in MANY:
+        w = round(0.7 * features**-0.5, 3)  # two points are about a bandwidth apart
+        make = functools.partial(data, scale.points // 2, features, 64, w)
+        yield forward(QUESTION, make, scale, 5, ("native", "sdpa"))
 
 
 def test_forward(run, entry):

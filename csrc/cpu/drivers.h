@@ -52,6 +52,8 @@ template <typename T>
 void tiled_query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 void tiled_key_backward(const Problem& problem, const BackwardTask<T>& task);
+template <typename T>  // the two of them
+void tiled_backward(const Problem& problem, const BackwardTask<T>& task);
 
 // One feature, in linear time (linear/drivers.cpp, linear/keys/keys.cpp); false where the dense drivers have to serve:
 // coordinates, values or weights that are not finite, or scales beyond what boxes can hold.

@@ -255,15 +255,20 @@ void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTa
   Buffer<double> grad_w(needs & kNeedW ? problem.batch.count * problem.features : 0);
   for (int64_t i = 0; needs & kNeedW && i < problem.batch.count * problem.features; ++i) grad_w[i] = 0;
   task.grad_w = needs & kNeedW ? grad_w.get() : nullptr;
+  const bool of_keys = problem.batch.count > 0 && (needs & (kNeedKey | kNeedValue | kNeedKeyWeight));
+  bool both = false;
   if (problem.batch.count > 0 && (needs & (kNeedQuery | kNeedW)) && problem.queries > 0) {
     const bool tangents =
         !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
     check(tangents || task.state);
     // Without a state the dense way alone serves.
-    if (!tangents || !apply_tangents(problem, task)) run_query_backward(kept.problem(), task, linear && task.state);
+    if (!tangents || !apply_tangents(problem, task)) {
+      both = of_keys && !linear && !problem.single();
+      both ? tiled_backward(kept.problem(), task) : run_query_backward(kept.problem(), task, linear && task.state);
+    }
   }
-  if (problem.batch.count > 0 && (needs & (kNeedKey | kNeedValue | kNeedKeyWeight))) {
-    run_key_backward(kept.problem(), task, linear);
+  if (of_keys) {
+    if (!both) run_key_backward(kept.problem(), task, linear);
     if (kept.any()) {
       // A pass of its own, so that what left-out keys hold reaches the gradient of their weight and no other.
       BackwardTask<T> weights = task;

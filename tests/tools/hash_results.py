@@ -25,6 +25,7 @@ FORMS = {
     "features": ((90, 3), (170, 3), (170, 5), (3,), None, False),
     "features, weights": ((90, 2), (170, 2), (170, 1), (2,), (170,), False),
     "many features": ((33, 70), (80, 70), (80, 33), (70,), None, False),
+    "products of many features": ((130, 40), (170, 40), (170, 9), (40,), None, False),
     "leave-one-out, features": ((90, 4), (90, 4), (90, 2), (4,), (90,), True),
     "batches": ((3, 2, 50, 1), (1, 2, 90, 1), (3, 1, 90, 2), (3, 2, 1), (90,), False),
     "batches, features": ((2, 50, 3), (2, 90, 3), (1, 90, 4), (2, 3), (2, 90), False),

@@ -32,12 +32,13 @@ double most_score(const Problem& problem) {
   return std::fmax(sizeof(R) == 4 ? 0x1p26 : 1024, 64 * features);
 }
 
-// run(b, serial) for all batch elements; serial where they share out the threads among themselves.
+// run(b, serial) for all batch elements; serial where they share out the threads among themselves, which also spreads
+// what is prepared for each.
 template <typename Run>
 void over_elements(const Problem& problem, int64_t blocks, const Run& run) {
   const double work = static_cast<double>(problem.queries) * static_cast<double>(problem.keys) *
                       static_cast<double>(problem.features + problem.channels);
-  if (problem.batch.count > blocks) {
+  if (problem.batch.count > blocks || problem.batch.count >= 8 * torch::stable::get_num_threads()) {
     parallel_blocks(problem.batch.count, work * static_cast<double>(problem.batch.count) < kSerialPairs,
                     [&](int64_t b) { run(b, true); });
     return;

@@ -1,6 +1,7 @@
 // The backward pass for any number of features and channels; see tiled.h.
 
 #include "backward/batch.h"
+#include "backward/products.h"
 #include "skipping/near_keys.h"
 #include "skipping/near_rows.h"
 #include "tiled.h"
@@ -40,17 +41,18 @@ std::unique_ptr<NearKeys<T>> keys_near(const Problem& problem, const BackwardBat
   return near;
 }
 
-// The gradients of the queries of some rows; adds those of w to grad_w (features), in the order of the rows.
+// The gradients of the queries of the rows that no products serve; adds those of w to grad_w (features), in the order
+// of the rows.
 template <typename T, typename R>
 void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
                 const BackwardBatch<T>* batch, const NearKeys<T>* near, double* grad_w) {
-  if (!batch || batch->rows == 0) return;
+  if (!batch || batch->rows == batch->served) return;
   const int64_t features = problem.features, size = near ? near->block_of(batch->rows) : kRowTask;
-  const int64_t blocks = (batch->rows + size - 1) / size;
+  const int64_t blocks = (batch->rows - batch->served + size - 1) / size;
   Buffer<double> partial(grad_w ? blocks * features : 0);  // one partial sum a block, added in order below
   Pool<NearData<T>> scratch;
   parallel_blocks(blocks, serial, [&](int64_t block) {
-    const int64_t begin = block * size;
+    const int64_t begin = batch->served + block * size;
     Buffer<double> first(size * features), second(size * features);
     TiledQueryGrad<T> rows;
     T offsets[kMostRowTask];
@@ -83,9 +85,7 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
         sum += second[i * features + f];
       }
       if (!grad_w) continue;
-      int exponent;  // of w, apart: neither w nor the square of the unit need leave a number in between
-      const double fraction = std::frexp(w, &exponent);
-      partial[block * features + f] = w == 0 ? sum * 0 : -std::ldexp(fraction * sum, exponent - 2 * std::ilogb(unit));
+      partial[block * features + f] = w_gradient(w, unit, sum);
     }
   });
   for (int64_t i = 0; grad_w && i < blocks * features; ++i) grad_w[i % features] += partial[i];
@@ -114,41 +114,46 @@ void far_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t
   }
 }
 
+// What is left of an element's query side: rows that no products serve.
 template <typename R>
-void query_backward(const Problem& problem, const BackwardTask<R>& task) {
-  const int64_t m = problem.queries, features = problem.features;
-  over_elements(problem, (m + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
-    double* const grad_w = task.grad_w ? task.grad_w + b * features : nullptr;
-    if (grad_w) std::fill_n(grad_w, features, 0.0);
-    if (task.grad_query) std::fill_n(task.grad_query + b * m * features, m * features, R(0));
-    SpatialPlan plan(problem, b, kNegligible<R>, serial);
-    auto prepared = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
-    const auto narrow = keys_near(problem, prepared->narrow.get(), plan, kNegligible<R>, serial);
-    const auto wide = keys_near(problem, prepared->wide.get(), plan, kNegligible<R>, serial);
-    if (plan.active() && !narrow && !wide) {
-      plan.give_up();
-      prepared = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
+void finish_queries(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial,
+                    const Element<R>& element, const NearKeys<float>* narrow, const NearKeys<double>* wide,
+                    double* grad_w) {
+  const int64_t features = problem.features;
+  query_side(problem, task, b, serial, element.narrow.get(), narrow, grad_w);
+  query_side(problem, task, b, serial, element.wide.get(), wide, grad_w);
+  far_query_side(problem, task, b, serial, element, grad_w);
+  for (const int64_t i : element.parts.nan) {
+    if (task.grad_query) {
+      std::fill_n(task.grad_query + (b * problem.queries + i) * features, features, static_cast<R>(NAN));
     }
-    const Element<R>& element = *prepared;
-    query_side(problem, task, b, serial, element.narrow.get(), narrow.get(), grad_w);
-    query_side(problem, task, b, serial, element.wide.get(), wide.get(), grad_w);
-    far_query_side(problem, task, b, serial, element, grad_w);
-    for (const int64_t i : element.parts.nan) {
-      if (task.grad_query) std::fill_n(task.grad_query + (b * m + i) * features, features, static_cast<R>(NAN));
-      if (grad_w) std::fill_n(grad_w, features, NAN);
-    }
-  });
+    if (grad_w) std::fill_n(grad_w, features, NAN);
+  }
 }
 
-// Sums over rows for the keys of a batch element: of p_ij g_i, of u_ij and of u_ij times the derivatives of scores by
-// the key's coordinates; the last two for a unit of key weight or for all of it.
-template <typename Sum>
-struct KeySums {
-  std::vector<Sum> value, weight, key;
+// Sets the results of an element's query side to 0; returns its gradients of w, or null.
+template <typename R>
+double* clear_queries(const Problem& problem, const BackwardTask<R>& task, int64_t b) {
+  const int64_t size = problem.queries * problem.features;
+  double* const grad_w = task.grad_w ? task.grad_w + b * problem.features : nullptr;
+  if (grad_w) std::fill_n(grad_w, problem.features, 0.0);
+  if (task.grad_query) std::fill_n(task.grad_query + b * size, size, R(0));
+  return grad_w;
+}
 
-  KeySums(const Problem& problem)
-      : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
-};
+template <typename R>
+void query_element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial, SpatialPlan& plan) {
+  double* const grad_w = clear_queries(problem, task, b);
+  auto element = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
+  const auto narrow = keys_near(problem, element->narrow.get(), plan, kNegligible<R>, serial);
+  const auto wide = keys_near(problem, element->wide.get(), plan, kNegligible<R>, serial);
+  if (plan.active() && !narrow && !wide) {
+    plan.give_up();
+    element = std::make_unique<Element<R>>(problem, task, b, true, false, plan);
+  }
+  if (element->narrow) product_backward<R>(problem, task, b, serial, *element->narrow, true, grad_w, nullptr);
+  finish_queries(problem, task, b, serial, *element, narrow.get(), wide.get(), grad_w);
+}
 
 // The log2 of the weight that keys at some places have at most; of 1 where the gradient of their weight is wanted.
 template <typename T>
@@ -194,14 +199,14 @@ std::unique_ptr<NearRows<T>> rows_near(const Problem& problem, const BackwardBat
 template <typename T>
 void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch, const NearRows<T>* near,
               bool of_weights, KeySums<double>& sums) {
-  if (!batch || batch->rows == 0) return;
+  if (!batch || batch->rows == batch->served) return;
   const int64_t features = problem.features, channels = problem.channels;
   Pool<NearRowData<T>> scratch;
   parallel_blocks((problem.keys + kKeyTile - 1) / kKeyTile, serial, [&](int64_t block) {
     Buffer<double> sum_value(kKeyTile * channels), sum_offset(kKeyTile * features), sum_weight(kKeyTile);
     TiledKeyGrad<T> keys;
-    batch->fill(problem, 0, keys);
-    keys.rows = batch->rows;
+    batch->fill(problem, batch->served, keys);
+    keys.rows = batch->rows - batch->served;
     keys.key_begin = block * kKeyTile;
     keys.key_end = std::min(problem.keys, keys.key_begin + kKeyTile);
     keys.sum_value = sum_value.get();
@@ -214,17 +219,7 @@ void key_side(const Problem& problem, bool serial, const BackwardBatch<T>* batch
     } else {
       kernels<T>().tiled_key_grad(keys);
     }
-    for (int64_t place = keys.key_begin; place < keys.key_end; ++place) {
-      const int64_t i = place - keys.key_begin, j = batch->original_key(place);
-      const double weight = problem.key_weight.data ? batch->weight[place] : 1;
-      sums.weight[j] += sum_weight[i] / batch->weight_unit;
-      if (weight == 0) continue;  // no product of 0 and an overflow
-      for (int64_t c = 0; c < channels; ++c) sums.value[j * channels + c] += weight * sum_value[i * channels + c];
-      for (int64_t f = 0; f < features; ++f) {
-        const double w = batch->w[f];
-        sums.key[j * features + f] += w * ((w / batch->unit[f]) * (weight * sum_offset[i * features + f]));
-      }
-    }
+    sums.add(problem, *batch, keys.key_begin, keys.key_end, sum_value.get(), sum_weight.get(), sum_offset.get());
   });
 }
 
@@ -298,49 +293,95 @@ void settle_beyond(const Problem& problem, const BackwardTask<R>& task, int64_t 
   }
 }
 
+// What is left of an element's key side beside sums: rows that no products serve, and the results.
+template <typename R>
+void finish_keys(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial, const Element<R>& element,
+                 const NearRows<float>* narrow, const NearRows<double>* wide, const double* left_out,
+                 KeySums<double>& sums) {
+  const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
+  const bool of_weights = task.grad_key_weight != nullptr;
+  key_side(problem, serial, element.narrow.get(), narrow, of_weights, sums);
+  key_side(problem, serial, element.wide.get(), wide, of_weights, sums);
+  far_key_side(problem, task, b, serial, element, sums);
+  if (left_out) settle_beyond(problem, task, b, serial, element, left_out, sums.weight);
+  if (!element.parts.nan.empty()) {
+    for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
+  }
+  const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
+  for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
+    task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
+  }
+  for (int64_t i = 0; task.grad_key && i < n * features; ++i) {
+    task.grad_key[b * n * features + i] = static_cast<R>(sums.key[i]);
+  }
+  for (int64_t j = 0; task.grad_key_weight && j < n; ++j) {
+    const double sum = sums.weight[j];  // a key that is left out may be nearer than all others by any measure
+    const bool beyond = left_out && left_out[j] == 0 && std::fabs(sum) > most;
+    task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(most, sum) : sum);
+  }
+}
+
+template <typename R>
+void key_element(const Problem& problem, const BackwardTask<R>& task, int64_t b, bool serial) {
+  const int64_t n = problem.keys;
+  Buffer<double> weight(n);
+  bool nearer = false;
+  // Left-out keys hold what is their own only where nothing but the gradient of their weight is asked for (left_out.h);
+  // elsewhere they are no nearer than those that count.
+  if (task.grad_key_weight && problem.key_weight.data && !task.grad_key && !task.grad_value) {
+    const View& view = problem.key_weight;
+    read(view, view.offset(problem.batch, b), n, view.row_stride, weight.get());
+    for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
+  }
+  SpatialPlan plan(problem, b, kNegligible<R>, serial);
+  auto element = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
+  const bool of_weights = task.grad_key_weight != nullptr;
+  const auto narrow = rows_near(problem, element->narrow.get(), plan, of_weights, kNegligible<R>, serial);
+  const auto wide = rows_near(problem, element->wide.get(), plan, of_weights, kNegligible<R>, serial);
+  if (plan.active() && !narrow && !wide) {
+    plan.give_up();
+    element = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
+  }
+  KeySums<double> sums(problem);
+  if (element->narrow) product_backward<R>(problem, task, b, serial, *element->narrow, false, nullptr, &sums);
+  finish_keys(problem, task, b, serial, *element, narrow.get(), wide.get(), nearer ? weight.get() : nullptr, sums);
+}
+
+template <typename R>
+void query_backward(const Problem& problem, const BackwardTask<R>& task) {
+  over_elements(problem, (problem.queries + kRowTask - 1) / kRowTask, [&](int64_t b, bool serial) {
+    SpatialPlan plan(problem, b, kNegligible<R>, serial);
+    query_element(problem, task, b, serial, plan);
+  });
+}
+
 template <typename R>
 void key_backward(const Problem& problem, const BackwardTask<R>& task) {
-  const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
-  over_elements(problem, (n + kKeyTile - 1) / kKeyTile, [&](int64_t b, bool serial) {
-    Buffer<double> weight(n);
-    bool nearer = false;
-    // Left-out keys hold what is their own only where nothing but the gradient of their weight is asked for
-    // (left_out.h); elsewhere they are no nearer than those that count.
-    if (task.grad_key_weight && problem.key_weight.data && !task.grad_key && !task.grad_value) {
-      const View& view = problem.key_weight;
-      read(view, view.offset(problem.batch, b), n, view.row_stride, weight.get());
-      for (int64_t j = 0; j < n; ++j) nearer |= weight[j] == 0;
-    }
+  over_elements(problem, (problem.keys + kKeyTile - 1) / kKeyTile,
+                [&](int64_t b, bool serial) { key_element(problem, task, b, serial); });
+}
+
+// Both, in one pass where products serve.
+template <typename R>
+void both_backward(const Problem& problem, const BackwardTask<R>& task) {
+  if (sizeof(R) > 4 || problem.features < kLeastProductFeatures || problem.key_weight.data) {
+    query_backward(problem, task);
+    key_backward(problem, task);
+    return;
+  }
+  over_elements(problem, (problem.keys + kKeyTile - 1) / kKeyTile, [&](int64_t b, bool serial) {
     SpatialPlan plan(problem, b, kNegligible<R>, serial);
-    auto prepared = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
-    const bool of_weights = task.grad_key_weight != nullptr;
-    const auto narrow = rows_near(problem, prepared->narrow.get(), plan, of_weights, kNegligible<R>, serial);
-    const auto wide = rows_near(problem, prepared->wide.get(), plan, of_weights, kNegligible<R>, serial);
-    if (plan.active() && !narrow && !wide) {
-      plan.give_up();
-      prepared = std::make_unique<Element<R>>(problem, task, b, false, nearer, plan);
+    if (plan.active()) {
+      query_element(problem, task, b, serial, plan);
+      key_element(problem, task, b, serial);
+      return;
     }
-    const Element<R>& element = *prepared;
+    double* const grad_w = clear_queries(problem, task, b);
+    const Element<R> element(problem, task, b, true, false, plan);
     KeySums<double> sums(problem);
-    key_side(problem, serial, element.narrow.get(), narrow.get(), of_weights, sums);
-    key_side(problem, serial, element.wide.get(), wide.get(), of_weights, sums);
-    far_key_side(problem, task, b, serial, element, sums);
-    if (nearer) settle_beyond(problem, task, b, serial, element, weight.get(), sums.weight);
-    if (!element.parts.nan.empty()) {
-      for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
-    }
-    const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
-    for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
-      task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
-    }
-    for (int64_t i = 0; task.grad_key && i < n * features; ++i) {
-      task.grad_key[b * n * features + i] = static_cast<R>(sums.key[i]);
-    }
-    for (int64_t j = 0; task.grad_key_weight && j < n; ++j) {
-      const double sum = sums.weight[j];  // a key that is left out may be nearer than all others by any measure
-      const bool beyond = nearer && weight[j] == 0 && std::fabs(sum) > most;
-      task.grad_key_weight[b * n + j] = static_cast<R>(beyond ? std::copysign(most, sum) : sum);
-    }
+    if (element.narrow) product_backward<R>(problem, task, b, serial, *element.narrow, true, grad_w, &sums);
+    finish_queries<R>(problem, task, b, serial, element, nullptr, nullptr, grad_w);
+    finish_keys<R>(problem, task, b, serial, element, nullptr, nullptr, nullptr, sums);
   });
 }
 
@@ -355,8 +396,16 @@ void tiled_query_backward<float>(const Problem& problem, const BackwardTask<floa
   query_backward(problem, task);
 }
 template <>
+void tiled_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
+  both_backward(problem, task);
+}
+template <>
 void tiled_key_backward<double>(const Problem& problem, const BackwardTask<double>& task) {
   key_backward(problem, task);
+}
+template <>
+void tiled_backward<float>(const Problem& problem, const BackwardTask<float>& task) {
+  both_backward(problem, task);
 }
 template <>
 void tiled_key_backward<float>(const Problem& problem, const BackwardTask<float>& task) {

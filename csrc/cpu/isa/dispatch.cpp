@@ -14,6 +14,7 @@ namespace nwfast {
 namespace avx512 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
+extern const ProductKernels kProductKernels;
 extern const LinearKernels<float> kFloatLinearKernels;
 extern const LinearKernels<double> kDoubleLinearKernels;
 extern const GridKernels<float> kFloatGridKernels;
@@ -22,6 +23,7 @@ extern const GridKernels<double> kDoubleGridKernels;
 namespace avx2 {
 extern const Kernels<float> kFloatKernels;
 extern const Kernels<double> kDoubleKernels;
+extern const ProductKernels kProductKernels;
 extern const LinearKernels<float> kFloatLinearKernels;
 extern const LinearKernels<double> kDoubleLinearKernels;
 extern const GridKernels<float> kFloatGridKernels;
@@ -65,6 +67,8 @@ template <>
 const Kernels<double>& kernels<double>() {
   return NWFAST_TABLE(kDoubleKernels);
 }
+
+const ProductKernels& product_kernels() { return NWFAST_TABLE(kProductKernels); }
 
 template <>
 const LinearKernels<float>& linear_kernels<float>() {

@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../dense/products/kernels.h"
 #include "../dense/single_keys.h"
 #include "../dense/single_rows.h"
 #include "../dense/skipping/select.h"
@@ -26,6 +27,8 @@ constexpr Kernels<T> table() {
 }
 extern constexpr Kernels<float> kFloatKernels = table<float>();
 extern constexpr Kernels<double> kDoubleKernels = table<double>();
+
+extern constexpr ProductKernels kProductKernels = {product_rows, product_key_grad, product_query_grad};
 
 template <typename T>
 constexpr LinearKernels<T> linear_table() {

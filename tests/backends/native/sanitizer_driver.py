@@ -174,6 +174,22 @@ def several_features(generator: np.random.Generator, fewer: bool) -> None:
         check(query, key, value, torch.tensor([3.0], dtype=dtype, requires_grad=True), method="fgt")
 
 
+def many_features(generator: np.random.Generator) -> None:
+    """Matrix products: blocks, panels and tiles that are full or not, and rows that are left to differences."""
+    sizes = ((96, 1, 16, 13), (97, 95, 33, 64), (107, 97, 70, 100), (203, 193, 40, 9))
+    for (n_queries, n_keys, features, channels), dtype in itertools.product(sizes, DTYPES[::2]):
+        query, key, value = (
+            torch.from_numpy(generator.uniform(0, 2, shape)).to(dtype)
+            for shape in ((n_queries, features), (n_keys, features), (n_keys, channels))
+        )
+        query[::5] += 9
+        leaves = [x.requires_grad_() for x in (query, key, value, torch.full((features,), 0.3, dtype=dtype))]
+        weight = torch.from_numpy(generator.uniform(0.1, 2, n_keys)).to(dtype).requires_grad_()
+        check(*leaves, return_lse=True)
+        check(*leaves, key_weight=weight)
+        check(key, key, value, leaves[3], exclude_self=n_keys > 1)
+
+
 def special_values() -> None:
     """No queries, no keys of weight, NaN and infinity: nothing of it may lead an index astray."""
     x, nan = torch.linspace(0, 4, 37), float("nan")
@@ -212,5 +228,6 @@ if __name__ == "__main__":
         one_feature(generator, fewer)
         fast_gauss_transform(generator, fewer)
         several_features(generator, fewer)
+        many_features(generator)
         special_values()
     print("done with", importlib.import_module("nwfast._C").instruction_set())

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../row_grad.h"
+#include "../products/panels.h"
 #include "../tiled.h"
 
 namespace nwfast {
@@ -33,6 +34,8 @@ struct BackwardBatch : TiledBatch<T> {
   Buffer<double> shift;
   Buffer<int64_t> row_of, own;  // the rows, and the places of their own keys
   int64_t rows = 0;
+  int64_t served = 0;                     // the first of them, which products serve
+  std::unique_ptr<ProductPanels> panels;  // of the keys, where there are any
 
   template <typename R>
   void gather(const Problem& problem, const BackwardTask<R>& task, int64_t b, const Rows& some) {
@@ -40,7 +43,8 @@ struct BackwardBatch : TiledBatch<T> {
     const int64_t pitch = this->data.channel_pitch;
     rows = static_cast<int64_t>(some.size());
     row_query.allocate(rows * features);
-    value_grad.allocate(rows * pitch);
+    value_grad.allocate((rows + kRowPadding) * pitch);
+    std::fill_n(value_grad.get() + rows * pitch, kRowPadding * pitch, 0.0f);
     offset_grad.allocate(rows);
     lse_grad.allocate(rows);
     inverse_total.allocate(rows);
@@ -106,6 +110,42 @@ struct BackwardBatch : TiledBatch<T> {
   }
 };
 
+// What a row's or a block's sum of second moments, in units of packed coordinates, adds to the gradient of w.
+inline double w_gradient(double w, double unit, double sum) {
+  int exponent;  // of w, apart: neither w nor the square of the unit need leave a number in between
+  const double fraction = std::frexp(w, &exponent);
+  return w == 0 ? sum * 0 : -std::ldexp(fraction * sum, exponent - 2 * std::ilogb(unit));
+}
+
+// Sums over rows for the keys of a batch element: of p_ij g_i, of u_ij and of u_ij times the derivatives of scores by
+// the key's coordinates; the last two for a unit of key weight or for all of it.
+template <typename Sum>
+struct KeySums {
+  std::vector<Sum> value, weight, key;
+
+  KeySums(const Problem& problem)
+      : value(problem.keys * problem.channels), weight(problem.keys), key(problem.keys * problem.features) {}
+
+  // What the kernels give for the keys at the places [begin, end); null where it is not wanted.
+  template <typename T>
+  void add(const Problem& problem, const BackwardBatch<T>& batch, int64_t begin, int64_t end, const double* sum_value,
+           const double* sum_weight, const double* sum_offset) {
+    const int64_t features = problem.features, channels = problem.channels;
+    for (int64_t place = begin; place < end; ++place) {
+      const int64_t i = place - begin, j = batch.original_key(place);
+      const double charge = problem.key_weight.data ? batch.weight[place] : 1;
+      weight[j] += sum_weight[i] / batch.weight_unit;
+      if (charge == 0) continue;  // no product of 0 and an overflow
+      for (int64_t c = 0; sum_value && c < channels; ++c)
+        value[j * channels + c] += charge * sum_value[i * channels + c];
+      for (int64_t f = 0; sum_offset && f < features; ++f) {
+        const double w = batch.w[f];
+        key[j * features + f] += w * ((w / batch.unit[f]) * (charge * sum_offset[i * features + f]));
+      }
+    }
+  }
+};
+
 // The arithmetic of each row that adds something. Batches that some row needs are prepared.
 template <typename R>
 struct Element {
@@ -147,8 +187,26 @@ struct Element {
       parts.wide.swap(left);
       wide->gather(problem, task, b, parts.wide);
     }
+    if (narrow && !plan.active()) serve_by_products(task, b * problem.queries);
     if (narrow) narrow->gather(problem, task, b, parts.narrow);
     if (!parts.far.empty()) far = std::make_unique<FarBatch>(problem, b);
+  }
+
+ private:
+  // Brings the rows that products serve to the front.
+  void serve_by_products(const BackwardTask<R>& task, int64_t first) {
+    BackwardBatch<float>& batch = *narrow;
+    if (static_cast<int64_t>(parts.narrow.size()) < kLeastProductRows) return;
+    batch.panels = ProductPanels::of(batch, Values::kBackward);
+    if (!batch.panels) return;
+    const int64_t features = batch.data.features;
+    Buffer<float> row(features);
+    const auto end = std::stable_partition(parts.narrow.begin(), parts.narrow.end(), [&](int64_t i) {
+      batch.panels->pack_row(batch.query.get() + i * features, row.get());
+      return batch.panels->serves(batch.panels->trust_of(row.get()), task.state[2 * (first + i)]);
+    });
+    batch.served = end - parts.narrow.begin();
+    if (batch.served < kLeastProductRows) batch.served = 0;
   }
 };
 
