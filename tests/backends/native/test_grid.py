@@ -301,4 +301,6 @@ def test_meshes_agree_with_series(kind, features, n, w, exclude_self):
             found += [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
         results.append(found)
     for single, double in zip(*results, strict=True):
-        assert (single - double).abs().max() <= 1e-6 * double.abs().max()
+        # That of w adds up all rows, whose terms cancel by their random signs.
+        budget = 3e-6 if double.shape == (features,) else 1e-6
+        assert (single - double).abs().max() <= budget * double.abs().max()
