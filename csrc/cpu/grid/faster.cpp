@@ -14,8 +14,12 @@ constexpr int64_t kKeySample = 256, kQuerySample = 32;
 constexpr double kDensePair[2] = {0.6, 2.0};  // of float and double
 constexpr double kDenseCall = 5e3;
 constexpr double kPoint = 120;  // to sort, pack and write a point
-constexpr double kCall = 60e3;  // matrices, and what else does not depend on the number of points
-constexpr double kSeriesCall = 500e3;
+constexpr double kCall = 1e6;   // matrices, the choice itself, and what else does not depend on the number of points
+constexpr double kSeriesCall = 300e3;
+constexpr double kWork = 1.5;  // what the plan's estimate leaves out
+// The dense drivers leave far pairs out where there are many: for each point its order and the search, in two and three
+// features, and pairs of the boxes that are left.
+constexpr double kSkippingPairs = 1 << 22, kSkippedPoint[2] = {500, 1200}, kLeft = 2;
 
 int64_t sample(const View& view, const Batch& batch, int64_t n, int64_t most, int features, std::vector<double>* to) {
   const int64_t count = std::min(n, most), offset = view.offset(batch, 0);
@@ -33,7 +37,8 @@ bool faster(const Problem& problem) {
   const double m = static_cast<double>(problem.queries), n = static_cast<double>(problem.keys);
   const int wide = sizeof(R) == 8;
   const double columns = static_cast<double>(problem.channels) + 1;
-  const double dense = kDenseCall + m * n * kDensePair[wide] * (1 + 0.2 * (features - 2) + 0.15 * (columns - 2));
+  const double pair = kDensePair[wide] * (1 + 0.2 * (features - 2) + 0.15 * (columns - 2));
+  double dense = kDenseCall + m * n * pair;
   const double fixed = kCall + (m + n) * kPoint;
   if (dense < fixed) return false;
   Extent extent;
@@ -75,8 +80,12 @@ bool faster(const Problem& problem) {
     const double share = std::pow(static_cast<double>(keys) / n, 1.0 / features);
     far += !(std::sqrt(nearest) * share <= 2 * kLevelDistance[kLevels - 1]);
   }
+  if (m * n >= kSkippingPairs) {
+    const double near = pairs_within(extent, plan.radius, nullptr);
+    dense = std::fmin(dense, (m + n) * kSkippedPoint[features - 2] + kLeft * near * pair);
+  }
   const double left_over = far / static_cast<double>(queries) * dense;
-  return fixed + plan.work + (plan.direct ? 0 : kSeriesCall) + left_over < dense;
+  return fixed + kWork * plan.work + (plan.direct ? 0 : kSeriesCall) + left_over < dense;
 }
 
 }  // namespace

@@ -64,26 +64,6 @@ bool set_mesh_axis(const Extent& extent, int f, int spacings, Axis& axis) {
   return !axis.single || axis.half >= kLeastMeshHalf;
 }
 
-// Pairs of a query and a key within a radius of each other, told by a sample.
-double pairs_within(const Extent& extent, double radius) {
-  const auto& queries = extent.query_sample[0].empty() ? extent.sample : extent.query_sample;
-  const auto count = [](const std::vector<double>& of) { return static_cast<int64_t>(of.size()); };
-  const auto step = [&](const std::vector<double>& of) { return std::max<int64_t>(1, count(of) / 256); };
-  double pairs = 0, near = 0.5;
-  for (int64_t i = 0; i < count(queries[0]); i += step(queries[0])) {
-    for (int64_t j = 0; j < count(extent.sample[0]); j += step(extent.sample[0])) {
-      double square = 0;
-      for (int f = 0; f < extent.features; ++f) {
-        const double z = (queries[f][i] - extent.sample[f][j]) * extent.scale[f];
-        square += z * z;
-      }
-      near += square <= radius * radius;
-      ++pairs;
-    }
-  }
-  return near / (pairs + 1) * static_cast<double>(extent.keys) * static_cast<double>(extent.queries);
-}
-
 // The cells of a window, between these axes.
 struct Window {
   int crossed = 0;  // features with more than one cell
@@ -117,11 +97,14 @@ double near_radius(const Extent& extent, const Axis (&axes)[kAxes], double radiu
   return std::fmin(radius, std::sqrt(2 * std::log(charge / Accuracy<R>::kBeyond)));
 }
 
-// What direct sums of all rows cost, in nanoseconds, with windows of cells of these axes: `pairs` lie within the
-// radius.
+// What direct sums of all rows cost, in nanoseconds, with windows of cells of these axes. A window holds all keys along
+// an axis of one cell; along the others it is larger than the ball of this radius.
 template <typename R>
-double window_work(const Extent& extent, const Axis (&axes)[kAxes], double radius, double pairs, double boxes) {
+double window_work(const Extent& extent, const Axis (&axes)[kAxes], double radius, double boxes) {
   const Window window(axes, extent.features, radius);
+  bool all[kAxes];
+  for (int f = 0; f < extent.features; ++f) all[f] = axes[f].single;
+  const double pairs = pairs_within(extent, radius, all);
   const double ball[kAxes + 1] = {1, 2 * radius, std::numbers::pi * radius * radius,
                                   4 * std::numbers::pi / 3 * radius * radius * radius};
   const double queries = static_cast<double>(extent.queries), windows = std::fmin(boxes, queries);
@@ -155,6 +138,26 @@ double occupied(const Extent& extent, const Axis (&axes)[kAxes]) {
 }
 
 }  // namespace
+
+double pairs_within(const Extent& extent, double radius, const bool* all) {
+  const auto& queries = extent.query_sample[0].empty() ? extent.sample : extent.query_sample;
+  const auto count = [](const std::vector<double>& of) { return static_cast<int64_t>(of.size()); };
+  const int64_t step_query = std::max<int64_t>(1, count(queries[0]) / 64);
+  const int64_t step_key = std::max<int64_t>(1, count(extent.sample[0]) / 256);
+  double pairs = 0, near = 0.5;
+  for (int64_t i = 0; i < count(queries[0]); i += step_query) {
+    for (int64_t j = 0; j < count(extent.sample[0]); j += step_key) {
+      double square = 0;
+      for (int f = 0; f < extent.features; ++f) {
+        const double z = (queries[f][i] - extent.sample[f][j]) * extent.scale[f];
+        square += all && all[f] ? 0 : z * z;
+      }
+      near += square <= radius * radius;
+      ++pairs;
+    }
+  }
+  return near / (pairs + 0.5) * static_cast<double>(extent.keys) * static_cast<double>(extent.queries);
+}
 
 template <typename R>
 bool make_plan(const Extent& extent, Plan& plan) {
@@ -214,7 +217,6 @@ bool make_plan(const Extent& extent, Plan& plan) {
     std::copy(axes, axes + kAxes, chosen);
   }
   plan.direct = false;
-  const double pairs = pairs_within(extent, plan.radius);
   for (const double cells : kWindowCells) {
     if (extent.expand) break;
     Axis axes[kAxes];
@@ -224,8 +226,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
       near = near_radius<R>(extent, axes, plan.radius);
     }
     const double boxes = occupied(extent, axes);
-    const double share = std::pow(near / plan.radius, extent.features);
-    const double cost = window_work<R>(extent, axes, near, pairs * share, boxes);
+    const double cost = window_work<R>(extent, axes, near, boxes);
     if (!(cost < best)) continue;
     best = cost;
     plan.mesh = false;

@@ -157,6 +157,10 @@ double log_span_of(int64_t keys) {
 // The error of sums of values that are bounded by `bound` (see Expansion), with that of rounding.
 inline double error_of(const Plan& plan, double bound) { return (plan.truncation + 1e-15) * bound; }
 
+// Pairs of a query and a key within a radius of each other, told by a sample; along the features of `all` (null for
+// none) at any distance.
+double pairs_within(const Extent& extent, double radius, const bool* all);
+
 // False where there are more cells than numbers for them.
 template <typename R>
 bool make_plan(const Extent& extent, Plan& plan);
