@@ -11,6 +11,7 @@ import nwfast
 
 _FEATURES = [1, 2, 3, 4, 5, 6, 7, 8, 17, 64, 257, 1000]
 _SHARES = [0.2, 0.22, 0.18, 0.08, 0.05, 0.05, 0.04, 0.06, 0.04, 0.04, 0.02, 0.02]
+INTERPRETED = 600  # rows times features, that Triton's interpreter walks over by itself
 LARGEST_PRODUCT = 150_000  # pairs of a query and a key, times channels and features
 
 
@@ -221,6 +222,10 @@ def draw(rng, backends, methods, entries=("function", "index", "module")) -> Cas
         batch = tuple(int(b) for b in rng.integers(1, 4, rng.integers(1, 3)))
         while m * n * (max(1, c) + d) * math.prod(batch) > 2 * LARGEST_PRODUCT:
             m = n = max(1, min(m, n) // 2)
+
+    while backend == "triton" and m > 1 and m * d * math.prod(batch) > INTERPRETED:
+        m //= 2
+        n = m if exclude_self else n
 
     def some(dims):  # leading dimensions that broadcast
         return tuple(1 if rng.random() < 0.25 else size for size in dims)

@@ -6,12 +6,11 @@
 // all partial sums (those of kProductDepth features, then those of such sums, then that with the charge). With u = a x
 // + r, r orthogonal to x, it has two parts:
 //
-//   along:  a^2 V(x, x) = (x.u)^2 V(x, x) / |x|^4. Of terms of one sign, n of them: n (q^2 / 3 + 2 / 3 sum x_f^4),
-//   where
-//           q = sum x_f^2; exact where all are alike or where one is all and comes first.
-//   across: V(x, r). Terms of independent signs: the sum of x_f^2 u_f^2 times the partial sums that f is in, with the
-//   mean
-//           of u_f^2 over keys; times what a sample of keys finds V(x, r) to be larger by (features may correlate).
+//   along:  a^2 V(x, x) = (x.u)^2 V(x, x) / |x|^4. Terms of one sign, n of them with q = sum x_f^2, give
+//           n (q^2 + 2 sum x_f^4) / 3; exact where all are alike or where one is all and comes first.
+//   across: V(x, r). Terms of independent signs give the sum of x_f^2 u_f^2 times the partial sums that f is in, with
+//           the mean of u_f^2 over keys; times what a sample of keys finds V(x, r) to be larger by (features may
+//           correlate).
 //
 // Rounding the coordinates of x and u adds 2 d.(e x) each, d = x - u: of variance (kRounding 2^-24)^2 4 S sum x_f^4 /
 // |x|^2 where S = |d|^2 is spread over features as |x|^2 is.
