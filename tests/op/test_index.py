@@ -199,7 +199,8 @@ def test_predictions_of_several_features(native, features, w, method, dtype):
         close(out, exact, dtype, value.abs().max().item())
         close(lse, exact_lse, dtype, max(1.0, exact_lse.abs().max().item()))
     assert torch.equal(index(query, w), out)
-    assert torch.equal(index(query.flip(0), w).flip(0), out)
+    # In another order a sample of the queries is another, and with it the choice of a method or of boxes may be.
+    close(index(query.flip(0), w).flip(0), exact, dtype, value.abs().max().item())
 
 
 @pytest.mark.parametrize("features", [2, 3])

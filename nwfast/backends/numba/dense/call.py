@@ -86,11 +86,10 @@ def _forward(
         key_weight = ordered(key_weight, order.keys, -1)
     call = _Call(query, key, value, w, key_weight, exclude_self)
     rows, about = (*call.batch, call.m), call.about
-    nothing = torch.empty(0, dtype=call.dtype)
 
     def result(name: int, shape: tuple, wanted: bool, dtype: torch.dtype = call.dtype) -> Tensor:
         if not wanted:
-            return nothing
+            return torch.empty(0, dtype=dtype)  # one each: results of an operator are not the same tensor
         tensor = torch.empty(shape, dtype=dtype)
         about[name] = tensor.data_ptr()
         return tensor
@@ -139,8 +138,8 @@ def backward(
     if not needs & ~(NEEDS_QUERY | NEEDS_W) and grad_lse is None:
         products = _tangent_products(grad_out, out, state, tangent_w, tangent_q, w, needs)
         if products is not None:
-            nothing = torch.empty(0, dtype=out.dtype)
-            return products[0], nothing, nothing, products[1], nothing
+            by_key, by_value, by_weight = (torch.empty(0, dtype=out.dtype) for _ in range(3))
+            return products[0], by_key, by_value, products[1], by_weight
     order = None
     if pays(query, key, w):
         anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
