@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,21 +48,10 @@ def forward(
     return _forward(query, key, value, w, key_weight, exclude_self, True, True, tangent_w, tangent_q)
 
 
-def output(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w: Tensor,
-    key_weight: Tensor | None,
-    exclude_self: bool,
-    with_lse: bool,
-    tangent_w: bool,
-    tangent_q: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def output(*inputs_and_wanted: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Out and, if asked for, lse and tangents: see `nwfast.backends`."""
-    out, lse, _, by_w, by_q = _forward(
-        query, key, value, w, key_weight, exclude_self, with_lse, False, tangent_w, tangent_q
-    )
+    wanted = inputs_and_wanted[6], False, *inputs_and_wanted[7:]
+    out, lse, _, by_w, by_q = _forward(*inputs_and_wanted[:6], *wanted)
     return out, lse, by_w, by_q
 
 
