@@ -17,6 +17,8 @@ so that every backend, in its own time and O(M + N) memory, gives them. The squa
 so many bandwidths that this shows, and for second derivatives, the reference is differentiated.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,32 @@ def local_linear(
     query, key, value, w = query.double(), key.double(), value.double(), w.double()
     key_weight = key_weight if key_weight is None else key_weight.double()
     return _LOCAL_LINEAR(query, key, value, w, key_weight, exclude_self, kernel)[:2]
+
+
+class Rows(NamedTuple):
+    """What the fit at each query is made of."""
+
+    fit: Tensor  # (*B, M, C)
+    slope: Tensor  # (*B, M, D, C)
+    offset: Tensor  # e, (*B, M, D)
+    inverse: Tensor  # S^+, (*B, M, D, D)
+
+
+def rows(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    key_weight: Tensor | None,
+    exclude_self: bool,
+) -> Rows:
+    """Fit, slope and the geometry of the keys around each query, in float64, without derivatives."""
+    query, key, value, w = query.double(), key.double(), value.double(), w.double()
+    key_weight = key_weight if key_weight is None else key_weight.double()
+    fit, slope, means, inverse = _LOCAL_LINEAR(query, key, value, w, key_weight, exclude_self, kernel)
+    offset = means[..., value.shape[-1] :] - formula.frame(query, key, w, key_weight).query
+    return Rows(fit, slope, offset, inverse)
 
 
 def _forward(query, key, value, w, key_weight, exclude_self, kernel):
