@@ -1,12 +1,16 @@
 """Nadaraya-Watson kernel regression: attention pooling with a Gaussian kernel, without the (M, N) matrix."""
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from . import backends
-from .functional import attention_weights, local_linear, nadaraya_watson
-from .index import KeyIndex
-from .leave_one_out import leave_one_out_loss
-from .nn import NWKernelRegression
+# `nwfast --version` and `python -m nwfast --version` answer without the seconds that importing torch takes.
+if [os.path.basename(word) for word in sys.orig_argv[-2:]] != ["nwfast", "--version"]:
+    from . import backends
+    from .functional import attention_weights, local_linear, nadaraya_watson
+    from .index import KeyIndex
+    from .leave_one_out import leave_one_out_loss
+    from .nn import NWKernelRegression
 
 if TYPE_CHECKING:
     from .estimators.bandwidth import BandwidthSelection, select_bandwidth

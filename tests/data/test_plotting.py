@@ -9,6 +9,7 @@ import torch
 from matplotlib import image
 
 from nwfast import attention_weights, datasets, plotting
+from nwfast.plotting import style
 
 
 def pixels(figure):
@@ -53,14 +54,14 @@ def test_regression_shows_data_truth_and_prediction(data):
     np.testing.assert_allclose(truth.get_ydata(), data.y_truth.numpy(), rtol=1e-6)
     np.testing.assert_allclose(prediction.get_ydata(), data.y_truth.numpy() - 1, rtol=1e-6)
     picture = pixels(figure)
-    assert near(picture, plotting._TRUTH) > 300
-    assert near(picture, plotting._PREDICTION) > 300
+    assert near(picture, style.TRUTH) > 300
+    assert near(picture, style.PREDICTION) > 300
 
 
 def test_regression_without_a_prediction_has_no_such_line(data):
     figure = plotting.regression(*data, prediction=None, title="")
     assert len(figure.axes[0].lines) == 1
-    assert near(pixels(figure), plotting._PREDICTION) == 0
+    assert near(pixels(figure), style.PREDICTION) == 0
 
 
 def test_regression_draws_a_sample_of_many_points():
@@ -101,7 +102,7 @@ def test_loss_has_a_point_an_epoch(losses):
     (line,) = figure.axes[0].lines
     np.testing.assert_array_equal(line.get_xdata(), range(1, len(losses) + 1))
     np.testing.assert_array_equal(line.get_ydata(), losses)
-    assert (near(pixels(figure), plotting._PREDICTION) > 20) == (losses[0] == losses[0])
+    assert (near(pixels(figure), style.PREDICTION) > 20) == (losses[0] == losses[0])
 
 
 def test_flights_show_means_and_curves():
@@ -118,7 +119,7 @@ def test_flights_show_means_and_curves():
     assert low < -5
     assert high > 15
     picture = pixels(figure)
-    assert min(near(picture, colour) for colour in (plotting._PREDICTION, plotting._DATA)) > 100
+    assert min(near(picture, colour) for colour in (style.PREDICTION, style.DATA)) > 100
 
 
 def test_airports_and_surface_have_their_places_and_one_scale_of_colours():
@@ -139,7 +140,7 @@ def test_airports_and_surface_have_their_places_and_one_scale_of_colours():
     colours = right.images[0].to_rgba(right.images[0].get_array())
     assert (colours[:, :3, 3] == 0).all()  # NaN is not drawn
     picture = pixels(figure)
-    assert min(near(picture, plotting._LAND[end]) for end in (0, -1)) > 100
+    assert min(near(picture, style.LAND[end]) for end in (0, -1)) > 100
 
 
 def test_bandwidth_marks_the_smallest_error():
@@ -148,7 +149,7 @@ def test_bandwidth_marks_the_smallest_error():
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([2.0], [2.0])
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["1", "2", "4"]
     assert list(curve.get_ydata()) == [3.0, 2.0, 2.5]
-    assert near(pixels(figure), plotting._PREDICTION) > 20
+    assert near(pixels(figure), style.PREDICTION) > 20
 
 
 def test_png_is_the_same_every_time(data):

@@ -7,6 +7,7 @@ import torch
 
 import nwfast
 from nwfast import backends, cli
+from nwfast.cli import environment
 from nwfast.demo import chapter
 
 
@@ -44,10 +45,10 @@ def test_info_names_the_instruction_set_of_the_extension(native):
 
 
 def test_info_without_an_optional_package(monkeypatch):
-    monkeypatch.setattr(cli, "_version", lambda package: "not installed")
+    monkeypatch.setattr(environment, "_version", lambda package: "not installed")
     assert "triton" in cli.info()
     monkeypatch.undo()
-    assert cli._version("a package of no such name") == "not installed"
+    assert environment._version("a package of no such name") == "not installed"
 
 
 def test_module_and_console_script_are_the_same_command():
@@ -124,8 +125,8 @@ def test_demo_options_reach_the_demo(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: command"),
-        (["fit"], "invalid choice: 'fit'"),
+        (["--quiet"], "the following arguments are required: command"),
+        (["fitt"], "invalid choice: 'fitt'"),
         (["demo", "--n", "many"], "argument --n: invalid int value: 'many'"),
         (["demo", "--backend", "abacus"], "argument --backend: invalid choice: 'abacus'"),
         (["demo", "--dtype", "int8"], "argument --dtype: invalid choice"),
