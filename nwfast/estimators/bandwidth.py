@@ -30,8 +30,10 @@ _LEVELS = {2: 9, 3: 6}  # of a feature in a full grid
 _STEP = 1.3  # between bandwidths of a scan in one feature
 _SOBOL = 32
 _STARTS = 4  # minima of the scan that are followed
+_STARTS_OF_MANY = 2
 _LEEWAY = 1.15  # as far above the best as a minimum of the scan may be to be followed
 _NOISE = 0.05  # by which the criterion of a sample may be off
+_LEVEL = 1e-7  # by which a criterion may vary over a level stretch
 _FLAT = 1e-9  # relative differences of a criterion that say nothing
 _Log = NDArray[np.float64]
 
@@ -221,7 +223,7 @@ def data_bounds(sites: Sites) -> tuple[_Log, _Log]:
             lower.append(1.0)
             upper.append(1.0)
             continue
-        smallest = np.finfo(np.float32).eps * reach / 16
+        smallest = float(np.finfo(np.float32).eps) * reach / 16
         lower.append(max(float(np.quantile(gaps, 0.1)) / 2, smallest))
         upper.append(_WIDEST * reach)
     return np.array(lower), np.array(upper)
@@ -263,10 +265,11 @@ class _Search:
         place = max(equal, key=lambda place: float(place.sum()))
         return place, next(value for other, value, _ in ends if other is place)
 
-    def value(self, sites: Sites, place: _Log) -> float:
+    def value(self, sites: Sites, place: _Log, degree: int | None = None) -> float:
+        degree = self.degree if degree is None else degree
         with torch.no_grad():
-            found = float(criterion_of(self.criterion, sites, self._w(sites, place), self.degree))
-        return self._note(sites, place, found)
+            found = float(criterion_of(self.criterion, sites, self._w(sites, place), degree))
+        return self._note(place, found, sites is self.sites and degree == self.degree)
 
     def slope(self, sites: Sites, place: _Log) -> tuple[float, _Log]:
         """The criterion and its derivatives in the logarithms of the bandwidths."""
@@ -275,16 +278,18 @@ class _Search:
             found = criterion_of(self.criterion, sites, w, self.degree)
             (grad,) = torch.autograd.grad(found, w) if found.requires_grad else (torch.zeros_like(w),)
         gradient = -(grad * w.detach()).double().cpu().numpy()
-        return self._note(sites, place, float(found.detach())), np.nan_to_num(gradient, posinf=0, neginf=0)
+        return self._note(place, float(found.detach()), sites is self.sites), np.nan_to_num(
+            gradient, posinf=0, neginf=0
+        )
 
     def _w(self, sites: Sites, place: _Log) -> Tensor:
         return torch.from_numpy(np.exp(-place)).to(sites.x)
 
-    def _note(self, sites: Sites, place: _Log, found: float) -> float:
+    def _note(self, place: _Log, found: float, of_all: bool) -> float:
         self.evaluations += 1
         self.bar.update()
         found = found if found == found else math.inf
-        if sites is self.sites:
+        if of_all:
             self.known.append((place.copy(), found))
         return found
 
@@ -338,18 +343,19 @@ class _Search:
         dims = len(low)
         line = np.linspace(0, 1, 9)[:, None] * np.ones(dims)
         sobol = qmc.Sobol(dims, scramble=False).random(_SOBOL)
-        self.bar.total = len(line) + dims + len(sobol) + 40 * _STARTS
+        self.bar.total = len(line) + 2 * dims + len(sobol) + 40 * _STARTS_OF_MANY
 
         def look(shares: _Log) -> list[tuple[_Log, float, Any]]:
             places = [self._full(low + share * (high - low)) for share in shares]
-            return [(place, self.value(sites, place), None) for place in places]
+            # Of local means, which cost a small part of what lines in many features do.
+            return [(place, self.value(sites, place, degree=0), None) for place in places]
 
         found = look(line)
         best = line[int(np.argmin([value for _, value, _ in found]))]
         found += look(np.where(np.eye(dims, dtype=bool), 1.0, best))  # each feature alone left out
         found += look(np.where(np.eye(dims, dtype=bool), best, 1.0))  # each alone
         found += look(sobol)
-        return sorted(found, key=lambda start: start[1])[:_STARTS]
+        return sorted(found, key=lambda start: start[1])[:_STARTS_OF_MANY]
 
     def _full(self, place: _Log) -> _Log:
         full = self.lower.copy()
@@ -379,7 +385,7 @@ class _Search:
             jac=True,
             method="L-BFGS-B",
             bounds=list(zip(low, high, strict=True)),
-            options=dict(ftol=1e-9 * loose, gtol=1e-6 * loose, maxiter=200),
+            options=dict(ftol=1e-9 * loose, gtol=1e-6 * loose, maxiter=100 if len(low) <= 3 else 50),
         )
         if not best:
             return start, math.inf, None
@@ -460,7 +466,10 @@ def _explain(
             place[feature] = bound[feature]
             # A level stretch that reaches to the bound is on it.
             near = abs(best[feature] - bound[feature]) < 1e-3
-            if near or search.value(search.scanned, place) <= value + 1e-7 * abs(value):
+            level = search.value(search.scanned, place) <= value + _LEVEL * abs(value)
+            if level and search.scanned is not sites:
+                level = search.value(sites, place) <= loss + _LEVEL * abs(loss)
+            if near or level:
                 sides[feature] = side
                 break
     if not any(sides):

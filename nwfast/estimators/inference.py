@@ -106,6 +106,17 @@ def squared_weights(
         return found * share[:, None, None] * (variance if constant else 1.0)
 
 
+def bias_at(query: Tensor, sites: Sites, w: Tensor, degree: int) -> Tensor:
+    """An estimate (M, C) of the bias at query: what smoothing does to the fit, as it did to the regression function."""
+    sites, query, w = sites.double(), query.double(), w.double()
+    with torch.no_grad():
+        fitted, _ = smooth(sites.x, sites, w, degree, False)
+        both = torch.cat([sites.y, fitted.to(sites.y)], -1)
+        found, _ = smooth(query, sites._replace(y=both), w, degree, False)
+        once, twice = found.chunk(2, -1)
+    return twice - once
+
+
 def fit_errors(
     rows: Weights, sites: Sites, w: Tensor, variance: Tensor, exclude_self: bool = False
 ) -> Tensor:

@@ -1,0 +1,93 @@
+"""scikit-learn's contract: its own checks, all of them, and its tools around the estimators."""
+
+import pickle
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+import nwfast
+
+ESTIMATORS = [nwfast.NadarayaWatsonRegressor, nwfast.LocalLinearRegressor]
+OPTIONS = [dict(), dict(missing="drop"), dict(bandwidth=0.8), dict(bandwidth="scott", variance="local")]
+
+
+def every_check():
+    for estimator in ESTIMATORS:
+        for options in OPTIONS:
+            if estimator is nwfast.LocalLinearRegressor and "missing" in options:
+                options = options | dict(bandwidth="silverman")
+            for instance, check in estimator_checks_generator(estimator(**options)):
+                name = "-".join(map(str, (estimator.__name__, *options.values(), check.func.__name__)))
+                yield pytest.param(instance, check, id=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("instance", "check"), list(every_check()))
+def test_check_estimator(instance, check, monkeypatch):
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without it scikit-learn skips its check of array API inputs
+    check(instance)
+
+
+@pytest.fixture
+def data():
+    random = np.random.default_rng(0)
+    x = random.random((200, 2))
+    return x, np.sin(7 * x[:, 0]) + 2 + 0.1 * random.standard_normal(200)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_pipeline_search_and_scores(estimator, data):
+    x, y = data
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), estimator(bandwidth=1.0)),
+        {f"{estimator.__name__.lower()}__bandwidth": [0.1, 0.3, 3.0, "scott"]},
+        cv=3,
+    ).fit(x, y)
+    assert search.best_params_[f"{estimator.__name__.lower()}__bandwidth"] in (0.1, 0.3, "scott")
+    assert cross_val_score(estimator(), x, y, cv=3).min() > 0.8
+    assert clone(estimator(bandwidth=[0.1, 0.2])).get_params()["bandwidth"] == [0.1, 0.2]
+    log = TransformedTargetRegressor(estimator(), func=np.log, inverse_func=np.exp).fit(x, y)
+    assert log.score(x, y) > 0.9
+
+
+def test_pandas_in_a_transformed_target(data):
+    """scikit-learn reshapes what comes out: arrays on demand."""
+    pandas = pytest.importorskip("pandas")
+    x, y = data
+    model = nwfast.NadarayaWatsonRegressor(bandwidth=0.1).set_output(predict="default")
+    log = TransformedTargetRegressor(model, func=np.log, inverse_func=np.exp)
+    frame = pandas.DataFrame(x, columns=["a", "b"])
+    assert log.fit(frame, y).predict(frame).shape == (200,)
+
+
+def test_weights_are_routed(data):
+    import sklearn
+
+    x, y = data
+    weight = np.random.default_rng(1).integers(0, 3, len(y))
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = nwfast.NadarayaWatsonRegressor(bandwidth=0.1).set_fit_request(sample_weight=True)
+        scaler = StandardScaler(with_mean=False, with_std=False).set_fit_request(sample_weight=False)
+        piped = make_pipeline(scaler, model)
+        piped.fit(x, y, sample_weight=weight)
+    alone = nwfast.NadarayaWatsonRegressor(bandwidth=0.1).fit(x, y, weight)
+    np.testing.assert_array_equal(piped.predict(x), alone.predict(x))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_html_pickle_and_names(estimator, data):
+    pandas = pytest.importorskip("pandas")
+    x, y = data
+    frame = pandas.DataFrame(x, columns=["a", "b"])
+    model = estimator(bandwidth=[0.1, 0.4]).fit(frame, y)
+    assert estimator.__name__ in model._repr_html_()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(frame), model.predict(frame))
+    assert list(model.feature_names_in_) == ["a", "b"]
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(frame[["b", "a"]])
