@@ -85,6 +85,34 @@ def every_other(names: str, *axes: Sequence) -> pytest.MarkDecorator:
     )
 
 
+def pairwise(names: str, *axes: Sequence) -> pytest.MarkDecorator:
+    """As few combinations of the axes as let any two values of two axes meet, as parameters; the rest is marked full.
+
+    Chosen greedily, each to bring together most that have not met, the first of equals.
+    """
+
+    def pairs(place: tuple[int, ...]) -> set:
+        return set(itertools.combinations(enumerate(place), 2))
+
+    places = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    apart, chosen = set().union(*map(pairs, places)), set()
+    while apart:
+        best = max(places, key=lambda place: len(pairs(place) & apart))
+        chosen.add(best)
+        apart -= pairs(best)
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *(axis[i] for axis, i in zip(axes, place, strict=True)),
+                marks=[] if place in chosen else [pytest.mark.full],
+            )
+            for place in places
+        ],
+        ids=str,
+    )
+
+
 @pytest.fixture(scope="session")
 def missing_toolchain() -> Callable[[], str]:
     """setup.py's own check: why no extension can be built here, or the empty string."""
