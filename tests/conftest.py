@@ -152,9 +152,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that takes a backend on every one of them in turn."""
+    """Run each test that takes a backend on every one of them in turn.
+
+    One marked `shared` is of code that all backends share, and long: on all but the first by `make test-full` (on a GPU
+    it runs on all).
+    """
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backend").split(",")
+        first, *others = metafunc.config.getoption("--backend").split(",")
+        shared = metafunc.definition.get_closest_marker("shared")
+        marks = [pytest.mark.full] if shared and metafunc.config.getoption("--device") == "cpu" else []
+        names = [first, *(pytest.param(name, marks=marks) for name in others)]
         metafunc.parametrize("backend", names, indirect=True)
 
 
