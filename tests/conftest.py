@@ -23,11 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = (
     "backends/numba/test_dense.py",
     "backends/native/test_sanitizers.py",
-    "backends/numba/test_linear.py",
     "backends/cuda/test_emulated.py",
-    "backends/cuda/test_compile.py",
-    "tools/test_packaging.py",
     "backends/triton/test_triton.py",
+    "backends/numba/test_linear.py",
+    "op/test_compile.py",
+    "op/test_ops.py",
+    "backends/native/test_products.py",
+    "backends/native/test_grid.py",
+    "backends/cuda/test_compile.py",
 )
 
 if importlib.util.find_spec(
