@@ -71,19 +71,28 @@ def check(
     return found
 
 
-@every_other("kind, features", DATA, (16, 17, 31, 64, 100, 256))
+@every_other("kind, features", DATA, (16, 17, 31, 64, 100))
 def test_accuracy(native, kind, features):
     check_accuracy(kind, features, KEYS)
 
 
-OF_MANY = ("leave-one-out", "scales")
+SOME = (
+    ("offset", 256),
+    ("scales", 256),
+    ("leave-one-out", 1000),
+)  # the others, long to check, by `make test-full`
 
 
 @pytest.mark.parametrize(
-    "kind", [*OF_MANY, *(pytest.param(kind, marks=pytest.mark.full) for kind in DATA if kind not in OF_MANY)]
+    ("kind", "features"),
+    [
+        pytest.param(kind, features, marks=[pytest.mark.full] * ((kind, features) not in SOME))
+        for kind in DATA
+        for features in (256, 1000)
+    ],
 )
-def test_accuracy_with_a_thousand_features(native, kind):
-    check_accuracy(kind, 1000, keys=103)
+def test_accuracy_with_many_features(native, kind, features):
+    check_accuracy(kind, features, keys=103 if features == 1000 else KEYS)
 
 
 def check_accuracy(kind: str, features: int, keys: int) -> None:
