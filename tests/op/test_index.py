@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import pairwise
 from oracle import textbook
 
 import nwfast
@@ -28,8 +29,7 @@ def close(found, exact, dtype, scale=1.0):
     torch.testing.assert_close(found.double(), exact, rtol=DTYPES[dtype], atol=DTYPES[dtype] * scale)
 
 
-@pytest.mark.parametrize("method", ["auto", "dense", "fgt"])
-@pytest.mark.parametrize("w", [0.0, 3.0, 200.0])
+@pairwise("w, method, dtype", (0.0, 3.0, 200.0), ("auto", "dense", "fgt"), tuple(DTYPES))
 def test_predictions(backend, method, w, dtype):
     key, value, query = data(dtype)
     index = nwfast.KeyIndex(key, value, method=method, backend=backend)
@@ -185,9 +185,13 @@ def several(features, dtype, n=6000, m=900, channels=()):
     return key.to(dtype), value.to(dtype), query.to(dtype)
 
 
-@pytest.mark.parametrize("method", ["auto", "fgt"])
-@pytest.mark.parametrize("w", [0.0, 1e-5, 2.0, (3.0, 7.0, 0.5), 300.0])
-@pytest.mark.parametrize("features", [2, 3])
+@pairwise(
+    "features, w, method, dtype",
+    (2, 3),
+    (0.0, 1e-5, 2.0, (3.0, 7.0, 0.5), 300.0),
+    ("auto", "fgt"),
+    tuple(DTYPES),
+)
 def test_predictions_of_several_features(native, features, w, method, dtype):
     key, value, query = several(features, dtype)
     if isinstance(w, tuple):
