@@ -296,6 +296,28 @@ def test_threads_and_copies_with_several_features(native):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("features", [1, 2])
+def test_torch_load_takes_it_with_weights_only(features, tmp_path):
+    key, value, query = data(torch.float64, n=50, m=10) if features == 1 else several(2, torch.float64)
+    weight = torch.rand(len(key), dtype=torch.float64)
+    index = nwfast.KeyIndex(key, value, key_weight=weight, method="dense")
+    index(query, 3.0)
+    torch.save({"index": index}, tmp_path / "index.pt")
+    twin = torch.load(tmp_path / "index.pt", weights_only=True)["index"]
+    assert torch.equal(twin(query, 3.0), index(query, 3.0))
+    assert torch.equal(twin(key, 3.0, exclude_self=True), index(key, 3.0, exclude_self=True))
+    assert (twin.method, twin.backend) == ("dense", "auto")
+
+
+def test_what_a_file_holds_is_checked(tmp_path, monkeypatch):
+    index = nwfast.KeyIndex(torch.rand(5), torch.rand(5))
+    state = {**index.__getstate__(), "value": torch.rand(2)}
+    monkeypatch.setattr(nwfast.KeyIndex, "__getstate__", lambda self: state)
+    torch.save(index, tmp_path / "index.pt")
+    with pytest.raises(ValueError, match="value must have one row a key, N = 5, got 2 rows"):
+        torch.load(tmp_path / "index.pt", weights_only=True)
+
+
 def test_bad_input():
     x = torch.rand(5)
     with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got list"):
