@@ -12,10 +12,8 @@ class CommandError(Exception):
 
 def unknown(what: str, name: str, known: Sequence[str], where: str) -> CommandError:
     """The error that `where` has no column, feature, ... `name`, with the nearest names and all of them."""
-    near = difflib.get_close_matches(name, known, 3, 0.6)
-    if not near:  # difflib tells cases apart
-        lower = {other.lower(): other for other in known}
-        near = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, 3, 0.6)]
+    lower = {other.lower(): other for other in known}
+    near = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, 3, 0.6)]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     more = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
     listed = ", ".join(known[:_MOST_NAMES])

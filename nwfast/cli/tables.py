@@ -77,20 +77,25 @@ def read_numbers(path: str, names: list[str]) -> Any:
 
             table = parquet.read_table(path, columns=names).to_pandas()
         else:
-            import pandas
-
-            # pandas' own parser: with columns left out it is as fast as pyarrow's, whose import it saves.
-            table = pandas.read_csv(
-                path,
-                usecols=names,
-                index_col=False,
-                na_values=list(_MISSING),
-                keep_default_na=False,
-                low_memory=False,
-            )
+            table = _read_csv(path, names)
     if not len(table):
         raise CommandError(f"{path} has no rows")
     return numbers(table, names, path)
+
+
+def _read_csv(path: str, names: list[str]) -> Any:
+    """Some columns of CSV; in any case an error for rows longer than the header, whose values may be of others."""
+    import pandas
+
+    options: dict[str, Any] = dict(na_values=list(_MISSING), keep_default_na=False)
+    try:
+        # Counts the fields of every row, where pandas' own parser does so only if it reads all columns.
+        return pandas.read_csv(path, usecols=names, engine="pyarrow", **options)
+    except (ImportError, KeyError, ValueError):
+        # Not installed; columns of one name, line breaks in quotes; or an error that the next line tells better.
+        return pandas.read_csv(
+            path, index_col=False, low_memory=False, float_precision="round_trip", **options
+        )[names]
 
 
 def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Any:
@@ -118,7 +123,7 @@ def _number_column(column: Any, name: str, path: str, start: int) -> Any:
         found = column.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         objects = column.astype(object)
-        found = pandas.to_numeric(objects, errors="coerce").to_numpy(dtype=np.float64)
+        found = np.array(pandas.to_numeric(objects, errors="coerce"), dtype=np.float64)
         for row in np.flatnonzero(np.isnan(found) & objects.notna().to_numpy()):
             value = objects.iloc[row]
             text = value.strip() if isinstance(value, str) else value
@@ -127,6 +132,8 @@ def _number_column(column: Any, name: str, path: str, start: int) -> Any:
             if isinstance(text, str) and text in _TRUTH:
                 found[row] = _TRUTH[text]
                 continue
+            if isinstance(text, bytes):
+                raise CommandError(f"{path}: column {name!r} is no text in UTF-8 in row {start + row + 1:,}")
             if hasattr(text, "isoformat") or (isinstance(text, str) and _DATE.match(text)):
                 raise CommandError(_no_dates(path, name))
             raise CommandError(
@@ -252,7 +259,7 @@ def _reading(path: str) -> Iterator[None]:
             raise CommandError(f"{path} is empty")
         with warnings.catch_warnings():
             # Rows longer than the header: pandas would cut them off.
-            warnings.filterwarnings("error", "Length of header or names", UserWarning)
+            warnings.filterwarnings("error", "Length of header or names")
             yield
     except PermissionError as error:
         raise CommandError(f"cannot read {path!r}: permission denied") from error
@@ -262,7 +269,7 @@ def _reading(path: str) -> Iterator[None]:
         ValueError,
         OSError,
         EOFError,
-        UserWarning,
+        Warning,
         zipfile.BadZipFile,
         zlib.error,
         lzma.LZMAError,

@@ -13,18 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..functional import attention_weights, nadaraya_watson
-from .style import DATA, PREDICTION, SCALE, TRUTH, array, legend, new_figure, sample
+from .parts import add_legend, add_observations, limit, mass_along, quantiles, with_margin
+from .style import PREDICTION, SCALE, TRUTH, array, new_figure, sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CURVE = (400, 2000)  # points of a curve, least and most
 _SURFACE = 140  # of a side of a map
-_FACTORS = np.geomspace(1 / 16, 16, 33)
-_MOST_PLACES = 5000  # as points
+_FACTORS = np.geomspace(1 / 16, 16, 25)
 _CELLS = 200  # columns of a heatmap
 _FAR = 2.5  # bandwidths from the nearest place: no data
-_TAIL = 0.002  # of the observations, on either side, that many of them may leave out of sight
 _CRITERIA = {
     "loo": "leave-one-out squared error",
     "gcv": "generalised cross-validation",
@@ -63,26 +62,28 @@ def fit(
     """
     k, c = _feature(model, feature), _output(model, output)
     x_name, y_name = _features(model)[k], model.output_names_[c]
-    ax = _axes(model, ax)
+    ax = _axes(ax)
     rows, grid = _slice(model, k)
     mean = _column(_ask(model.predict, rows), c)
-    seen = [mean]
+    curves = [mean]
+    ends: list[float] = []
     if level is not None:
         lower, upper = (_column(end, c) for end in _ask(model.confidence_band, rows, level))
         ax.fill_between(
             grid, lower, upper, color=PREDICTION, alpha=0.25, linewidth=0, zorder=2.5, label=_percent(level)
         )
-        seen += [lower, upper]
+        curves += [lower, upper]
     if data:
         sites = model._state.sites
         places, means, mass = array(sites.x[:, k]), array(sites.y[:, c]), array(sites.mass)
-        seen.append(_observations(ax, model, places, means, mass, x_name))
+        ends += add_observations(ax, model, places, means, mass, x_name)
     others = ", other features at their median" if len(_features(model)) > 1 else ""
-    ax.plot(grid, mean, color=PREDICTION, linewidth=_width(grid), zorder=3, label=f"fit{others}")
+    kind = "local linear fit" if model.report_["degree"] else "Nadaraya-Watson fit"
+    ax.plot(grid, mean, color=PREDICTION, linewidth=_width(grid), zorder=3, label=f"{kind}{others}")
     ax.set(xlabel=x_name, ylabel=y_name)
-    ax.set_xlim(*_with_margin(grid[0], grid[-1]))
-    _limit(ax, seen)
-    legend(ax, "best")
+    ax.set_xlim(*with_margin(grid[0], grid[-1]))
+    limit(ax, curves, mass_along(model, k, grid), *ends)
+    add_legend(ax)
     return ax
 
 
@@ -100,13 +101,13 @@ def slope(
     """
     k, c = _feature(model, feature), _output(model, output)
     x_name, y_name = _features(model)[k], model.output_names_[c]
-    ax = _axes(model, ax)
+    ax = _axes(ax)
     rows, grid = _slice(model, k)
     found = {name: np.asarray(part) for name, part in _ask(model.marginal_effects, rows).items()}
     along, error = (
         found[name].reshape(len(grid), -1, len(_features(model)))[:, c, k] for name in ("slope", "std")
     )
-    seen = [along]
+    curves = [along]
     if level is not None:
         from scipy.special import stdtrit
 
@@ -115,7 +116,7 @@ def slope(
         ax.fill_between(
             grid, along - reach, along + reach, color=TRUTH, alpha=0.25, linewidth=0, label=_percent(level)
         )
-        seen += [along - reach, along + reach]
+        curves += [along - reach, along + reach]
     average = found["mean"].reshape(-1, len(_features(model)))[c, k]
     ax.axhline(0.0, color="0.6", linewidth=1)
     ax.axhline(
@@ -123,9 +124,9 @@ def slope(
     )
     ax.plot(grid, along, color=TRUTH, linewidth=_width(grid), label="slope")
     ax.set(xlabel=x_name, ylabel=f"slope of {y_name} in {x_name}")
-    ax.set_xlim(*_with_margin(grid[0], grid[-1]))
-    _limit(ax, [*seen, np.array([average])])
-    legend(ax, "best")
+    ax.set_xlim(*with_margin(grid[0], grid[-1]))
+    limit(ax, curves, mass_along(model, k, grid), average)
+    add_legend(ax)
     return ax
 
 
@@ -135,34 +136,43 @@ def bandwidth_curve(model: Any, ax: "Axes | None" = None) -> "Axes":
     That is leave-one-out error where the bandwidth was given. Of several features all bandwidths change in proportion.
     """
     name = model.bandwidth if isinstance(model.bandwidth, str) and model.bandwidth in _CRITERIA else "loo"
-    factors = np.unique(np.append(_FACTORS, 1.0))
+    report = model.report_
+    low = np.min(np.asarray(report["search_lower"]) / model.bandwidth_)
+    high = np.max(np.asarray(report["search_upper"]) / model.bandwidth_)
+    factors = np.unique(np.append(_FACTORS[(low <= _FACTORS) & (high >= _FACTORS)], 1.0))
     bandwidths, values = model.bandwidth_curve(factors, name)
     (chosen,) = np.flatnonzero(factors == 1.0)
     single = bandwidths.shape[1] == 1
     across = bandwidths[:, 0] if single else factors
     kept = np.isfinite(values)
-    ax = _axes(model, ax)
+    ax = _axes(ax)
     ax.plot(across[kept], values[kept], color=TRUTH, linewidth=2, marker="o", markersize=3)
     ax.plot([across[chosen]], [values[chosen]], "o", color=PREDICTION, markersize=9)
-    text = (
-        f"{bandwidths[chosen, 0]:.4g}"
-        if single
-        else ", ".join(f"{value:.3g}" for value in bandwidths[chosen])
-    )
+    text = ", ".join(f"{value:.4g}" for value in bandwidths[chosen])
     ax.annotate(
         text,
         (across[chosen], values[chosen]),
-        (0, 10),
+        (0, -9),
         textcoords="offset points",
         ha="center",
+        va="top",
         color=PREDICTION,
     )
     ax.set_xscale("log")
-    ax.set(
-        xlabel=f"bandwidth ({_features(model)[0]})" if single else "factor of all bandwidths",
-        ylabel=_CRITERIA[name],
-    )
+    ax.set(xlabel=f"bandwidth ({_features(model)[0]})" if single else "factor of all bandwidths")
+    ax.set(ylabel=_CRITERIA[name])
     ax.ticklabel_format(axis="y", useOffset=False)
+    if kept.any():
+        # Very narrow bandwidths may be worse than any wide one by far: the curve then leaves the axes.
+        least, widest = values[kept].min(), values[kept][-1]
+        top = (
+            min(values[kept].max(), least + 1.5 * (widest - least)) if widest > least else values[kept].max()
+        )
+        rise = (top - least) or abs(top) or 1.0
+        ax.set_ylim(least - 0.2 * rise, top + 0.05 * rise)
+        seen = np.flatnonzero(kept & (values <= top))
+        ends = max(seen[0] - 1, 0), min(seen[-1] + 1, len(across) - 1)
+        ax.set_xlim(float(across[ends[0]]) / 1.2, float(across[ends[1]]) * 1.2)
     return ax
 
 
@@ -191,7 +201,7 @@ def surface(
     heights = _fit_at(model, rows, c)
     heights[_distance(model, rows, [a, b]) > _FAR] = np.nan
 
-    ax = _axes(model, ax)
+    ax = _axes(ax)
     image = ax.pcolormesh(
         *sides,
         heights.reshape(across.shape),
@@ -216,8 +226,8 @@ def surface(
     bar.outline.set_visible(False)
     ax.grid(visible=False)
     ax.set(xlabel=_features(model)[a], ylabel=_features(model)[b])
-    others = ", others at their median" if len(_features(model)) > 2 else ""
-    ax.set_title(f"{type(model).__name__}{others}", fontsize=11)
+    if len(_features(model)) > 2:
+        ax.set_title("other features at their median", fontsize=9)
     return ax
 
 
@@ -227,13 +237,13 @@ def residuals(model: Any, ax: "Axes | None" = None, output: int | str = 0) -> "A
     sites = model._state.sites
     fitted = _fit_at(model, sites.x, c)
     rest = array(sites.y[:, c]) - fitted
-    ax = _axes(model, ax)
-    seen = _observations(ax, model, fitted, rest, array(sites.mass), "place")
+    ax = _axes(ax)
+    ends = add_observations(ax, model, fitted, rest, array(sites.mass), "place")
     ax.axhline(0.0, color=PREDICTION, linewidth=1.5, zorder=3)
     name = model.output_names_[c]
     ax.set(xlabel=f"fit of {name}", ylabel=f"residual of {name}")
-    _limit(ax, [seen])
-    legend(ax, "best")
+    ax.set_ylim(*with_margin(*ends))
+    add_legend(ax)
     return ax
 
 
@@ -244,18 +254,19 @@ def weights(model: Any, X: ArrayLike | Tensor, ax: "Axes | None" = None) -> "Axe
     tilts these weights.
     """
     sites = model._state.sites
-    rows = torch.as_tensor(np.asarray(X, dtype=np.float64)).reshape(-1, sites.x.shape[1]).to(sites.x)
+    given = np.array(X.detach().cpu() if isinstance(X, Tensor) else X, dtype=np.float64)
+    rows = torch.from_numpy(given).reshape(-1, sites.x.shape[1]).to(sites.x)
     found = array(attention_weights(rows, sites.x, model._state.w, key_weight=sites.key_weight))
-    starts = np.unique(np.linspace(0, len(sites.x), min(_CELLS, len(sites.x)) + 1).astype(int))[:-1]
+    starts = np.arange(0, len(sites.x), -(-len(sites.x) // _CELLS))
     cells = np.add.reduceat(found, starts, axis=1)
-    ax = _axes(model, ax)
+    ax = _axes(ax)
     image = ax.imshow(cells, cmap="Reds", aspect="auto", interpolation="nearest", vmin=0.0)
     bar = ax.figure.colorbar(image, ax=ax)
     bar.set_label("weight" if len(starts) == len(sites.x) else "weight, summed over neighbours")
     bar.outline.set_visible(False)
     first = array(sites.x[starts, 0])
-    ticks = np.unique(np.linspace(0, len(starts) - 1, 6).round().astype(int))
-    ax.set_xticks(ticks, [f"{value:.4g}" for value in first[ticks]])
+    ticks = np.unique(np.linspace(0, len(starts) - 1, 5).round().astype(int))
+    ax.set_xticks(ticks, [f"{value:.3g}" for value in first[ticks]])
     ticks = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 8)).round().astype(int))
     ax.set_yticks(ticks, [", ".join(f"{value:.4g}" for value in row) for row in array(rows[ticks])])
     names = _features(model)
@@ -265,8 +276,8 @@ def weights(model: Any, X: ArrayLike | Tensor, ax: "Axes | None" = None) -> "Axe
     return ax
 
 
-def _axes(model: Any, ax: "Axes | None") -> "Axes":
-    return new_figure(6.4, 4.2, type(model).__name__)[1] if ax is None else ax
+def _axes(ax: "Axes | None") -> "Axes":
+    return new_figure(6.4, 4.2, "")[1] if ax is None else ax
 
 
 def _features(model: Any) -> list[str]:
@@ -299,14 +310,7 @@ def _ends(column: Tensor) -> tuple[float, float]:
 def _medians(model: Any) -> _Array:
     """Of each feature, over the observations."""
     sites = model._state.sites
-    return np.array([_quantiles(array(column), array(sites.mass), [0.5])[0] for column in sites.x.T])
-
-
-def _quantiles(values: _Array, mass: _Array, shares: list[float]) -> _Array:
-    order = np.argsort(values, kind="stable")
-    total = np.cumsum(mass[order])
-    places = np.searchsorted(total, np.asarray(shares) * total[-1])
-    return values[order][np.minimum(places, len(values) - 1)]
+    return np.array([quantiles(array(column), array(sites.mass), [0.5])[0] for column in sites.x.T])
 
 
 def _slice(model: Any, feature: int) -> tuple[_Array, _Array]:
@@ -354,64 +358,6 @@ def _distance(model: Any, rows: Tensor, features: list[int]) -> _Array:
         w = sharp * state.w[features].double()
         _, lse = nadaraya_watson(rows, places, value, w, return_lse=True)
     return np.sqrt(np.maximum(-2 * array(lse), 0.0)) / sharp
-
-
-def _observations(ax: "Axes", model: Any, x: _Array, y: _Array, mass: _Array, name: str) -> _Array:
-    """Draw them, at x and y with their masses, and return the values of y that are to be seen."""
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-
-    means = not model._state.sites.plain and model.n_observations_ > len(x)
-    low, high = float(y.min()), float(y.max())
-    hidden = ""
-    if model.n_observations_ >= 1000:
-        low, high = _quantiles(y, mass, [_TAIL, 1 - _TAIL])
-        outside = mass[(y < low) | (y > high)].sum() / mass.sum()
-        hidden = f", {outside:.1%} of them not in sight" if outside > 0 else ""
-    what = f"means at each {name}" if means else "observations"
-    if len(x) > _MOST_PLACES and high > low:
-        cells = ax.hexbin(
-            x,
-            y,
-            C=mass,
-            reduce_C_function=np.sum,
-            gridsize=(60, 34),
-            extent=(x.min(), x.max(), low, high),
-            norm=LogNorm(),
-            cmap=LinearSegmentedColormap.from_list("nwfast-data", ("#fdf1dd", DATA, "#7a3d00")),
-            linewidths=0.1,
-            zorder=1,
-        )
-        bar = ax.figure.colorbar(cells, ax=ax)
-        bar.set_label(f"observations in a cell{hidden}")
-        bar.outline.set_visible(False)
-    else:
-        few = len(x) <= 200
-        size: Any = 36.0 if few else 9.0
-        if means:
-            size = np.clip(60 * mass / np.quantile(mass, 0.95), 3, 90)
-            what += " (area: observations)"
-        ax.scatter(
-            x, y, s=size, color=DATA, alpha=0.5 if few else 0.3, linewidths=0, zorder=2, label=what + hidden
-        )
-    return np.array([low, high])
-
-
-def _limit(ax: "Axes", seen: list[_Array]) -> None:
-    """The range of y: all of the data that are to be seen, and of curves all but what is far off at a few points."""
-    ends = []
-    for values in seen:
-        values = values[np.isfinite(values)]
-        if len(values):
-            ends += (
-                [*np.quantile(values, [0.01, 0.99])] if len(values) > 100 else [values.min(), values.max()]
-            )
-    if ends:
-        ax.set_ylim(*_with_margin(min(ends), max(ends)))
-
-
-def _with_margin(low: float, high: float) -> tuple[float, float]:
-    margin = 0.04 * (high - low) or 0.5
-    return low - margin, high + margin
 
 
 def _percent(level: float) -> str:

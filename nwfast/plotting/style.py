@@ -4,7 +4,7 @@ Figures are drawn to memory without a display, outside of pyplot's registry.
 """
 
 import io
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ def new_figure(width: float, height: float, title: str, columns: int = 1) -> "tu
     return figure, figure.axes[0]
 
 
-def legend(axes: "Axes", where: Literal["best", "upper left", "upper right"]) -> None:
+def legend(axes: Any, where: str, **options: Any) -> None:
     """The legend, without a frame, in colours that can be seen."""
-    drawn = axes.legend(loc=where, framealpha=0.85, edgecolor="none")
+    drawn = axes.legend(loc=where, framealpha=0.85, edgecolor="none", **options)
     for handle in drawn.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
             handle.set_alpha(0.9)  # a faint point among thousands would not be seen alone
