@@ -10,6 +10,7 @@ TORCH_CUDA_ARCH_LIST says for which GPUs; unset, for those that are visible, or 
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -18,6 +19,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 COMPILE = [
     "-O3",
@@ -30,6 +32,8 @@ COMPILE = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+# Extensions that this build leaves out, and why.
+LEFT_OUT: dict[str, str] = {}
 NVCC = [
     "-O3",
     "-std=c++17",
@@ -45,7 +49,7 @@ def missing_toolchain() -> str:
     if os.name == "nt":
         return "it needs GCC or Clang, which this build does not look for on Windows"
     if not shutil.which(compiler):
-        return f"no C++ compiler: {compiler!r} is not found (the environment variable CXX names another)"
+        return f"no C++ compiler: {compiler!r} is not found (Debian has one in its package g++; CXX names another)"
     headers = sysconfig.get_path("include")
     if not os.path.exists(os.path.join(headers, "Python.h")):
         return f"no Python.h in {headers} (on Debian and Ubuntu it is in the package python3-dev)"
@@ -115,7 +119,9 @@ def extensions() -> list[Extension]:
     reason = "NWFAST_EXT=0" if choice == "0" else missing_toolchain()
     if reason and choice == "1":
         raise SystemExit(f"nwfast: NWFAST_EXT=1, but the C++ extension nwfast._C cannot be built: {reason}")
+    LEFT_OUT.clear()
     if reason:
+        LEFT_OUT.update(_C=reason, _C_cuda=reason)
         print(f"nwfast: the C++ extension nwfast._C is SKIPPED: {reason}. Numba serves.", file=sys.stderr)
         return []
     try:
@@ -138,20 +144,39 @@ def extensions() -> list[Extension]:
     reason = missing_cuda()
     if not reason:
         found.append(cuda_extension())
-    elif torch.version.cuda is not None:
+        return found
+    LEFT_OUT["_C_cuda"] = reason
+    if torch.version.cuda is not None:
         print(
             f"nwfast: the C++ extension nwfast._C_cuda is SKIPPED: {reason}. Triton serves.", file=sys.stderr
         )
     return found
 
 
+def write_record(package: Path) -> None:
+    """Leave in the package what was left out, and which sources it is of, for `nwfast.backends.built` to read."""
+    runpy.run_path("nwfast/backends/built.py")["write"](package, Path(), LEFT_OUT)
+
+
+class BuildModules(build_py):
+    """Copies the modules, and leaves the record beside them; in an editable installation beside the sources."""
+
+    def run(self) -> None:
+        """Run the command."""
+        super().run()
+        if not self.editable_mode:
+            write_record(Path(self.build_lib, "nwfast"))
+        elif os.environ.get("NWFAST_EXT") != "0":  # else the extension may be built on its own, in place
+            write_record(Path("nwfast"))
+
+
 def build_commands(found: list[Extension]) -> dict:
-    """Give torch's build_ext where there is something to build: without, torch need not be there."""
+    """The commands that differ; torch's build_ext where there is something to build: else torch need not be there."""
     if not found:
-        return {}
+        return {"build_py": BuildModules}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": BuildExtension}
+    return {"build_py": BuildModules, "build_ext": BuildExtension}
 
 
 if __name__ == "__main__":
@@ -161,3 +186,5 @@ if __name__ == "__main__":
         cmdclass=build_commands(found),
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
+    if "--inplace" in sys.argv:
+        write_record(Path("nwfast"))

@@ -39,7 +39,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, device
 
-from . import extension
+from . import extension, messages
 
 NAMES = ("native", "cuda", "numba", "triton", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
@@ -111,7 +111,10 @@ def resolve(backend: str, where: device, method: str = "auto") -> str:
         The named backend cannot run here; the message gives the reason.
     """
     if backend == "auto":
-        return _resolve_auto(where, method)
+        name = _resolve_auto(where, method)
+        if name != "native" and where.type == "cpu" and not is_captured():
+            say_fallback(name)
+        return name
     if backend not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     reason = _why_not(backend)
@@ -143,6 +146,13 @@ def _resolve_auto(where: device, method: str) -> str:
             f"{name} ({' and '.join(_DEVICES[name])}: {_why_not(name) or 'available'})" for name in able
         )
     )
+
+
+@functools.cache
+def say_fallback(name: str) -> None:
+    """Say, once a process, that a slower backend serves the CPU and why, unless the user asked for that."""
+    if extension.NATIVE_WHY_NOT and not extension.is_unwanted():
+        messages.warn(f'backend="auto" takes {name!r}: {extension.NATIVE_WHY_NOT}')
 
 
 def operators() -> list[str]:

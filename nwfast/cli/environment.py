@@ -4,11 +4,13 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import warnings
 from typing import Any
 
 import torch
 
 from .. import __version__, backends
+from ..backends import extension
 
 
 def add_parser(commands: Any) -> None:
@@ -27,9 +29,14 @@ def info() -> str:
     """Versions, which backends can run here and why the others cannot, threads and instruction set."""
     lines = [("nwfast", __version__), ("Python", f"{platform.python_version()} ({platform.platform()})")]
     lines += [(name, _version(name)) for name in ("torch", "numba", "triton", "numpy")]
+    lines.append(("package", str(extension.PACKAGE)))
     for name, answer in backends.available().items():
         lines.append((f"backend {name}", "available" if answer is True else f"not available: {answer}"))
-    lines.append(("used on the CPU", backends.resolve("auto", torch.device("cpu"))))
+    if extension.origin() not in (None, extension.PACKAGE):
+        lines.append(("C++ extension", f"of {extension.origin()}, built from the sources beside the package"))
+    with warnings.catch_warnings():  # what it would say stands above
+        warnings.simplefilter("ignore")
+        lines.append(("used on the CPU", backends.resolve("auto", torch.device("cpu"))))
     if torch.cuda.is_available():
         lines.append(("used on the GPU", backends.resolve("auto", torch.device("cuda"))))
         lines.append(("GPU", torch.cuda.get_device_name()))
@@ -52,7 +59,5 @@ def _version(package: str) -> str:
 
 def _instruction_set() -> str:
     if backends.available()["native"] is True:
-        from ..backends import extension
-
         return extension.instruction_set()
     return f"{torch.backends.cpu.get_cpu_capability()} (what torch uses; the C++ extension is not available)"

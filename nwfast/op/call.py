@@ -217,6 +217,8 @@ def _short_way_of_numba(backend, query, key, value, w, key_weight, exclude_self,
         or any(x.layout is not torch.strided for x in (query, key, value, w))
     ):
         return None
+    if backend == "auto":
+        backends.say_fallback("numba")
     function, output = KERNELS[choose_kernel("numba", method, 1, m * n)].direct
     needs_gradient = _needs_gradient(query, key, value, w, key_weight)
     query, key, value = query.unsqueeze(-1), key.unsqueeze(-1), value.unsqueeze(-1)
