@@ -205,6 +205,7 @@ def test_free_memory_is_that_of_the_machine():
             by_reference.require_memory("second derivative", x, x, x)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 def test_the_estimate_of_memory_holds():
     """In a fresh process: the peak lies below the estimate, and not so far below that it refuses for nothing."""
