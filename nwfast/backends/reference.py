@@ -195,13 +195,17 @@ def _unnormalised(
         others = ~torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
         keep = counted & others
     w = w.unsqueeze(-2)
-    nearest, scale = _nearest(query.detach(), key.detach(), w.detach(), keep, wide)
+    nearest, root = _nearest(query.detach(), key.detach(), w.detach(), keep, wide)
     if key.shape[-1] == 1:
         scores = _relative_scores(query, key, w, nearest, wide)
     else:
-        scores = _relative_scores(query, key, w * scale, nearest, wide) / scale / scale
+        scores = _relative_scores(query, key, w * root * root, nearest, wide) / root / root / root / root
+    # Of keys that rounding cannot tell apart the largest score is 0: cutting one off would take its derivatives.
+    above = torch.where(keep, scores.detach(), 0.0).clamp(0.0, torch.finfo(scores.dtype).max)
+    above = above.amax(-1, keepdim=True)
+    scores = scores - above
     to_nearest = _bandwidths(query - nearest, w, wide)
-    top = -(to_nearest * (to_nearest / 2)).sum(-1, keepdim=True) - log_lift
+    top = -(to_nearest * (to_nearest / 2)).sum(-1, keepdim=True) - log_lift + above
     empty = ~keep.any(-1, keepdim=True) | away
     if key_weight is None or weight is None:
         terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
@@ -256,28 +260,33 @@ def _score_parts(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: b
 
 
 def _nearest(query: Tensor, key: Tensor, w: Tensor, keep: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    """The coordinates (*B, M, D) of the nearest key that each row keeps (of any if it keeps none), and a scale.
+    """The coordinates (*B, M, D) of the nearest key that each row keeps (of any if it keeps none), and a scale's root.
 
     By rounded distances first; of keys that they cannot tell apart the differences of their squares choose. With w
-    times the scale (*B, M, 1) these are finite but for keys that are much further than the nearest.
+    times the scale (*B, M, 1), which may be below all numbers, these are finite but for keys that are much further
+    than the nearest.
     """
+    widest = w.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     if key.shape[-1] == 1:
         nearer, steps = -(query - key.mT).abs(), 1
-        distances = _bandwidths(nearer, w, wide).abs()
+        distances = nearer.abs()
     else:
-        parts = _bandwidths(query.unsqueeze(-2) - key.unsqueeze(-3), w.unsqueeze(-2), wide).abs()
-        distances, steps = parts.amax(-1), 2 if wide else 1  # others leave float64 half of its digits
+        differences = (query.unsqueeze(-2) - key.unsqueeze(-3)).abs()
+        distances = (differences * (w / widest).abs().unsqueeze(-2)).amax(-1)
+        steps = 2 if wide else 1  # others leave float64 half of its digits
     least = torch.where(keep, distances, torch.finfo(query.dtype).max).amin(-1, keepdim=True)
-    scale = _LARGEST_ROOT / least.clamp(min=_LARGEST_ROOT)
+    root = ((_LARGEST_ROOT / least).sqrt() / widest.sqrt()).clamp(max=1.0)
+    scaled = w * root * root
     if key.shape[-1] > 1:
-        nearer = -((parts * scale.unsqueeze(-1)).clamp(max=_LARGEST_SQUARED) ** 2).sum(-1)
-        del parts
+        parts = _bandwidths(differences, scaled.abs().unsqueeze(-2), wide)
+        nearer = -(parts.clamp(max=_LARGEST_SQUARED) ** 2).sum(-1)
+        del differences, parts
     for step in range(steps + 1):
         place = torch.where(keep, nearer, -torch.inf).argmax(-1, keepdim=True)
         nearest = torch.take_along_dim(key, place, -2)
         if step < steps:
-            nearer = _relative_scores(query, key, w * scale, nearest, wide)
-    return nearest, scale
+            nearer = _relative_scores(query, key, scaled, nearest, wide)
+    return nearest, root
 
 
 def _any_other(which: Tensor, exclude_self: bool) -> Tensor:

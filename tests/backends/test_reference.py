@@ -256,3 +256,43 @@ def test_lse_has_the_leading_dimensions_of_value():
     assert out.shape == (3, 4, 2)
     assert lse.shape == (3, 4)
     assert lse.is_contiguous()
+
+
+def test_scores_beyond_all_numbers_keep_their_order():
+    """In several features, and with other keys in between that lie at one end of the dtype or the other."""
+    for w, near, far in ((1.7e308, 1e36, 1.2e36), (1.7e308, 1e-100, 1.1e-100), (1e200, 1e250, 1.1e250)):
+        key = torch.tensor([[0.0, far], [-near, near / 4], [far, near]], dtype=torch.float64)
+        value = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        query = torch.zeros(1, 2, dtype=torch.float64)
+        for kept in ([0, 1, 2], [1, 2], [0, 2]):
+            out, lse = nwfast.nadaraya_watson(
+                query, key[kept], value[kept], w, backend="reference", return_lse=True
+            )
+            assert out == (2.0 if 1 in kept else 1.0)
+            assert lse == -torch.inf
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("exclude_self", "far"), [(False, 1e15), (True, 1e16)])
+def test_derivatives_of_far_ties(exclude_self, weighted, far):
+    """Two far keys whose scores differ by less than their rounding both have derivatives, of first order and second."""
+    key = torch.tensor([[-far, -far, 0, 0], [0, 0.5, -far, -far], [0, 0, 1, 0]], dtype=torch.float64)
+    query = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [1, 0.6, 1, 0]], dtype=torch.float64)
+    key, query = (key, query) if exclude_self else (key[:2], query)
+    value, w = torch.tensor([1.0, 0.0, 1.0][: len(key)], dtype=torch.float64), 1e5 / far
+    weight = torch.ones(len(key), dtype=torch.float64) if weighted else None
+    leaf = query.clone().requires_grad_()
+
+    def last(query):
+        options = {"key_weight": weight, "exclude_self": exclude_self, "backend": "reference"}
+        return nwfast.nadaraya_watson(query, key, value, w, **options)[2]
+
+    out = last(leaf)
+    (found,) = torch.autograd.grad(out, leaf, create_graph=True)
+    step = w * (key[0] - key[1]) * w
+    right = out.detach() * (1 - out.detach()) * step  # whatever the scores are rounded to
+    torch.testing.assert_close(found[2], right, rtol=1e-6, atol=0)
+    (second,) = torch.autograd.grad(found[2, 0], leaf)
+    torch.testing.assert_close(second[2], right[0] * (1 - 2 * out.detach()) * step, rtol=1e-6, atol=1e-20)
+    _, tangent = torch.func.jvp(last, (query,), (torch.ones_like(query),))
+    torch.testing.assert_close(tangent, right.sum(), rtol=1e-6, atol=1e-12)
