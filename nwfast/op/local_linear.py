@@ -5,8 +5,8 @@ With weights p of a row (those of the Nadaraya-Watson fit) and D features,
     m = E[v],  e = E[k] - q,  S = Cov(k, k),  B = Cov(k, v),  slope = S^+ B,  fit = m - e . slope
 
 Everything is in float64. The kernels give E of v and k, and B and S are d out / d q / w^2 for the values [v, k]: one
-query-side pass for each column, or, native in linear time with one feature, tangents that come with the means. Where w
-is next to 0 it is raised until scores differ by less than rounding.
+query-side pass for each column, or, native in linear time, tangents that come with the means. Where w is next to 0 it
+is raised until scores differ by less than rounding.
 
 First derivatives (functions of p alone but for q) are those of a Nadaraya-Watson fit with the values v, k v, k and k k,
 whose cotangents make of them, with s the cotangent of the slope and g that of the fit,
@@ -60,14 +60,14 @@ def _forward(query, key, value, w, key_weight, exclude_self, kernel):
     batch = backends.batch_shape(query, key, value)
     columns = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (value, frame.key)], -1)
     none = query.new_empty(0)
-    at_once = features == 1 and kernel.startswith("native_")
+    at_once = features <= backends.FGT_FEATURES["native"] and kernel.startswith("native_")
     means, _, state, _, tangents = kernels.forward(
         query, key, columns, w, key_weight, exclude_self, False, at_once
     )
-    at_once = at_once and tangents.numel() == means.numel()
+    at_once = at_once and tangents.numel() == features * means.numel()
     if at_once:
         scale = w[..., None, :, None]
-        moments = tangents.unsqueeze(-2) / scale / scale
+        moments = tangents.unflatten(-1, (features, features + channels)) / scale / scale
     else:
         moments = query.new_empty(*means.shape[:-1], features, features + channels)
     for c in range(0 if at_once else features + channels):
