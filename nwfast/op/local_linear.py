@@ -30,6 +30,8 @@ from .schema import KERNELS, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
 MOST_EXTENT = 6000.0
+# What is solved for each row is solved for so many at once, such that nothing on the way leaves the cache.
+_ROWS = 1 << 14
 
 
 def local_linear(
@@ -66,23 +68,26 @@ def _forward(query, key, value, w, key_weight, exclude_self, kernel):
     )
     at_once = at_once and tangents.numel() == features * means.numel()
     if at_once:
-        scale = w[..., None, :, None]
-        moments = tangents.unflatten(-1, (features, features + channels)) / scale / scale
+        by_query = tangents.unflatten(-1, (features, features + channels))
     else:
-        moments = query.new_empty(*means.shape[:-1], features, features + channels)
+        by_query = query.new_empty(*means.shape[:-1], features, features + channels)
     for c in range(0 if at_once else features + channels):
         column, mean = columns[..., c : c + 1].contiguous(), means[..., c : c + 1].contiguous()
-        grad = kernels.backward(
+        by_query[..., c] = kernels.backward(
             torch.ones_like(mean), None, query, key, column, w, key_weight, mean, state, none, none, exclude_self,
             backends.NEEDS_QUERY,
         )[0]  # fmt: skip
-        moments[..., c] = grad / w.unsqueeze(-2) / w.unsqueeze(-2)
-    offset = means[..., channels:] - frame.query
-    inverse = formula.inverse_of(frame, offset, moments[..., channels:])
-    slope = inverse @ moments[..., :channels]
-    mean = means[..., :channels]
-    slope = torch.where(mean.isnan().unsqueeze(-2), torch.nan, slope)
-    fit = formula.fit_of(mean, offset, slope)
+    fit, slope, _, inverse = _fake_forward(query, key, value, w, key_weight, exclude_self, kernel)
+    scale = w[..., None, :, None]
+    for begin in range(0, query.shape[-2], _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        moments = by_query[..., rows, :, :] / scale / scale
+        mean = means[..., rows, :channels]
+        offset = means[..., rows, channels:] - frame.query[..., rows, :]
+        inverse[..., rows, :, :] = some = formula.inverse_of(frame, offset, moments[..., channels:])
+        some = some @ moments[..., :channels]
+        slope[..., rows, :, :] = some = torch.where(mean.isnan().unsqueeze(-2), torch.nan, some)
+        fit[..., rows, :] = formula.fit_of(mean, offset, some)
     return fit, slope, means, inverse
 
 
