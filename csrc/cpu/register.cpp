@@ -153,9 +153,11 @@ bool run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
   return false;
 }
 
-// With one feature the linear method has tangents of the query for any number of channels.
+// The linear method has tangents of the query, (features, channels) for each row, for any number of channels; with
+// several features in float64.
 bool may_have_tangents(const Problem& problem, bool tangent_w, bool tangent_q) {
-  return problem.single() || !(tangent_w || tangent_q) || (problem.features == 1 && !tangent_w);
+  if (problem.single() || !(tangent_w || tangent_q)) return true;
+  return !tangent_w && (problem.features == 1 || (problem.features <= 3 && problem.query.dtype == Dtype::kDouble));
 }
 
 // Which results of a forward pass are wanted, beside out.
@@ -172,7 +174,7 @@ Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
   Gradients outputs{call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype, wanted.lse),
                     call.allocate(m, 2, true, ScalarType::Double, wanted.state),
                     call.allocate(m, channels, call.channels, dtype, wanted.tangent_w),
-                    call.allocate(m, channels, call.channels, dtype, wanted.tangent_q)};
+                    call.allocate(m, problem.features * channels, call.channels, dtype, wanted.tangent_q)};
   const bool linear = is_linear(method, problem);
   const bool served =
       wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
@@ -185,8 +187,9 @@ template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  STD_TORCH_CHECK(may_have_tangents(call.problem, tangent_w, tangent_q),
-                  "nwfast: tangents are for one feature, those of w for one channel");
+  STD_TORCH_CHECK(
+      may_have_tangents(call.problem, tangent_w, tangent_q),
+      "nwfast: tangents are for one feature and, of the query, in float64 three; those of w for one channel");
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
 

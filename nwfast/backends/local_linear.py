@@ -61,21 +61,23 @@ def frame(query: Tensor, key: Tensor, w: Tensor, key_weight: Tensor | None) -> F
 def inverse_of(frame: Frame, offset: Tensor, spread: Tensor) -> Tensor:
     """S^+ (*B, M, D, D) of e (*B, M, D) and S, a constant for autograd; 0 where S is not finite."""
     unit = (frame.unit.unsqueeze(-1) * frame.unit.unsqueeze(-2)).detach()
-    scaled = spread.detach() / unit
-    scaled = (scaled + scaled.mT) / 2
+    # (D, D, *B, M): steps over small matrices are then steps over rows.
+    scaled = (spread.detach() / unit).movedim((-2, -1), (0, 1)).contiguous()
+    scaled = (scaled + scaled.transpose(0, 1)) / 2
     tolerance = _tolerance(frame, offset.detach())
-    usable = scaled.isfinite().all(-1).all(-1) & tolerance.isfinite()
-    scaled = torch.where(usable[..., None, None], scaled, 0.0)
+    usable = scaled.isfinite().flatten(0, 1).all(0) & tolerance.isfinite()
+    scaled = torch.where(usable, scaled, 0.0)
     tolerance = torch.where(usable, tolerance, 1.0)
     penalty = frame.penalty.expand(offset.shape)
+    by_row = scaled.movedim((0, 1), (-2, -1))
     if spread.shape[-1] == 1:
-        inverse = scaled / (scaled**2 + tolerance[..., None, None] ** 2)
+        inverse = (scaled / (scaled**2 + tolerance**2)).movedim((0, 1), (-2, -1))
     elif is_captured() or torch._C._are_functorch_transforms_active():
-        inverse = _faded(scaled, tolerance, penalty)
+        inverse = _faded(by_row, tolerance, penalty)
     else:
-        inverse, clear = _swept(scaled, tolerance)
-        some = ~clear
-        inverse[some] = _faded(scaled[some], tolerance[some], penalty[some])
+        swept, clear = _swept(scaled, tolerance)
+        inverse, some = swept.movedim((0, 1), (-2, -1)), ~clear
+        inverse[some] = _faded(by_row[some], tolerance[some], penalty[some])
     return inverse / unit
 
 
@@ -86,21 +88,21 @@ def _tolerance(frame: Frame, offset: Tensor) -> Tensor:
 
 
 def _swept(matrix: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse (..., D, D) by Gauss-Jordan steps, for all rows at once, and for which rows it serves."""
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    """The inverse (D, D, ...) by Gauss-Jordan steps, for all rows at once, and for which rows it serves."""
+    trace = matrix.diagonal().sum(-1)
     least = trace.clone()  # a bound of the least eigenvalue, by the determinant
     inverse = matrix.clone()
     clear = torch.ones_like(trace, dtype=torch.bool)
-    for f in range(matrix.shape[-1]):
-        pivot = inverse[..., f, f].clone()
+    for f in range(len(matrix)):
+        pivot = inverse[f, f].clone()
         clear &= pivot > 0
         least = least * (pivot / trace)
-        pivot = torch.where(clear, pivot, 1.0)[..., None]
-        row, column = inverse[..., f, :] / pivot, inverse[..., :, f].clone()
-        inverse -= column.unsqueeze(-1) * row.unsqueeze(-2)
-        inverse[..., f, :] = row
-        inverse[..., :, f] = -column / pivot
-        inverse[..., f, f] = 1 / pivot.squeeze(-1)
+        pivot = torch.where(clear, pivot, 1.0)
+        row, column = inverse[f] / pivot, inverse[:, f].clone()
+        inverse -= column.unsqueeze(1) * row
+        inverse[f] = row
+        inverse[:, f] = -column / pivot
+        inverse[f, f] = 1 / pivot
     clear &= least > _CLEAR * tolerance
     return inverse, clear
 

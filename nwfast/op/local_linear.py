@@ -5,8 +5,8 @@ With weights p of a row (those of the Nadaraya-Watson fit) and D features,
     m = E[v],  e = E[k] - q,  S = Cov(k, k),  B = Cov(k, v),  slope = S^+ B,  fit = m - e . slope
 
 Everything is in float64. The kernels give E of v and k, and B and S are d out / d q / w^2 for the values [v, k]: one
-query-side pass for each column, or, native in linear time with one feature, tangents that come with the means. Where w
-is next to 0 it is raised until scores differ by less than rounding.
+query-side pass for each column, or, native in linear time, tangents that come with the means. Where w is next to 0 it
+is raised until scores differ by less than rounding.
 
 First derivatives (functions of p alone but for q) are those of a Nadaraya-Watson fit with the values v, k v, k and k k,
 whose cotangents make of them, with s the cotangent of the slope and g that of the fit,
@@ -32,6 +32,8 @@ from .schema import KERNELS, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
 MOST_EXTENT = 6000.0
+# What is solved for each row is solved for so many at once, such that nothing on the way leaves the cache.
+_ROWS = 1 << 14
 
 
 def local_linear(
@@ -88,29 +90,32 @@ def _forward(query, key, value, w, key_weight, exclude_self, kernel):
     batch = backends.batch_shape(query, key, value)
     columns = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (value, frame.key)], -1)
     none = query.new_empty(0)
-    at_once = features == 1 and kernel.startswith("native_")
+    at_once = features <= backends.FGT_FEATURES["native"] and kernel.startswith("native_")
     means, _, state, _, tangents = kernels.forward(
         query, key, columns, w, key_weight, exclude_self, False, at_once
     )
-    at_once = at_once and tangents.numel() == means.numel()
+    at_once = at_once and tangents.numel() == features * means.numel()
     if at_once:
-        scale = w[..., None, :, None]
-        moments = tangents.unsqueeze(-2) / scale / scale
+        by_query = tangents.unflatten(-1, (features, features + channels))
     else:
-        moments = query.new_empty(*means.shape[:-1], features, features + channels)
+        by_query = query.new_empty(*means.shape[:-1], features, features + channels)
     for c in range(0 if at_once else features + channels):
         column, mean = columns[..., c : c + 1].contiguous(), means[..., c : c + 1].contiguous()
-        grad = kernels.backward(
+        by_query[..., c] = kernels.backward(
             torch.ones_like(mean), None, query, key, column, w, key_weight, mean, state, none, none, exclude_self,
             backends.NEEDS_QUERY,
         )[0]  # fmt: skip
-        moments[..., c] = grad / w.unsqueeze(-2) / w.unsqueeze(-2)
-    offset = means[..., channels:] - frame.query
-    inverse = formula.inverse_of(frame, offset, moments[..., channels:])
-    slope = inverse @ moments[..., :channels]
-    mean = means[..., :channels]
-    slope = torch.where(mean.isnan().unsqueeze(-2), torch.nan, slope)
-    fit = formula.fit_of(mean, offset, slope)
+    fit, slope, _, inverse = _fake_forward(query, key, value, w, key_weight, exclude_self, kernel)
+    scale = w[..., None, :, None]
+    for begin in range(0, query.shape[-2], _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        moments = by_query[..., rows, :, :] / scale / scale
+        mean = means[..., rows, :channels]
+        offset = means[..., rows, channels:] - frame.query[..., rows, :]
+        inverse[..., rows, :, :] = some = formula.inverse_of(frame, offset, moments[..., channels:])
+        some = some @ moments[..., :channels]
+        slope[..., rows, :, :] = some = torch.where(mean.isnan().unsqueeze(-2), torch.nan, some)
+        fit[..., rows, :] = formula.fit_of(mean, offset, some)
     return fit, slope, means, inverse
 
 

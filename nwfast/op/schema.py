@@ -120,15 +120,15 @@ def _fake_forward(query, key, value, w, key_weight, exclude_self, tangent_w, tan
     rows = (*backends.batch_shape(query, key, value), query.shape[-2])
     dtype = arithmetic_dtype(query.dtype)
 
-    def tangent(wanted: bool) -> Tensor:
-        return query.new_empty((*rows, value.shape[-1]) if wanted else (0,), dtype=dtype)
+    def tangent(wanted: bool, columns: int) -> Tensor:
+        return query.new_empty((*rows, columns) if wanted else (0,), dtype=dtype)
 
     return (
         query.new_empty((*rows, value.shape[-1]), dtype=dtype),
         query.new_empty(rows, dtype=dtype),
         query.new_empty((*rows, 2), dtype=torch.float64),
-        tangent(tangent_w),
-        tangent(tangent_q),
+        tangent(tangent_w, value.shape[-1]),
+        tangent(tangent_q, query.shape[-1] * value.shape[-1]),
     )
 
 

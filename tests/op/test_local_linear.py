@@ -302,6 +302,19 @@ def test_gradients_of_keys_over_many_bandwidths(native, monkeypatch):
         fit.sum().backward()
 
 
+@pytest.mark.parametrize("features", [1, 2, 4])
+def test_rows_are_solved_in_parts(features, backend, monkeypatch):
+    """Those that determine no plane among them: the parts change nothing, the last short one included."""
+    query, key, value, w, _ = make(
+        ((2, 20, features), (2, 30, features), (2, 30, 2), (1,), None), torch.float64, w_scale=2.0
+    )
+    query[:, 5:9] += 40.0
+    whole = fitted(query, key, value, w, backend=backend)
+    monkeypatch.setattr(operators, "_ROWS", 7)
+    for one, other in zip(fitted(query, key, value, w, backend=backend), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
 def test_transforms(native):
     """torch.func, forward mode and torch.compile give what the op gives."""
     query, key, value, w, _ = make(((6, 2), (30, 2), (30, 1), (2,), None), torch.float64, w_scale=2.0)

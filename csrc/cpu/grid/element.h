@@ -129,6 +129,30 @@ struct Element {
     return !(beside >= own);
   }
 
+  // Takes a row's own key, of these charges, out of its sums, (slots, columns) as GridEvaluate has them up to
+  // derivatives of this order. False where that was much of them.
+  bool subtract_own(int64_t i, const double* charge, int columns, int order, double* row) const {
+    const int64_t j = own[i];
+    const double kernel = std::exp(-square(i, j) / 2);
+    if (!(row[0] - charge[0] * kernel >= kLeastOthers * charge[0] * kernel)) return false;
+    for (int64_t c = 0; c < sorted.channels; ++c) {
+      const double taken = charge[c + 1] * kernel, rest = row[c + 1] - taken;
+      if (!(linear::kMostOwnValue * std::fabs(rest) >= std::fabs(taken)) && stands_out(j, c)) return false;
+    }
+    for (int column = 0; column < columns; ++column) row[column] -= charge[column] * kernel;
+    for (int a = 0; a < kAxes && order > 0; ++a) {
+      const Axis& axis = plan.axis[a];
+      if (axis.feature < 0) continue;
+      const double x = queries.axis(plan, a)[i], u = keys.axis(plan, a)[j], z = (x - u) * axis.scale;
+      const double first = kernel * z * axis.half, second = kernel * (z * z - 1) * axis.half * axis.half;
+      for (int column = 0; column < columns; ++column) {
+        row[(1 + a) * columns + column] += charge[column] * first;
+        if (order == 2) row[(4 + a) * columns + column] -= charge[column] * second;
+      }
+    }
+    return true;
+  }
+
   double w(int64_t f) const { return w_[f]; }
 
  private:

@@ -1,7 +1,10 @@
-// The forward pass of the linear method in two and three features.
+// The forward pass of the linear method in two and three features, with tangents of the query for any number of
+// channels.
+
+#include <optional>
 
 #include "choose.h"
-#include "direct.h"
+#include "tangents.h"
 
 namespace nwfast {
 namespace grid {
@@ -15,13 +18,17 @@ class Forward {
 
   bool run() {
     const int columns = static_cast<int>(problem_.channels) + 1;
-    if (!element_.prepare(problem_, b_, 0, Values::kForward, true, serial_)) return false;
+    const int order = result_.tangent_q ? 1 : 0;
+    // Products are made of values in columns.
+    if (!element_.prepare(problem_, b_, order, order > 0 ? Values::kBackward : Values::kForward, true, serial_)) {
+      return false;
+    }
     const int64_t m = element_.queries.n;
     std::vector<int64_t> left_over = element_.outside;
     left_.assign(m, 1);
     std::vector<int64_t> expanded;
-    if (m > 0) expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, 0, serial_);
-    if (!expanded.empty()) expand(std::move(expanded), columns);
+    if (m > 0) expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, order, serial_);
+    if (!expanded.empty()) expand(std::move(expanded), columns, order);
     for (int level = 0; level < kLevels; ++level) {
       std::vector<int64_t> rows;
       for (int64_t i = 0; i < m; ++i) {
@@ -45,51 +52,59 @@ class Forward {
               batch.values.get(), shift, total, batch.weight_unit, values, stride);
   }
 
-  void expand(std::vector<int64_t> boxes, int columns) {
+  // (features, channels) of a row.
+  R* tangent_of(int64_t i) const {
+    const int64_t row = b_ * problem_.queries + element_.queries.order[i];
+    return result_.tangent_q + row * problem_.features * problem_.channels;
+  }
+
+  void expand(std::vector<int64_t> boxes, int columns, int order) {
     fill_matrices(element_.plan);
     const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
-    const int64_t channels = problem_.channels;
+    const int slots = order > 0 ? 4 : 1;
     Expansion<R> expansion{
         element_.plan,
         element_.keys,
         element_.queries,
         std::move(boxes),
         columns,
-        0,
+        order,
         [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { element_.load(begin, n, charge, pitch); },
         [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
           const double error = error_of(element_.plan, bound) + tail;
-          std::vector<double> rest(channels);
+          std::vector<double> row(slots * columns), own(columns);
           for (int64_t k = 0; k < n; ++k) {
-            double total = sums[k];
-            const double* values = sums + pitch + k;
+            const double* from = sums + k;
             int64_t stride = pitch;
             if (problem_.exclude_self) {
-              for (int64_t c = 0; c < channels; ++c) rest[c] = values[c * pitch];
-              if (!subtract_own(begin + k, total, rest.data())) continue;
-              values = rest.data();
+              for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
+              element_.load(element_.own[begin + k], 1, own.data(), 1);
+              if (!element_.subtract_own(begin + k, own.data(), columns, order, row.data())) continue;
+              from = row.data();
               stride = 1;
             }
-            if (!(total * Accuracy<R>::kAccept >= error)) continue;
-            write(begin + k, 0, total, values, stride);
+            if (!(from[0] * Accuracy<R>::kAccept >= error)) continue;
+            write(begin + k, 0, from[0], from + stride, stride);
+            if (order > 0) differentiate(begin + k, from, columns, stride);
             left_[begin + k] = 0;
           }
         }};
     expansion.run(serial_);
   }
 
-  // Takes the row's own key out of its sums. False where that was most of them.
-  bool subtract_own(int64_t i, double& total, double* values) const {
-    const int64_t j = element_.own[i];
-    const double weight = element_.weight(j) * std::exp(-element_.square(i, j) / 2);
-    total -= weight;
-    bool keeps = total >= kLeastOthers * weight;
-    for (int64_t c = 0; c < problem_.channels && keeps; ++c) {
-      const double own = weight * element_.value(j, c);
-      values[c] -= own;
-      keeps = linear::kMostOwnValue * std::fabs(values[c]) >= std::fabs(own) || !element_.stands_out(j, c);
+  // sums (slots, columns) with a stride: see GridEvaluate.
+  void differentiate(int64_t i, const double* sums, int columns, int64_t stride) const {
+    for (int a = 0; a < kAxes; ++a) {
+      const Axis& axis = element_.plan.axis[a];
+      if (axis.feature < 0) continue;
+      R* const tangent = tangent_of(i) + axis.feature * problem_.channels;
+      const double* const first = sums + (1 + a) * columns * stride;
+      const double factor = axis.scale == 0 ? 0 : axis.to_local() / sums[0];
+      for (int c = 1; c < columns; ++c) {
+        const double mean = sums[c * stride] / sums[0];
+        tangent[c - 1] = static_cast<R>((first[c * stride] - mean * first[0]) * factor);
+      }
     }
-    return keeps;
   }
 
   void sum_directly(const std::vector<int64_t>& rows, int level) {
@@ -97,13 +112,16 @@ class Forward {
     const int64_t features = problem_.features, channels = problem_.channels;
     over_windows(
         element_, runs_of(element_.queries, rows), level, serial_,
-        [&](const Run& run, const TiledData<R>& data, const std::vector<WindowFinder::Range>& ranges, double least) {
+        [&](const Run& run, const TiledData<R>& window, const std::vector<WindowFinder::Range>& ranges, double least) {
           double total[kItemRows], shift[kItemRows];
           int64_t excluded[kItemRows];
-          Buffer<double> values(kItemRows * channels);
-          Buffer<R> query(kItemRows * features);
+          std::optional<WindowProducts<R>> products;
+          if (result_.tangent_q) products.emplace(window);
           TiledRows<R> task;
-          task.data = data;
+          task.data = products ? products->data : window;
+          const int64_t columns = task.data.channels;
+          Buffer<double> values(kItemRows * columns), covariance(features * channels);
+          Buffer<R> query(kItemRows * features);
           task.rows = run.end - run.begin;
           for (int64_t k = 0; k < task.rows; ++k) {
             const int64_t i = rows[run.begin + k];
@@ -120,7 +138,17 @@ class Forward {
             const int64_t i = rows[run.begin + k];
             if (element_.batch.odd[i] || !(total[k] > 0) || !(shift[k] <= most)) continue;
             if (!(std::log2(total[k]) - shift[k] >= least)) continue;
-            write(i, shift[k], total[k], values.get() + k * channels, 1);
+            double* const sums = values.get() + k * columns;
+            if (products) {
+              products->separate(total[k], sums, covariance.get());
+              for (int64_t f = 0; f < features; ++f) {
+                const double w = element_.batch.w[f], factor = w * (w / element_.batch.unit[f]);
+                for (int64_t c = 0; c < channels; ++c) {
+                  tangent_of(i)[f * channels + c] = static_cast<R>(factor * covariance[f * channels + c]);
+                }
+              }
+            }
+            write(i, shift[k], total[k], sums, 1);
             left_[i] = 0;
           }
         });
@@ -139,6 +167,26 @@ class Forward {
       std::copy_n(out.get() + i * channels, channels, result_.out + row * channels);
       if (result_.lse) result_.lse[row] = lse[i];
       if (result_.state) std::copy_n(state.get() + 2 * i, 2, result_.state + 2 * row);
+    }
+    if (!result_.tangent_q) return;
+    // Channel by channel: the gradient of the query is the derivative of what its cotangent picks.
+    const int64_t features = problem_.features;
+    Buffer<double> picked(channels);
+    Buffer<R> grad(count * features);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t other = 0; other < channels; ++other) picked[other] = other == c;
+      BackwardTask<R> task{};
+      task.grad_out.data = picked.get();
+      task.grad_out.dtype = Dtype::kDouble;
+      task.grad_out.column_stride = 1;
+      task.out = out.get();
+      task.state = state.get();
+      task.grad_query = grad.get();
+      tiled_query_backward<R>(left_over.problem, task);
+      for (int64_t i = 0; i < count; ++i) {
+        R* const tangent = result_.tangent_q + (b_ * problem_.queries + left_over.rows[i]) * features * channels;
+        for (int64_t f = 0; f < features; ++f) tangent[f * channels + c] = grad[i * features + f];
+      }
     }
   }
 

@@ -100,45 +100,21 @@ class QueryBackward {
         [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { load(begin, n, charge, pitch); },
         [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
           const double error = error_of(element_.plan, bound) + tail;
-          std::vector<double> row(slots * columns_);
+          std::vector<double> row(slots * columns_), own(columns_);
           for (int64_t k = 0; k < n; ++k) {
             const int64_t i = begin + k;
             if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
             for (int s = 0; s < slots * columns_; ++s) row[s] = sums[s * pitch + k];
-            if (problem_.exclude_self && !subtract_own(i, row)) continue;
+            if (problem_.exclude_self) {
+              load(element_.own[i], 1, own.data(), 1);
+              if (!element_.subtract_own(i, own.data(), columns_, order_, row.data())) continue;
+            }
             if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
             differentiate(i, row);
             gradients_->level[i] = RowGradients<R>::kIdle;
           }
         }};
     expansion.run(serial_);
-  }
-
-  // Takes the row's own key out of its sums. False where that was much of them.
-  bool subtract_own(int64_t i, std::vector<double>& row) const {
-    const int64_t j = element_.own[i];
-    const int channels = static_cast<int>(problem_.channels);
-    const double kernel = std::exp(-element_.square(i, j) / 2);
-    std::vector<double> charge(columns_);
-    load(j, 1, charge.data(), 1);
-    if (!(row[0] - charge[0] * kernel >= kLeastOthers * charge[0] * kernel)) return false;
-    for (int c = 1; c <= channels; ++c) {
-      const double own = std::fabs(charge[c] * kernel);
-      if (!(std::fabs(row[c] - charge[c] * kernel) >= 0.02 * own) && element_.stands_out(j, c - 1)) return false;
-    }
-    for (int column = 0; column < columns_; ++column) row[column] -= charge[column] * kernel;
-    for (int a = 0; a < kAxes; ++a) {
-      const Axis& axis = element_.plan.axis[a];
-      if (axis.feature < 0) continue;
-      const double x = element_.queries.axis(element_.plan, a)[i], u = element_.keys.axis(element_.plan, a)[j];
-      const double z = (x - u) * axis.scale;
-      for (int column = 0; column < columns_; ++column) {
-        row[(1 + a) * columns_ + column] += charge[column] * kernel * z * axis.half;
-        if (order_ == 2)
-          row[(4 + a) * columns_ + column] -= charge[column] * kernel * (z * z - 1) * axis.half * axis.half;
-      }
-    }
-    return true;
   }
 
   // row (slots, columns): see GridEvaluate.

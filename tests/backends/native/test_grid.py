@@ -7,6 +7,7 @@ from conftest import every_other, pairwise
 from exact import BOXES, assert_accurate, solve
 
 import nwfast
+from nwfast.op import schema
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -306,3 +307,43 @@ def test_meshes_agree_with_series(exclude_self, data):
     for place, (single, double) in enumerate(zip(*results, strict=True)):
         scale = 1e-2 * terms if place == 4 else double.abs().max()
         assert (single - double).abs().max() <= 1e-6 * scale, place
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["all", "leave-one-out, weights"])
+@pytest.mark.parametrize("w", [1e-3, 7.0, 300.0], ids=["flat", "boxes", "windows"])
+@pytest.mark.parametrize("features", [2, 3])
+def test_tangents_of_all_channels(features, w, weighted, native):
+    """D out / d query of one pass is w^2 times covariances: in boxes, in windows, far from all keys and next to one."""
+    n, channels, rows = 8000, 9, torch.arange(0, 8000, 61)
+    key = torch.rand(n, features, dtype=torch.float64)
+    query = key + torch.randn(n, features, dtype=torch.float64) / (20 * w if w > 1 else 20)
+    query[rows[:20]] += 15 / max(w, 1)
+    query[rows[20:25]] += 100
+    value = torch.randn(n, channels, dtype=torch.float64) + 5 * key[:, :1]
+    scales = w * torch.arange(1, features + 1, dtype=torch.float64)
+    key_weight = torch.rand(n, dtype=torch.float64) + 0.1 if weighted else None
+    arguments = query, key, value, scales, key_weight, weighted
+    out, _, _, _, tangents = schema.KERNELS[f"{native}_fgt"].forward(*arguments, False, True)
+    scale = scales.square() / 2
+    nearest = ((query[rows, None] - key).square() * scale).sum(-1).argmin(-1)
+    star = key[nearest].unsqueeze(1)  # scores from its own, so that they do not cancel far away
+    scores = -((star - key) * (2 * query[rows, None] - key - star) * scale).sum(-1)
+    if weighted:
+        scores = scores + key_weight.log()
+        scores[torch.arange(len(rows)), rows] = -torch.inf
+    p = torch.softmax(scores, -1)
+    right = p @ value
+    offsets = key - (p @ key).unsqueeze(-2)
+    expected = scales.square()[:, None] * torch.stack(
+        [
+            (p * offsets[..., f]) @ value - right * (p * offsets[..., f]).sum(-1, keepdim=True)
+            for f in range(features)
+        ],
+        -2,
+    )
+    assert tangents.shape == (n, features * channels)
+    torch.testing.assert_close(out[rows], right, rtol=1e-11, atol=1e-11)
+    found = tangents[rows].unflatten(-1, (features, channels)) / scales[:, None]
+    expected = expected / scales[:, None]
+    sizes = expected.abs().amax((-2, -1), keepdim=True)
+    assert ((found - expected).abs() <= 1e-9 * sizes + 1e-12 * sizes.max()).all()
