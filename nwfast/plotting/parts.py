@@ -103,5 +103,6 @@ def mass_along(model: Any, feature: int, grid: _Array) -> _Array:
 
 
 def with_margin(low: float, high: float) -> tuple[float, float]:
+    """A range and four percent of it on either side."""
     margin = 0.04 * (high - low) or 0.5
     return low - margin, high + margin
