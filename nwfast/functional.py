@@ -1,6 +1,6 @@
 """The public functions: docstring, validate, choose, call the op."""
 
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from . import backends
 from .backends import reference
 from .op import call
 from .op import local_linear as lines
-from .validation import canonical, check_method
+from .validation import as_declared, canonical, check_method, unexpected
 
 
 @overload
@@ -56,6 +56,7 @@ def nadaraya_watson(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@as_declared
 def nadaraya_watson(
     query: Tensor,
     key: Tensor,
@@ -67,6 +68,7 @@ def nadaraya_watson(
     method: str = "auto",
     backend: str = "auto",
     return_lse: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Nadaraya-Watson kernel regression: attention pooling with a Gaussian kernel, without the (M, N) matrix.
 
@@ -137,6 +139,10 @@ def nadaraya_watson(
     reference, if it is given the module or function itself, not a program that torch.export made. A row that has no
     key left (all weights 0, or exclude_self with N = 1) is NaN, with lse = -inf and zero gradient.
 
+    A NaN in value (a missing observation) makes NaN of every output in its channel that its key counts for, which may
+    be all of them: a weight of any size, 0 by underflow included, times NaN is NaN. A weight of 0 in key_weight leaves
+    such keys out, ``key_weight=~value.isnan()``.
+
     References
     ----------
     Nadaraya (1964), "On Estimating Regression"; Watson (1964), "Smooth Regression Analysis"; Zhang, Lipton, Li and
@@ -152,6 +158,8 @@ def nadaraya_watson(
     >>> nwfast.nadaraya_watson(x, x, y, w=0.0)  # average pooling
     tensor([1.6667, 1.6667, 1.6667])
     """
+    if unknown:
+        raise unexpected("nadaraya_watson", unknown)
     check_method(method)
     if backend == "auto" or backend == "native" or backend == "numba":
         result = call.short_way(backend, query, key, value, w, key_weight, exclude_self, method, return_lse)
@@ -212,6 +220,7 @@ def local_linear(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@as_declared
 def local_linear(
     query: Tensor,
     key: Tensor,
@@ -223,6 +232,7 @@ def local_linear(
     method: str = "auto",
     backend: str = "auto",
     return_slope: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Local linear regression with a Gaussian kernel: at each query the weighted least-squares line (plane) there.
 
@@ -285,6 +295,8 @@ def local_linear(
     >>> nwfast.local_linear(torch.tensor([1.0]), x, x**2, w=1.0, return_slope=True)[1]
     tensor([2.])
     """
+    if unknown:
+        raise unexpected("local_linear", unknown)
     check_method(method)
     one_feature = isinstance(query, Tensor) and query.ndim == 1
     query, key, value, scale, key_weight, drop = canonical(query, key, value, w, key_weight, exclude_self)
@@ -298,6 +310,7 @@ def local_linear(
     return fit, slope.reshape(fit.shape) if one_feature else slope.squeeze(-2) if drop else slope
 
 
+@as_declared
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -305,6 +318,7 @@ def attention_weights(
     *,
     key_weight: Tensor | None = None,
     exclude_self: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""The weights p that `nadaraya_watson` averages with, as a matrix: for plots and checks, O(M N) memory.
 
@@ -333,6 +347,8 @@ def attention_weights(
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
+    if unknown:
+        raise unexpected("attention_weights", unknown)
     query, key, _, scale, key_weight, drop = canonical(
         query, key, None, w, key_weight, exclude_self, without_value=True
     )

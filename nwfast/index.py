@@ -1,6 +1,6 @@
 """`KeyIndex`: keys and values that many calls share, sorted once and, for a fixed bandwidth, compressed once."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends
 from .functional import nadaraya_watson
 from .op import call, prepared
-from .validation import canonical, check_method
+from .validation import as_declared, canonical, check_kind, check_method, unexpected
 
 
 class _Compressed(NamedTuple):
@@ -56,7 +56,8 @@ class KeyIndex:
 
     Gradients reach query and w, and key, value and key_weight where these required them when the index was made (not
     under `torch.no_grad`): the copies keep the graph of what they are copies of. Calls that need a gradient visit all
-    keys, in their sorted order. A copy or a pickle of the index holds numbers without a graph.
+    keys, in their sorted order. A copy or a pickle of the index holds the data without a graph, and sorts and
+    compresses it anew; `torch.load` takes it as it is, with ``weights_only=True``, once nwfast is imported.
 
     Examples
     --------
@@ -76,12 +77,7 @@ class KeyIndex:
         method: str = "auto",
         backend: str = "auto",
     ):
-        check_method(method)
-        if not isinstance(key, Tensor):
-            raise TypeError(f"key must be a torch.Tensor, got {type(key).__name__}")
-        if key.ndim not in (1, 2) or (key.ndim == 2 and not 1 <= key.shape[1] <= _MOST_FEATURES):
-            raise ValueError(f"key must have shape (N,) or (N, D), D at most 3, got {tuple(key.shape)}")
-        canonical(key[:1], key, value, 1.0, key_weight, exclude_self=False)
+        self._check(key, value, key_weight, method)
         backends.resolve(backend, key.device, method)
         self.method, self.backend = method, backend
         if torch.is_inference_mode_enabled():  # copies that autograd takes too
@@ -91,6 +87,14 @@ class KeyIndex:
         else:
             self._take(key, value, key_weight)
         self._compressed: _Compressed | None = None  # a call reads it once: another thread's may replace it
+
+    @staticmethod
+    def _check(key: Tensor, value: Tensor, key_weight: Tensor | None, method: str) -> None:
+        check_method(method)
+        check_kind("key", key)
+        if key.ndim not in (1, 2) or (key.ndim == 2 and not 1 <= key.shape[1] <= _MOST_FEATURES):
+            raise ValueError(f"key must have shape (N,) or (N, D), D at most 3, got {tuple(key.shape)}")
+        canonical(key[:1], key, value, 1.0, key_weight, exclude_self=False)
 
     def _take(self, key: Tensor, value: Tensor, key_weight: Tensor | None) -> None:
         """Copies of the data, with one feature in ascending order of the keys."""
@@ -136,6 +140,7 @@ class KeyIndex:
         self, query: Tensor, w: float | Tensor = ..., *, exclude_self: bool = ..., return_lse: Literal[True]
     ) -> tuple[Tensor, Tensor]: ...
 
+    @as_declared
     def __call__(
         self,
         query: Tensor,
@@ -143,6 +148,7 @@ class KeyIndex:
         *,
         exclude_self: bool = False,
         return_lse: bool = False,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Regress the values on the keys at the queries.
 
@@ -163,6 +169,8 @@ class KeyIndex:
         out, lse
             As of `nwfast.nadaraya_watson`.
         """
+        if unknown:
+            raise unexpected("KeyIndex.__call__", unknown)
         if not exclude_self:
             predicted = self._predict(query, w)
             if predicted is not None:
@@ -195,8 +203,28 @@ class KeyIndex:
         return result.index_select(rows, places)
 
     def __getstate__(self) -> dict[str, Any]:
-        held = tuple(tensor if tensor is None else tensor.detach() for tensor in self._in_order())
-        return {**self.__dict__, "_held": held, "_is_sorted": True}
+        """Tensors and strings alone, without a graph, the keys in the order in which they were given."""
+        key, value, key_weight = self._held
+        if self._is_sorted and self._order is not None:
+            places = self._order.argsort()
+            key, value = key[places], value[places]
+            key_weight = key_weight if key_weight is None else key_weight[places]
+        return {
+            "key": key.detach(),
+            "value": value.detach(),
+            "key_weight": key_weight if key_weight is None else key_weight.detach(),
+            "method": self.method,
+            "backend": self.backend,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What a file says is checked as what a caller says: torch.load may be given any file.
+        data, method = (state["key"], state["value"], state["key_weight"]), state["method"]
+        self._check(*data, method)
+        self.method, self.backend = method, state["backend"]
+        with torch.inference_mode(False):
+            self._take(*data)
+        self._compressed = None
 
     def _in_order(self) -> _Held:
         key, value, key_weight = self._held
@@ -246,3 +274,6 @@ class KeyIndex:
                 return_lse=True,
             )
         return out, lse
+
+
+torch.serialization.add_safe_globals([KeyIndex])  # it is made of tensors and strings, and checks them

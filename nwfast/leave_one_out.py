@@ -1,6 +1,6 @@
 """`leave_one_out_loss`: what to minimise in w, as one operator where the native backend has it, else as a formula."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -9,11 +9,12 @@ from . import backends
 from .functional import local_linear, nadaraya_watson
 from .op import by_reference, call
 from .op.schema import LEAVE_ONE_OUT
-from .validation import check_method
+from .validation import as_declared, check_kind, check_method, unexpected
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
+@as_declared
 def leave_one_out_loss(
     x: Tensor,
     y: Tensor,
@@ -24,6 +25,7 @@ def leave_one_out_loss(
     reduction: str = "mean",
     method: str = "auto",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""The squared residuals of a regression of y on x in which no example helps to predict itself.
 
@@ -89,6 +91,8 @@ def leave_one_out_loss(
     >>> nwfast.leave_one_out_loss(x, torch.tensor([0.0, 3.0, 0.0]), w=0.0)
     tensor(4.5000)
     """
+    if unknown:
+        raise unexpected("leave_one_out_loss", unknown)
     check_method(method)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
@@ -111,6 +115,8 @@ def _by_formula(
     method: str,
     backend: str,
 ) -> Tensor:
+    check_kind("x", x)
+    check_kind("y", y)
     fit = local_linear if degree else nadaraya_watson
     fitted = fit(x, x, y, w, key_weight=key_weight, exclude_self=True, method=method, backend=backend)
     residual = fitted - y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .functional import attention_weights, nadaraya_watson
 from .leave_one_out import leave_one_out_loss
 from .op.call import is_transformed
-from .validation import check_method
+from .validation import NAMES_OF_BANDWIDTH, check_method, unexpected
 
 
 class _Call(NamedTuple):
@@ -118,6 +118,9 @@ class NWKernelRegression(nn.Module):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ):
+        wrong = NAMES_OF_BANDWIDTH.keys() & kwargs.keys()
+        if wrong:
+            raise unexpected(type(self).__name__, wrong)
         super().__init__(**kwargs)
         check_method(method)
         self.exclude_self = exclude_self

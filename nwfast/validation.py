@@ -5,8 +5,10 @@ data: they cost no synchronisation and hold under torch.compile. They run at eve
 little; what exactly was wrong is found out only once something is.
 """
 
+import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,17 @@ _HALF = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _OF_PYTHON = (int, float, torch.SymInt, torch.SymFloat)
 _NUMBERS = (*_OF_PYTHON, numbers.Real)
+
+# What others call the bandwidth, and w in terms of it.
+NAMES_OF_BANDWIDTH = {
+    **{
+        name: f"1 / {name}"
+        for name in ("bandwidth", "bw", "h", "kernel_width", "length_scale", "lengthscale", "sigma")
+    },
+    "gamma": "(2 * gamma) ** 0.5",
+}
+
+_Function = TypeVar("_Function", bound=Callable)
 
 # query, key, value (None if None was given), w, key_weight, and how many dimensions of size 1 the result has at its
 # end that the caller did not give: 1 where value has no channel dimension, 2 where keys are per query as well.
@@ -131,6 +144,45 @@ def canonical(
     return query, key, value, w, key_weight, drop
 
 
+def as_declared(function: _Function) -> _Function:
+    """Leave `unknown` out of the signature that a function shows: it is there for `unexpected` alone.
+
+    Catching all keyword arguments takes some hundredths of a microsecond. For type checkers it is not there either:
+    they read the overloads, or its annotation, which no argument fits.
+    """
+    shown = inspect.signature(function)
+    kept = [parameter for name, parameter in shown.parameters.items() if name != "unknown"]
+    function.__signature__ = shown.replace(parameters=kept)  # type: ignore[attr-defined]
+    return function
+
+
+def unexpected(function: str, unknown: Iterable[str]) -> TypeError:
+    """The error for keyword arguments that there are not, which says what w is where they mean the bandwidth."""
+    name = next(iter(unknown))
+    message = f"{function}() got an unexpected keyword argument {name!r}"
+    if name in NAMES_OF_BANDWIDTH:
+        message += f": it takes the inverse of the bandwidth, w = {NAMES_OF_BANDWIDTH[name]}"
+    return TypeError(message)
+
+
+def check_kind(name: str, tensor: object) -> None:
+    """Raise TypeError unless `tensor` is one; for arrays and lists the message says what makes one of them."""
+    if not isinstance(tensor, Tensor):
+        hint = _as_tensor(name, tensor)
+        if hint:
+            hint += "; arrays are what nwfast.NadarayaWatsonRegressor takes"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+
+
+def _as_tensor(name: str, data: object) -> str:
+    """What makes a tensor of arrays, lists and columns of tables, as the end of a message."""
+    if type(data).__name__ == "ndarray":
+        return f": torch.from_numpy({name}) makes it one"
+    if hasattr(data, "__array__"):
+        return f": torch.tensor(numpy.asarray({name})) makes it one"
+    return f": torch.as_tensor({name}) makes it one" if isinstance(data, list | tuple) else ""
+
+
 def check_method(method: str) -> None:
     """Raise ValueError unless `method` is "auto" or the name of a method."""
     if method != "auto" and method not in METHODS:
@@ -171,9 +223,8 @@ def _checked(
     return query, key, value, w, key_weight
 
 
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+def _check_tensor(name: str, tensor: Any) -> None:
+    check_kind(name, tensor)
     if tensor.dtype not in _DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must have a floating dtype ({expected}), got {tensor.dtype}")
@@ -225,7 +276,9 @@ def _canonical_w(w: Any, query: Tensor) -> Tensor:
         if not isinstance(w, _OF_PYTHON) and getattr(w, "shape", None) == () and hasattr(w, "item"):
             w = w.item()  # of numpy
         if isinstance(w, bool) or not isinstance(w, _NUMBERS):
-            raise TypeError(f"w must be a number or a torch.Tensor, got {type(w).__name__}")
+            raise TypeError(
+                f"w must be a number or a torch.Tensor, got {type(w).__name__}{_as_tensor('w', w)}"
+            )
         number: Any = w
         if is_captured():  # a comparison, or a constant, would make a program for this one number
             return torch.ones(1, dtype=dtype, device=query.device) * number

@@ -23,11 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = (
     "backends/numba/test_dense.py",
     "backends/native/test_sanitizers.py",
-    "backends/numba/test_linear.py",
     "backends/cuda/test_emulated.py",
-    "backends/cuda/test_compile.py",
-    "tools/test_packaging.py",
     "backends/triton/test_triton.py",
+    "backends/numba/test_linear.py",
+    "op/test_compile.py",
+    "op/test_ops.py",
+    "backends/native/test_products.py",
+    "backends/native/test_grid.py",
+    "backends/cuda/test_compile.py",
 )
 
 if importlib.util.find_spec(
@@ -85,6 +88,34 @@ def every_other(names: str, *axes: Sequence) -> pytest.MarkDecorator:
     )
 
 
+def pairwise(names: str, *axes: Sequence) -> pytest.MarkDecorator:
+    """As few combinations of the axes as let any two values of two axes meet, as parameters; the rest is marked full.
+
+    Chosen greedily, each to bring together most that have not met, the first of equals.
+    """
+
+    def pairs(place: tuple[int, ...]) -> set:
+        return set(itertools.combinations(enumerate(place), 2))
+
+    places = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    apart, chosen = set().union(*map(pairs, places)), set()
+    while apart:
+        best = max(places, key=lambda place: len(pairs(place) & apart))
+        chosen.add(best)
+        apart -= pairs(best)
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *(axis[i] for axis, i in zip(axes, place, strict=True)),
+                marks=[] if place in chosen else [pytest.mark.full],
+            )
+            for place in places
+        ],
+        ids=str,
+    )
+
+
 @pytest.fixture(scope="session")
 def missing_toolchain() -> Callable[[], str]:
     """setup.py's own check: why no extension can be built here, or the empty string."""
@@ -124,9 +155,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that takes a backend on every one of them in turn."""
+    """Run each test that takes a backend on every one of them in turn.
+
+    One marked `shared` is of code that all backends share, and long: on all but the first by `make test-full` (on a GPU
+    it runs on all).
+    """
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backend").split(",")
+        first, *others = metafunc.config.getoption("--backend").split(",")
+        shared = metafunc.definition.get_closest_marker("shared")
+        marks = [pytest.mark.full] if shared and metafunc.config.getoption("--device") == "cpu" else []
+        names = [first, *(pytest.param(name, marks=marks) for name in others)]
         metafunc.parametrize("backend", names, indirect=True)
 
 

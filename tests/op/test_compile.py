@@ -85,6 +85,7 @@ def test_fullgraph_with_dynamic_shapes(backend, return_lse):
     assert len(graphs) == 2, "recompiled for other sizes"
 
 
+@pytest.mark.shared
 @pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "c++").split()[0]), reason="torch's inductor needs a C++ compiler"
 )
@@ -131,6 +132,7 @@ def test_options_and_number_w(backend):
         compiled(x, x.sin(), torch.rand(3, dtype=torch.float64))
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     "transform",
     [
@@ -156,6 +158,7 @@ def test_compiled_transforms(backend, transform):
     assert_same(compiled(*arguments), expected, 1e-9)
 
 
+@pytest.mark.shared
 def test_transforms_of_compiled(backend):
     """A transform around a compiled function is right, or refused: never silently wrong."""
     arguments = [tensor.detach() for tensor in make()]
@@ -175,6 +178,7 @@ def test_transforms_of_compiled(backend):
             assert_same(found, transform(lambda *x: textbook(*x)[0])(*arguments), 1e-9)
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_compiled_with_dual_tensors(backend, requires_grad):
     function = op(backend)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import every_other, pairwise
 from exact import BOXES, assert_accurate, solve
 from oracle import assert_weights_matter, gradients, scores, textbook
 
@@ -136,8 +137,7 @@ def test_every_small_size(backend, dtype):
             check(make(((n,), (n,), (n, 2), (), None), dtype), backend, exclude_self=True)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 8, 16, 17, 64])
-@pytest.mark.parametrize("features", [1, 2, 3, 5, 16])
+@every_other("features, channels", (1, 2, 3, 5, 16), (1, 2, 3, 8, 16, 17, 64))
 def test_features_and_channels(backend, features, channels):
     for dtype in (torch.float32, torch.float64):
         shapes = (33, features), (45, features), (45, channels), (features,), None
@@ -146,9 +146,7 @@ def test_features_and_channels(backend, features, channels):
         check(inputs, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("order", ["sorted", "unsorted"])
-@pytest.mark.parametrize("w", [0.3, 30.0, 3000.0])
+@pairwise("w, order, dtype", (0.3, 30.0, 3000.0), ("sorted", "unsorted"), (torch.float32, torch.float64))
 def test_thousands(backend, w, order, dtype):
     query, key, value, _, _ = make(((160,), (2300,), (2300,), (), None), dtype)
     if order == "sorted":

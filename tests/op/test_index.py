@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import pairwise
 from oracle import textbook
 
 import nwfast
@@ -28,8 +29,7 @@ def close(found, exact, dtype, scale=1.0):
     torch.testing.assert_close(found.double(), exact, rtol=DTYPES[dtype], atol=DTYPES[dtype] * scale)
 
 
-@pytest.mark.parametrize("method", ["auto", "dense", "fgt"])
-@pytest.mark.parametrize("w", [0.0, 3.0, 200.0])
+@pairwise("w, method, dtype", (0.0, 3.0, 200.0), ("auto", "dense", "fgt"), tuple(DTYPES))
 def test_predictions(backend, method, w, dtype):
     key, value, query = data(dtype)
     index = nwfast.KeyIndex(key, value, method=method, backend=backend)
@@ -185,9 +185,13 @@ def several(features, dtype, n=6000, m=900, channels=()):
     return key.to(dtype), value.to(dtype), query.to(dtype)
 
 
-@pytest.mark.parametrize("method", ["auto", "fgt"])
-@pytest.mark.parametrize("w", [0.0, 1e-5, 2.0, (3.0, 7.0, 0.5), 300.0])
-@pytest.mark.parametrize("features", [2, 3])
+@pairwise(
+    "features, w, method, dtype",
+    (2, 3),
+    (0.0, 1e-5, 2.0, (3.0, 7.0, 0.5), 300.0),
+    ("auto", "fgt"),
+    tuple(DTYPES),
+)
 def test_predictions_of_several_features(native, features, w, method, dtype):
     key, value, query = several(features, dtype)
     if isinstance(w, tuple):
@@ -290,6 +294,28 @@ def test_threads_and_copies_with_several_features(native):
             assert torch.equal(fresh(query, 2.0), expected[0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_torch_load_takes_it_with_weights_only(features, tmp_path):
+    key, value, query = data(torch.float64, n=50, m=10) if features == 1 else several(2, torch.float64)
+    weight = torch.rand(len(key), dtype=torch.float64)
+    index = nwfast.KeyIndex(key, value, key_weight=weight, method="dense")
+    index(query, 3.0)
+    torch.save({"index": index}, tmp_path / "index.pt")
+    twin = torch.load(tmp_path / "index.pt", weights_only=True)["index"]
+    assert torch.equal(twin(query, 3.0), index(query, 3.0))
+    assert torch.equal(twin(key, 3.0, exclude_self=True), index(key, 3.0, exclude_self=True))
+    assert (twin.method, twin.backend) == ("dense", "auto")
+
+
+def test_what_a_file_holds_is_checked(tmp_path, monkeypatch):
+    index = nwfast.KeyIndex(torch.rand(5), torch.rand(5))
+    state = {**index.__getstate__(), "value": torch.rand(2)}
+    monkeypatch.setattr(nwfast.KeyIndex, "__getstate__", lambda self: state)
+    torch.save(index, tmp_path / "index.pt")
+    with pytest.raises(ValueError, match="value must have one row a key, N = 5, got 2 rows"):
+        torch.load(tmp_path / "index.pt", weights_only=True)
 
 
 def test_bad_input():

@@ -58,8 +58,8 @@ def op(backend, **options):
 # Reverse mode.
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.shared
+@every_other("form, return_lse", FORMS, (False, True))
 def test_derivatives_of_first_and_second_order(backend, form, return_lse):
     leaves, exclude_self = inputs(form)
     function, _ = op(backend, exclude_self=exclude_self, return_lse=return_lse)
@@ -261,8 +261,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("form", ["1-D", "leave-one-out", "per-query keys"])
+@every_other("form, transform", ("1-D", "leave-one-out", "per-query keys"), tuple(TRANSFORMS))
 def test_transforms(backend, form, transform):
     leaves, exclude_self = inputs(form)
     leaves = [leaf.detach() for leaf in leaves]
@@ -274,6 +273,7 @@ def test_transforms(backend, form, transform):
         close(a, b)
 
 
+@pytest.mark.shared
 @every_other(
     "form, mapped", ("1-D", "heads"), [c for r in range(1, 6) for c in itertools.combinations(range(5), r)]
 )

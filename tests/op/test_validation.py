@@ -1,8 +1,10 @@
 """Bad input: every row of the table in the design, by the message."""
 
+import inspect
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from oracle import textbook
@@ -84,6 +86,83 @@ def test_shape_of_w(w, query, message):
 def test_shape_of_key_weight(key_weight, query, message):
     rejects(ValueError, message, t(*query), t(*query), t(*query), key_weight=t(*key_weight))
     rejects(ValueError, message, t(*query), t(*query), key_weight=t(*key_weight), function=attention_weights)
+
+
+X = torch.rand(4)
+TAKE_W = {
+    "nadaraya_watson": lambda **options: nadaraya_watson(X, X, X, **options),
+    "local_linear": lambda **options: nwfast.local_linear(X, X, X, **options),
+    "attention_weights": lambda **options: attention_weights(X, X, **options),
+    "leave_one_out_loss": lambda **options: nwfast.leave_one_out_loss(X, X, **options),
+    "KeyIndex.__call__": lambda **options: nwfast.KeyIndex(X, X)(X, **options),
+    "NWKernelRegression": lambda **options: nwfast.NWKernelRegression(**options),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_W)
+def test_a_bandwidth_leads_to_its_inverse(name):
+    for word in ("bandwidth", "h", "sigma"):
+        message = rf"^{re.escape(name)}\(\) got an unexpected keyword argument '{word}': .* w = 1 / {word}$"
+        rejects(TypeError, message, function=TAKE_W[name], **{word: 0.3})
+    rejects(TypeError, r"w = \(2 \* gamma\) \*\* 0.5$", function=TAKE_W[name], gamma=0.3)
+    rejects(TypeError, r"got an unexpected keyword argument 'kernel'$", function=TAKE_W[name], kernel="box")
+
+
+def test_signatures_show_what_there_is():
+    functions = (
+        nadaraya_watson,
+        nwfast.local_linear,
+        attention_weights,
+        nwfast.leave_one_out_loss,
+        nwfast.KeyIndex(X, X),
+    )
+    for function in functions:
+        kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_arrays_and_lists_lead_to_tensors_and_to_the_estimator():
+    column = pd.Series([1.0, 2.0])
+    for data, way in (
+        (np.ones(4), r"torch\.from_numpy\({}\)"),
+        ([1.0, 2.0], r"torch\.as_tensor\({}\)"),
+        (column, r"torch\.tensor\(numpy\.asarray\({}\)\)"),
+    ):
+        for function, names in (
+            (nadaraya_watson, ("query", "key", "value")),
+            (nwfast.local_linear, ("query", "key", "value")),
+            (attention_weights, ("query", "key")),
+            (nwfast.leave_one_out_loss, ("x", "y")),
+            (nwfast.KeyIndex, ("key", "value")),
+            (nwfast.NWKernelRegression(), ("query", "key", "value")),
+        ):
+            for place, name in enumerate(names):
+                arguments = [t(4) for _ in names]
+                arguments[place] = data
+                message = (
+                    rf"{name} must be a torch\.Tensor, got {type(data).__name__}: {way.format(name)} makes"
+                )
+                rejects(
+                    TypeError,
+                    f"{message} it one; .* nwfast.NadarayaWatsonRegressor",
+                    *arguments,
+                    function=function,
+                )
+        rejects(
+            TypeError, rf"got {type(data).__name__}: {way.format('w')} makes it one$", t(4), t(4), t(4), data
+        )
+    torch.testing.assert_close(
+        torch.tensor(np.asarray(column)), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    )
+
+
+def test_a_missing_value_spreads_unless_it_is_left_out(backend):
+    """As the docstring says."""
+    query, key, value = torch.linspace(0, 3, 7), torch.arange(4.0), torch.tensor([1.0, torch.nan, 2.0, 0.5])
+    assert nadaraya_watson(query, key, value, backend=backend).isnan().all()
+    seen = ~value.isnan()
+    found = nadaraya_watson(query, key, value, key_weight=seen, backend=backend)
+    torch.testing.assert_close(found, nadaraya_watson(query, key[seen], value[seen], backend=backend))
 
 
 def test_exclude_self_needs_square():

@@ -1,5 +1,10 @@
-"""The wheels: built from a copy of the sources, audited, installed in fresh environments without a compiler."""
+"""The wheels: built from a copy of the sources, audited, installed in fresh environments without a compiler.
 
+`make test-full` alone builds the wheel with the extension and compiles Numba's kernels where one is installed. What
+`make test` audits is the extension that lies in the package's folder.
+"""
+
+import importlib
 import json
 import os
 import runpy
@@ -21,6 +26,7 @@ import json, os, shutil, torch, nwfast
 query, key = torch.linspace(-1, 6, 33), torch.rand(101) * 5
 value, w = torch.randn(101, requires_grad=True), torch.tensor(3.0, requires_grad=True)
 out = nwfast.nadaraya_watson(query, key, value, w, backend=os.environ["BACKEND"])
+[nwfast.backends.load(name) for name in ("numba", "numba_fgt")]  # all their modules are there
 expected = torch.softmax(-((query[:, None] - key) * w) ** 2 / 2, dim=1) @ value
 torch.testing.assert_close(out, expected)
 found, wanted = (torch.autograd.grad(result.square().sum(), (w, value)) for result in (out, expected))
@@ -104,32 +110,46 @@ def run_installed(wheel: Path, directory: Path, backend: str) -> dict[str, bool 
     return available
 
 
+@pytest.mark.full
 def test_the_wheel_serves_all_pythons_from_3_10(wheel):
     assert wheel.name.startswith("nwfast-")
     assert "-cp310-abi3-" in wheel.name
 
 
-def test_the_wheel_keeps_to_the_stable_abi_of_python(wheel):
-    subprocess.run([sys.executable, "-m", "abi3audit", "--strict", "--summary", wheel], check=True)
+@pytest.fixture(params=["extension", pytest.param("wheel", marks=pytest.mark.full)])
+def package(request, native, tmp_path) -> Path:
+    """A folder with the extension as it lies here, or with what the wheel holds."""
+    if request.param == "extension":
+        (tmp_path / "nwfast").mkdir()
+        shutil.copy(importlib.import_module("nwfast._C").__file__, tmp_path / "nwfast")
+        return tmp_path / "nwfast"
+    shutil.unpack_archive(request.getfixturevalue("wheel"), tmp_path, "zip")
+    return tmp_path / "nwfast"
+
+
+def test_it_keeps_to_the_stable_abi_of_python(package):
+    (extension,) = package.glob("*.so")
+    subprocess.run([sys.executable, "-m", "abi3audit", "--strict", "--summary", extension], check=True)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
-def test_the_wheel_keeps_to_the_stable_abi_of_torch(wheel, tmp_path):
-    shutil.unpack_archive(wheel, tmp_path, "zip")
+def test_it_keeps_to_the_stable_abi_of_torch(package):
     audit = Path(sys.executable).with_name("torch-abi-audit")
-    subprocess.run([audit, "--check", "both", tmp_path / "nwfast"], check=True)
+    subprocess.run([audit, "--check", "both", package], check=True)
 
 
+@pytest.mark.full
 def test_the_wheel_runs_native_without_a_compiler(wheel, tmp_path):
     assert run_installed(wheel, tmp_path, "native")["native"] is True
 
 
-def test_without_a_compiler_the_build_says_so_and_numba_serves(tmp_path):
+@pytest.mark.parametrize("computes", ["reference", pytest.param("numba", marks=pytest.mark.full)])
+def test_without_a_compiler_the_build_says_so_and_numba_serves(tmp_path, computes):
     process = build(tmp_path, without_compiler(tmp_path / "empty"))
     wheel = only_wheel(tmp_path, process)
     assert "the C++ extension nwfast._C is SKIPPED: no C++ compiler: 'c++' is not found" in process.stdout
     assert wheel.name.endswith("-py3-none-any.whl")
-    available = run_installed(wheel, tmp_path, "numba")
+    available = run_installed(wheel, tmp_path, computes)
     assert available["numba"] is True
     assert "nwfast._C is not built" in available["native"]
 

@@ -70,9 +70,9 @@ def _demangle(symbol: str) -> str:
     return found[1] + re.sub(r"\([\w:]+\)", "", found[2] or "") if found else symbol
 
 
-def rows(targets: tuple[str, ...] = TARGETS) -> list[Resource]:
-    """Every kernel for every target, compiled two files at a time."""
+def rows(targets: tuple[str, ...] = TARGETS, files: list[Path] | None = None) -> list[Resource]:
+    """Every kernel (of the files, if given) for every target, compiled two files at a time."""
     with ThreadPoolExecutor(2) as pool:
-        groups = pool.map(lambda source: compile_kernels(source, targets), sources())
+        groups = pool.map(lambda source: compile_kernels(source, targets), files or sources())
         found = [resource for group in groups for resource in group]
     return sorted(found, key=lambda row: (row.kernel, TARGETS.index(row.target)))

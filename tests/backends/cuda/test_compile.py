@@ -1,6 +1,7 @@
 """The CUDA sources compiled by nvcc to native code, within their register budgets; no GPU is needed.
 
-For one target; for all of them in `make test-full`.
+Optimised code, which has the budgets, takes minutes: `make test` compiles the kernels of one feature and channel so,
+for one target, and all sources without optimisation. The rest is for `make test-full`.
 """
 
 import shutil
@@ -18,19 +19,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-OTHERS = tuple(target for target in cuda_resources.TARGETS if target != "sm_90")
+TARGET = "sm_90"
+OTHERS = tuple(target for target in cuda_resources.TARGETS if target != TARGET)
+SINGLE = sorted((cuda_resources.SOURCES / "dense" / "single").glob("*.cu"))
 
 
 @pytest.fixture(
-    scope="module", params=[("sm_90",), pytest.param(OTHERS, marks=pytest.mark.full)], ids=" ".join
+    scope="module",
+    params=[
+        pytest.param(((TARGET,), SINGLE), id="single"),
+        pytest.param(((TARGET,), cuda_resources.sources()), id="all", marks=pytest.mark.full),
+        pytest.param((OTHERS, cuda_resources.sources()), id="other targets", marks=pytest.mark.full),
+    ],
 )
-def targets(request) -> tuple[str, ...]:
+def compiled(request) -> tuple[tuple[str, ...], list[Path]]:
+    """Targets and the sources that are compiled for them."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def resources(targets) -> list[cuda_resources.Resource]:
-    return cuda_resources.rows(targets)
+def resources(compiled) -> list[cuda_resources.Resource]:
+    return cuda_resources.rows(*compiled)
 
 
 def test_no_spills(resources):
@@ -41,17 +50,26 @@ def test_registers_are_within_budget(resources):
     assert [row for row in resources if row.registers > row.register_budget] == []
 
 
-def test_every_kernel_is_there(resources, targets):
+def test_every_kernel_is_there(resources, compiled):
+    targets, sources = compiled
     assert {row.target for row in resources} == set(targets)
     names = {row.kernel.split("<")[0] for row in resources}
     written = set()
-    for source in cuda_resources.sources():
+    for source in sources:
         text = source.read_text()
         for part in text.split("__global__ void ")[1:]:
             part = part.split("\n    ", 1)[1] if part.startswith("__launch_bounds__") else part
             written.add(part.split("(", 1)[0].strip())
     if shutil.which("c++filt"):
         assert names == written
+
+
+@pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda path: "/".join(path.parts[-2:]))
+def test_it_compiles_without_optimisation(source, tmp_path):
+    nvcc = cuda_resources._nvcc()
+    options = ["-std=c++17", "-G", f"-arch={TARGET}", "-fatbin", "-o", str(tmp_path / "kernels.fatbin")]
+    process = subprocess.run([nvcc, *options, str(source)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_spill_is_found(tmp_path):
@@ -70,8 +88,11 @@ def test_a_spill_is_found(tmp_path):
     assert row.spill_bytes > 0
 
 
+@pytest.mark.full
 def test_the_operators_compile_against_this_torch(tmp_path):
-    """The stable ABI needs no CUDA build of torch: only its headers."""
+    """The stable ABI needs no CUDA build of torch: only its headers. test_emulated.py compiles them with the CPU's
+    compiler.
+    """
     include = Path(torch.__file__).parent / "include"
     nvcc = cuda_resources._nvcc()
     options = ["-std=c++17", "-arch=sm_90", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

@@ -31,10 +31,12 @@ LEFT_OUT = [
     "features_and_channels",
     "test_any_bandwidth",
 ]
+# Long to emulate: by `make test-full`.
+LONG = ["test_many_features", "test_long_sums_have_two_levels", "test_tiny_weights_of_tiny_values"]
 
 # Errors planted in a source, and the case of small_case.py that finds each: that the tests can find what they look for.
-# Each is compiled anew, all but one of each case by `make test-full` alone.
-IN_SHORT = ("a merge that leaves out a part", "tiled gradients that go to the wrong key")
+# Each is compiled anew, all but one by `make test-full` alone.
+IN_SHORT = "tiled gradients that go to the wrong key"
 MUTATIONS = {
     "an index that is off by one": (
         "sorted",
@@ -132,21 +134,24 @@ def run_cases(*pairs: tuple[Path, str], **variables: str) -> list[str]:
     return [part.split("\n", 1)[1] for part in parts]
 
 
-def test_the_tests_of_all_backends_pass(library):
+@pytest.mark.parametrize("which", ["most", pytest.param("all", marks=pytest.mark.full)])
+def test_the_tests_of_all_backends_pass(library, which):
     options = ["-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "--backend", "cuda", "-q", "-x"]
-    choice = f"not ({' or '.join(LEFT_OUT)})"
-    output = run(*options, *TESTS, "-k", choice, NWFAST_EMULATED_LIBRARY=str(library))
+    options += ["-m", ""] if which == "all" else []  # those that are marked full, too
+    names = [*LEFT_OUT, *(LONG if which == "most" else [])]
+    output = run(*options, *TESTS, "-k", f"not ({' or '.join(names)})", NWFAST_EMULATED_LIBRARY=str(library))
     assert " passed" in output
 
 
 @pytest.mark.parametrize(
     "mutation",
-    [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in MUTATIONS],
+    [name if name == IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in MUTATIONS],
 )
 def test_a_planted_error_is_caught(library, objects, tmp_path, mutation):
-    """The small case without the error, "right", is part of test_no_access_outside_an_array."""
     case, *replace = MUTATIONS[mutation]
-    (found,) = run_cases((build(tmp_path / "mutant.so", objects, replace=replace), case))
+    mutant = build(tmp_path / "mutant.so", objects, replace=replace)
+    right, found = run_cases((library, case), (mutant, case))
+    assert right.startswith("right"), right
     assert found.startswith("wrong") or "emulated GPU:" in found, found
 
 
@@ -165,11 +170,13 @@ def sanitized(objects, library) -> dict[str, str]:
     return dict(zip([*cases, "mutant"], run_cases(*pairs, **variables), strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["sorted", "unsorted", "tiled", "few channels", "halves"])
 def test_no_access_outside_an_array(sanitized, case):
     assert sanitized[case].startswith("right"), sanitized[case]
     assert "AddressSanitizer" not in sanitized[case]
 
 
+@pytest.mark.full
 def test_an_access_outside_an_array_is_caught(sanitized):
     assert "AddressSanitizer: heap-buffer-overflow" in sanitized["mutant"], sanitized["mutant"]

@@ -112,8 +112,7 @@ def test_leave_one_out(problem, apart):
     )
 
 
-@pytest.mark.parametrize("w", [3.0, 100.0, 1e4])
-@pytest.mark.parametrize("kind", KINDS)
+@every_other("kind, w", KINDS, (3.0, 100.0, 1e4))
 def test_leave_one_out_in_crowded_boxes(kind, w):
     key = torch.from_numpy(keys_of(kind, 1200, np.random.default_rng(3)))
     assert_forward(key, key, torch.sin(key - key[0]), w, exclude_self=True)
@@ -266,8 +265,7 @@ def test_error_in_float32_near_and_far():
         assert error <= 2.0**-23, f"w = {w}: {error}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("w", [300.0, 1e3, 3e3, 1e4, 1e5])
+@every_other("w, dtype", (300.0, 1e3, 3e3, 1e4, 1e5), (torch.float64, torch.float32))
 def test_queries_far_apart_among_many_keys(w, dtype):
     """Each has its own window."""
     generator = np.random.default_rng(12)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import every_other
+from conftest import every_other, pairwise
 from exact import BOXES, assert_accurate, solve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,9 +65,9 @@ def test_gradients_at_every_bandwidth(kind, w, dtype):
     assert_backward(query, key, torch.sin(key - key[0]), w)
 
 
-@pytest.mark.parametrize("keys_a_bandwidth", [0.2, 1.0, 3.0])
-@pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pairwise(
+    "dtype, exclude_self, keys_a_bandwidth", (torch.float64, torch.float32), (False, True), (0.2, 1.0, 3.0)
+)
 def test_gradients_with_few_rows_around_each_key(dtype, exclude_self, keys_a_bandwidth):
     """Rows are visited one by one, some across 0, where float32 differences are not exact; lse has a gradient."""
     generator = np.random.default_rng(5)

@@ -1,12 +1,9 @@
 """Many features, dense: scores and sums as matrix products, and the rows that are left to differences."""
 
-import os
-import subprocess
-import sys
-
 import exact
 import pytest
 import torch
+from conftest import every_other
 
 import nwfast
 
@@ -74,14 +71,36 @@ def check(
     return found
 
 
-@pytest.mark.parametrize("features", [16, 17, 31, 64, 100, 256, 1000])
-@pytest.mark.parametrize("kind", DATA)
+@every_other("kind, features", DATA, (16, 17, 31, 64, 100))
 def test_accuracy(native, kind, features):
-    keys = 103 if features == 1000 else KEYS
-    inputs = draw(kind, features, 9, keys if kind == "leave-one-out" else ROWS, keys)
-    if kind == "leave-one-out":
+    check_accuracy(kind, features, KEYS)
+
+
+SOME = (
+    ("offset", 256),
+    ("scales", 256),
+    ("leave-one-out", 1000),
+)  # the others, long to check, by `make test-full`
+
+
+@pytest.mark.parametrize(
+    ("kind", "features"),
+    [
+        pytest.param(kind, features, marks=[pytest.mark.full] * ((kind, features) not in SOME))
+        for kind in DATA
+        for features in (256, 1000)
+    ],
+)
+def test_accuracy_with_many_features(native, kind, features):
+    check_accuracy(kind, features, keys=103 if features == 1000 else KEYS)
+
+
+def check_accuracy(kind: str, features: int, keys: int) -> None:
+    alone = kind == "leave-one-out"
+    inputs = draw(kind, features, 9, keys if alone else ROWS, keys)
+    if alone:
         inputs[0] = inputs[1]
-    check(inputs, f"{kind}, D = {features}", exclude_self=kind == "leave-one-out")
+    check(inputs, f"{kind}, D = {features}", exclude_self=alone)
 
 
 @pytest.mark.parametrize("features", [16, 64, 256])
@@ -170,32 +189,20 @@ def test_some_gradients_are_those_of_all(native, wanted):
         torch.testing.assert_close(grads[1][letter], grads[0][letter], rtol=1e-5, atol=1e-6)
 
 
-SERVED = """
-import sys, torch, nwfast
-torch.set_num_threads(int(sys.argv[1]))
-generator = torch.Generator().manual_seed(0)
-hashes = []
-for shape in ((), (5,)):
-    leaves = [torch.randn(*shape, 400, size, generator=generator) for size in (40, 40, 20)]
-    leaves[0][..., ::7, :] += 9  # left to differences
-    leaves = [x.requires_grad_() for x in (*leaves, torch.full((40,), 0.2))]
-    out, lse = nwfast.nadaraya_watson(*leaves, backend="native", method="dense", return_lse=True)
-    for x in (out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)):
-        hashes.append(hash(x.detach().numpy().tobytes()))
-print(hashes)
-"""
-
-
 def test_bits_do_not_depend_on_threads(native):
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", SERVED, threads],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        ).stdout
-        for threads in ("1", "2", "3")
-    }
-    assert len(found) == 1
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for shape in ((), (5,)):
+            leaves = [torch.randn(*shape, 400, size, generator=generator) for size in (40, 40, 20)]
+            leaves[0][..., ::7, :] += 9  # left to differences
+            leaves = [x.requires_grad_() for x in (*leaves, torch.full((40,), 0.2))]
+            runs = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                out, lse = nwfast.nadaraya_watson(*leaves, backend="native", method="dense", return_lse=True)
+                runs.append((out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)))
+            for run in runs[1:]:
+                assert all(map(torch.equal, run, runs[0]))
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
-"""The C++ sources built with AddressSanitizer and UndefinedBehaviorSanitizer, run over odd shapes.
+"""The C++ sources built with AddressSanitizer and UndefinedBehaviorSanitizer, run over odd shapes: in `make test-full`.
 
-The kernels are one text for all instruction sets: `make test` builds and runs those for any processor, in fewer points,
-`make test-full` those of every instruction set that this processor has.
+What is compiled anew takes minutes. First the kernels for any processor, run in fewer points: all instruction sets
+share one text. Then those of every instruction set that this processor has.
 """
 
 import importlib
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, require
+
+pytestmark = pytest.mark.full
 
 # -fwrapv, which Python's own flags bring, would hide signed overflow.
 FLAGS = "-O0 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -79,7 +81,6 @@ def test_no_out_of_bounds_access_and_no_undefined_behaviour(package):
     assert_clean(drive(package, "fewer"), "baseline")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("capability", ["", "avx2", "baseline"])
 def test_of_every_instruction_set(full_package, capability):
     best = importlib.import_module("nwfast._C").instruction_set()
@@ -91,7 +92,6 @@ def test_of_every_instruction_set(full_package, capability):
     assert_clean(drive(full_package, NWFAST_CPU_CAPABILITY=capability), names[capability])
 
 
-@pytest.mark.full
 def test_where_tiles_are_skipped(package):
     assert_clean(drive(package, "general", NWFAST_CPU_SKIPPING="always"), "baseline")
 

@@ -151,8 +151,7 @@ def test_weights_of_thirty_decades(w):
     assert_forward(query, key, value, w, 10.0 ** (-6 * key))
 
 
-@pytest.mark.parametrize("w", [3.0, 100.0, 1e4])
-@pytest.mark.parametrize("kind", KINDS)
+@every_other("kind, w", KINDS, (3.0, 100.0, 1e4))
 def test_leave_one_out(kind, w):
     _, key, value = case(kind, 1200, 10, 3)
     assert_forward(key, key, value, w, exclude_self=True)
@@ -250,8 +249,7 @@ def test_gradients(w, with_lse):
     assert_gradients(canonical(query.sort().values, key.sort().values, channels, w), False, with_lse)
 
 
-@pytest.mark.parametrize("w", [1.0, 30.0, 1e3])
-@pytest.mark.parametrize("kind", ["clusters", "duplicates", "isolated"])
+@every_other("kind, w", ("clusters", "duplicates", "isolated"), (1.0, 30.0, 1e3))
 def test_gradients_of_uneven_data(kind, w):
     generator = np.random.default_rng(6)
     key = torch.from_numpy(keys_of(kind, 1500, generator))
@@ -468,8 +466,7 @@ def test_method_of_the_public_function():
 # Prepared keys.
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
+@every_other("kind, dtype", KINDS, (torch.float64, torch.float32))
 def test_prediction(kind, dtype):
     query, key, value = case(kind, 1000, 300, 11, dtype)
     key = key.sort().values

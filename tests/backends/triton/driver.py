@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import every_other
 from exact import assert_accurate, solve
 from op import test_local_linear as local_linear
 from op.test_functional import NAMES, check, make
@@ -62,8 +63,7 @@ def test_local_linear(features):
     local_linear.check(shapes, torch.float64, "triton", True, w_scale=2.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["tails, float32", "leave-one-out, weights", "features", "crossed"])
+@every_other("form, kind", ["tails, float32", "leave-one-out, weights", "features", "crossed"], KINDS)
 def test_data_that_is_not_kind(form, kind):
     *shapes, exclude_self, dtype = FORMS[form]
     inputs = unkind(kind, make(shapes, dtype))
@@ -161,8 +161,7 @@ def test_batch_of_shared_queries():
     check(make(((1, 5, 1), (3, 33, 1), (3, 33, 1), (1,), None), torch.float32), "triton")
 
 
-@pytest.mark.parametrize("features", [1, 2])
-@DTYPES
+@every_other("features, dtype", (1, 2), (SINGLE, DOUBLE))
 def test_gradients_of_far_rows(features, dtype):
     """Some queries thousands of bandwidths away, beside near ones: the weights are still those of the last keys."""
     spacing = 2.0**-12
@@ -230,8 +229,7 @@ def test_rows_without_keys_and_rows_of_nan(dtype):
     assert nwfast.nadaraya_watson(*leaves, key_weight=weight, backend="triton").isnan().all()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@DTYPES
+@every_other("channels, dtype", (1, 3), (SINGLE, DOUBLE))
 def test_tiny_weights(channels, dtype):
     """Down to the last subnormal numbers they give what they give times a power of 2."""
     query, key, value, w, _ = make(((3, 2), (20, 2), (20, channels), (), None), dtype)
@@ -248,8 +246,7 @@ def test_tiny_weights(channels, dtype):
         torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
 
 
-@DTYPES
-@pytest.mark.parametrize("features", [1, 2])
+@every_other("features, dtype", (1, 2), (DOUBLE, SINGLE))
 def test_the_gradient_of_a_weight_of_zero_grows_to_the_end_of_the_numbers(features, dtype):
     """The key without weight is at one query, all others far from it: the true derivative, then the largest number."""
     largest = torch.finfo(dtype).max

@@ -20,12 +20,19 @@ ROOT = TESTS.parent
 
 GROUPS = {
     "its own": ["backends/triton/driver.py"],
+    "the rest of its own": ["backends/triton/driver.py", "-m", "full"],
     "extremes": [
         "op/test_extremes.py",
         "op/test_functional.py",
         "-k",
-        "(far_queries or ties or weight_zero) and float32 or test_offsets[triton-1] or w_of_zero and float64"
-        " or no_queries or lse_alone or any_unit and not 1e+33 and not 1e-160",
+        "(far_queries or ties_share or across_a_gap and 1e+38 or weight_zero) and float32 or w_of_zero and float64"
+        " or no_queries or lse_alone or any_unit and (1e-34 or 1e+24 or 1e-300 or 1e+290)",
+    ],
+    "more extremes": [
+        "op/test_extremes.py",
+        "-k",
+        "across_a_gap and float32 and not 1e+38 or test_offsets[triton-1]"
+        " or any_unit and (1e-24 or 1e-12 or 1000000000000.0 or 1e+160)",
     ],
     "left-out keys": [
         "op/test_left_out.py::test_what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
@@ -67,7 +74,13 @@ def interpret(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("group", GROUPS)
+# Long to interpret: by `make test-full`.
+LONG = ("the rest of its own", "more extremes")
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=[pytest.mark.full] * (name in LONG)) for name in GROUPS]
+)
 def test_interpreter(group):
     done = interpret(ROOT, *GROUPS[group])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

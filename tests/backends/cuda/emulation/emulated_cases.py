@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from conftest import every_other
 from op.test_extremes import assert_relative
 from op.test_extremes import exact as exact_row
 from op.test_functional import call, check, make
@@ -23,8 +24,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("order", ["sorted", "unsorted"])
-@pytest.mark.parametrize("shape", SHAPES)
+@every_other("shape, order", tuple(SHAPES), ("sorted", "unsorted"))
 def test_float32_sums(backend, shape, order, monkeypatch):
     """Sorted with as many parts of the keys as there may be, unsorted in one part."""
     monkeypatch.setenv("NWFAST_EMULATED_MULTIPROCESSORS", "4" if order == "sorted" else "1")
