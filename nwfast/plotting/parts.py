@@ -103,6 +103,6 @@ def mass_along(model: Any, feature: int, grid: _Array) -> _Array:
 
 
 def with_margin(low: float, high: float) -> tuple[float, float]:
-    """The ends, each a little further out."""
+    """A range and four percent of it on either side."""
     margin = 0.04 * (high - low) or 0.5
     return low - margin, high + margin

@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -6,6 +7,8 @@ import pandas
 import pytest
 
 from nwfast import cli
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="no pyarrow")
 
 
 class Result(NamedTuple):

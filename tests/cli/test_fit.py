@@ -8,7 +8,7 @@ import pytest
 import nwfast
 from nwfast.estimators import storage
 
-from .conftest import table
+from .conftest import needs_pyarrow, table
 
 
 def same(model, other):
@@ -20,7 +20,7 @@ def same(model, other):
 
 
 @pytest.mark.parametrize("degree", [0, 1])
-@pytest.mark.parametrize("end", ["csv", "csv.gz", "parquet"])
+@pytest.mark.parametrize("end", ["csv", "csv.gz", pytest.param("parquet", marks=needs_pyarrow)])
 def test_fit_is_the_estimators(run, tmp_path, degree, end):
     path, frame = tmp_path / f"data.{end}", table()
     frame.to_parquet(path) if end == "parquet" else frame.to_csv(path, index=False)
@@ -198,7 +198,13 @@ def test_ways_to_write_numbers(run, tmp_path, monkeypatch, text, y, arrow):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("d.csv.gz", "x,y\n1,2\n"), ("d.zip", "x"), ("d.csv.zip", "x"), ("d.pq", "x,y")]
+    ("name", "text"),
+    [
+        ("d.csv.gz", "x,y\n1,2\n"),
+        ("d.zip", "x"),
+        ("d.csv.zip", "x"),
+        pytest.param("d.pq", "x,y", marks=needs_pyarrow),
+    ],
 )
 def test_files_that_are_not_what_they_are_called(refused, tmp_path, name, text):
     path = write(tmp_path / name, text)
@@ -206,6 +212,7 @@ def test_files_that_are_not_what_they_are_called(refused, tmp_path, name, text):
     assert told.startswith("cannot read " if name != "d.zip" else f"{str(path)!r} ends in none of .csv")
 
 
+@needs_pyarrow
 def test_parquet_with_dates(refused, tmp_path):
     pandas.DataFrame({"x": pandas.date_range("2020-01-01", periods=3), "y": [1, 2, 3]}).to_parquet(
         tmp_path / "d.pq"

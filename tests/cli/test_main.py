@@ -9,6 +9,8 @@ import nwfast
 from nwfast import datasets
 from nwfast.estimators import storage
 
+from .conftest import needs_pyarrow
+
 
 def test_without_arguments_there_is_help(run):
     status, out, err = run()
@@ -49,7 +51,9 @@ except SystemExit as ended:
     ("package", "arguments"),
     [
         ("pandas", ["fit", "{data}", "--x", "age", "--y", "wage", "-o", "{out}"]),
-        ("pyarrow", ["fit", "{parquet}", "--x", "age", "--y", "wage", "-o", "{out}"]),
+        pytest.param(
+            "pyarrow", ["fit", "{parquet}", "--x", "age", "--y", "wage", "-o", "{out}"], marks=needs_pyarrow
+        ),
         ("tqdm", ["predict", "{model}", "{data}", "-o", "-"]),
         ("matplotlib", ["plot", "{model}", "-o", "{out}.png"]),
     ],
@@ -58,7 +62,8 @@ def test_a_missing_package_is_named_with_its_extra(
     run, data, model, tmp_path, monkeypatch, package, arguments
 ):
     files = {"data": data, "model": model, "out": tmp_path / "out", "parquet": tmp_path / "d.parquet"}
-    pandas.read_csv(data).to_parquet(files["parquet"])
+    if package == "pyarrow":
+        pandas.read_csv(data).to_parquet(files["parquet"])
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
