@@ -25,9 +25,11 @@ SMALL_HALVES = Real(2.0) ** -14
 # What linear time interpolates over, in bandwidths.
 BOXES = 4.0
 # The share of the nearest key's term that all keys beyond the windows of linear time may add: docs/linear-time.md. A
-# single one of N is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64.
+# single one of N is left out below this share of 1 / N or, where a window has shrunk, of 1 / 64; a box below 0.4 of it,
+# beside the row's sum, and of several features what lies beyond the window below all of it.
 BEYOND = {torch.float64: 2.5e-14, torch.float32: 5e-9}
 SHRUNK = 64
+BOX = 0.4
 
 
 @dataclasses.dataclass
@@ -146,7 +148,8 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
     least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
-    dropped, e_dropped = _beyond(p, kept, reference, share), _beyond(e, seen, reference, share)
+    of_sum = share * (BOX if d == 1 else 1)
+    dropped, e_dropped = (_beyond(x, of, reference, share, of_sum) for x, of in ((p, kept), (e, seen)))
     normaliser = (p * off).sum(1) + unit * grow + dropped.sum(1)
     off = off + normaliser[:, None]
 
@@ -258,10 +261,11 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     return results
 
 
-def _beyond(terms, of, reference, share):
-    """Those terms that linear time leaves out: so small a share of the nearest key's."""
+def _beyond(terms, of, reference, share, of_sum):
+    """Those terms that linear time leaves out: so small a share of the nearest key's, or of the row's sum (which is 1)."""
     nearest = np.take_along_axis(terms, reference[:, None], 1)
-    return np.where(of & (terms <= nearest * (share / min(terms.shape[1], SHRUNK))), terms, 0)
+    most = np.maximum(nearest * (share / min(terms.shape[1], SHRUNK)), of_sum)
+    return np.where(of & (terms <= most), terms, 0)
 
 
 def _ends(ended, lengths):

@@ -146,7 +146,7 @@ template <typename T>
 void settle_left_out(const Problem& problem, const BackwardTask<T>& task, const T* grad_key_weight) {
   const int64_t n = problem.keys, features = problem.features, channels = problem.channels;
   Buffer<double> weight(n), row(std::max(features, channels));
-  const T most = static_cast<T>(most_weight_gradient<T>(problem));
+  constexpr T most = std::numeric_limits<T>::max();
   const auto finite = [&](const View& view, int64_t b, int64_t j, int64_t columns) {
     read(view, view.offset(problem.batch, b) + j * view.row_stride, columns, view.column_stride, row.get());
     bool all = true;

@@ -54,16 +54,6 @@ struct BackwardTask {
   double* grad_w;  // (batches, features), to be summed over what w was broadcast over
 };
 
-// The largest gradient of a key weight. Those of weights that batch elements share are summed, of either sign.
-template <typename R>
-double most_weight_gradient(const Problem& problem) {
-  double shares = 1;
-  for (int dim = 0; dim < problem.batch.rank; ++dim) {
-    if (problem.key_weight.batch_strides[dim] == 0) shares *= static_cast<double>(problem.batch.sizes[dim]);
-  }
-  return std::numeric_limits<R>::max() / shares;
-}
-
 // A product that is beyond all numbers, or 0, only if it is so in exact arithmetic: the largest factor times the least
 // lies between the third and the product.
 inline double product_of(double a, double b, double c) {

@@ -30,7 +30,6 @@ class TinyWeights {
       exponents_[static_cast<size_t>(b)] = std::ilogb(largest);
     }
     if (exponents_.empty()) return;
-    most_ = most_weight_gradient<double>(problem);
     for (int64_t b = 0; b < problem.batch.count; ++b) {
       double* const first = copy_.data() + b * n;
       for (int64_t j = 0; j < n; ++j) first[j] = std::ldexp(first[j], -exponents_[static_cast<size_t>(b)]);
@@ -53,8 +52,9 @@ class TinyWeights {
   // The gradients of the weights (B, rows), likewise; finite ones stay so.
   template <typename T>
   void restore_gradients(T* grad_key_weight, int64_t rows) const {
-    each(grad_key_weight, rows, [this](T& x, int exponent) {
-      if (std::isfinite(x)) x = static_cast<T>(std::clamp(std::ldexp(x, -exponent), -most_, most_));
+    each(grad_key_weight, rows, [](T& x, int exponent) {
+      constexpr double kMost = std::numeric_limits<T>::max();
+      if (std::isfinite(x)) x = static_cast<T>(std::clamp<double>(std::ldexp(x, -exponent), -kMost, kMost));
     });
   }
 
@@ -79,7 +79,6 @@ class TinyWeights {
 
   std::vector<int> exponents_;  // by batch element; empty where there is no copy
   std::vector<double> copy_;    // (B, N)
-  double most_ = 0;             // the largest gradient
 };
 
 }  // namespace nwfast

@@ -322,6 +322,26 @@ def test_gradients_of_shared_weights_that_overflow(native, features, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("features", [None, 1, 2], ids=str)
+def test_gradients_of_shared_weights_up_to_the_largest_number(backend, features, dtype):
+    """No element of a batch is cut off at less than the largest number; None: keys of their own for each query."""
+    parts, steepness = torch.zeros(25, dtype=dtype), 30
+    parts[3], parts[7], parts[9], parts[20] = 0.3, 0.4, -0.45, 1e-9
+    apart = math.sqrt(2 * math.log(10) * steepness / (features or 1))
+    key = torch.tensor([0.0, apart, apart], dtype=dtype).expand(25, 3)
+    value = torch.tensor([3.0, 1.0, 1.0], dtype=dtype).expand(25, 3)
+    query, grad = torch.zeros(25, dtype=dtype), parts * (torch.finfo(dtype).max * 10.0**-steepness)
+    if features:
+        key, query = key[..., None].expand(25, 3, features), query[:, None, None].expand(25, 1, features)
+        grad = grad[:, None]
+    for method in methods(backend, features or 1):
+        leaf = torch.tensor([0.0, 1.0, 1.0], dtype=dtype, requires_grad=True)
+        out = nwfast.nadaraya_watson(query, key, value, 1.0, key_weight=leaf, backend=backend, method=method)
+        (found,) = torch.autograd.grad(out, leaf, grad)
+        assert float(found[0]) / torch.finfo(dtype).max == pytest.approx(0.25, rel=1e-3), method
+
+
+@DTYPES
 @FORMS
 @pytest.mark.parametrize("held", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["key", "value"])

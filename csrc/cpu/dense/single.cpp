@@ -319,7 +319,7 @@ void key_block(const Problem& problem, const BackwardTask<R>& task, const Single
   keys.sum_weight = sum_weight;
   keys.sum_offset = sum_offset;
   kernels<T>().single_keys(keys);
-  const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
+  constexpr double most = std::numeric_limits<R>::max();
   const auto within = [](double x, double most) { return x > most ? most : x < -most ? -most : x; };
   for (int64_t j = keys.key_begin; j < keys.key_end; ++j) {
     const int64_t i = j - keys.key_begin, place = b * problem.keys + batch.original_key(j);

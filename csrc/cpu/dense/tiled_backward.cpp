@@ -307,7 +307,7 @@ void finish_keys(const Problem& problem, const BackwardTask<R>& task, int64_t b,
   if (!element.parts.nan.empty()) {
     for (std::vector<double>* sum : {&sums.value, &sums.weight, &sums.key}) std::fill(sum->begin(), sum->end(), NAN);
   }
-  const double most = task.grad_key_weight ? most_weight_gradient<R>(problem) : 0;
+  constexpr double most = std::numeric_limits<R>::max();
   for (int64_t i = 0; task.grad_value && i < n * channels; ++i) {
     task.grad_value[b * n * channels + i] = static_cast<R>(sums.value[i]);
   }
