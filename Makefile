@@ -119,6 +119,10 @@ wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI 
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/python -m zipfile --extract dist/*.whl build/wheel
 	$(BIN)/torch-abi-audit --check both build/wheel/nwfast
+	$(BIN)/auditwheel show dist/*.whl
+	@echo "The tag is linux_x86_64, not manylinux: libtorch is that of the installed torch and is not put into the wheel, and"
+	@echo "the newest symbols of libc named above set the oldest system. For an index build in a manylinux image, and rename by"
+	@echo "auditwheel repair --exclude 'libtorch*' --exclude 'libc10*'."
 
 clean:  ## remove everything that was made, .venv included
 	rm -rf .venv build dist demo-output *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks

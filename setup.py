@@ -129,8 +129,9 @@ def extensions() -> list[Extension]:
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         raise SystemExit(
-            f"nwfast: torch cannot be imported where nwfast is built ({error}): install torch first, and build "
-            "with --no-build-isolation; or set NWFAST_EXT=0 to go without the C++ extension"
+            f"nwfast: torch cannot be imported where nwfast is built ({error}). What works: "
+            "pip install torch setuptools wheel ninja && pip install --no-build-isolation <what you are installing>; "
+            "or NWFAST_EXT=0 in the environment to go without the C++ extension"
         ) from error
     found = [
         CppExtension(

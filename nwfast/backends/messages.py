@@ -23,3 +23,11 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_OWN):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"nwfast: {message} (NWFAST_QUIET=1 silences this)", stacklevel=level)
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra: of a checkout, where this is one, or of the package."""
+    in_checkout = (Path(__file__).resolve().parents[2] / "pyproject.toml").exists()
+    return (
+        f"pip install --no-build-isolation '.[{extra}]'" if in_checkout else f"pip install 'nwfast[{extra}]'"
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, backends, datasets, plotting
+from ..backends.messages import how_to_install
 from ..functional import nadaraya_watson
 from ..nn import NWKernelRegression
 from . import airports
@@ -216,7 +217,7 @@ def _require_packages():
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the demo needs the package {error.name}: pip install nwfast[demo]", name=error.name
+            f"the demo needs the package {error.name}: {how_to_install('demo')}", name=error.name
         ) from error
     return tqdm
 

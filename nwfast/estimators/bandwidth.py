@@ -253,8 +253,9 @@ class _Search:
         self.scanned = small
         starts = self._scan(small)
         if dims > 1 or not whole:
-            starts = [self._descend(small, start, box) for start, _, box in starts]
-            starts = _distinct(starts)
+            # In many features a tenth of a thousandth of the loss is not worth as many steps again.
+            loose = 1.0 if dims <= 3 else 1e3
+            starts = _distinct([self._descend(small, start, box, loose) for start, _, box in starts])
         if whole:
             ends = starts if dims > 1 else [self._descend(small, start, box) for start, _, box in starts]
         else:

@@ -136,4 +136,4 @@ def test_flights_name_the_extra_that_is_missing(monkeypatch):
         datasets.flights()
     with pytest.raises(ModuleNotFoundError, match=r"pip install nwfast\[flights\]"):
         datasets.airports()
-    assert "pip install nwfast[flights]" in datasets.why_no_flights()
+    assert "pip install --no-build-isolation '.[flights]'" in datasets.why_no_flights()

@@ -135,3 +135,10 @@ def test_the_digest_is_that_of_what_is_compiled(checkout):
     (checkout / "csrc" / "one.cpp").rename(checkout / "csrc" / "two.cpp")
     assert built.digest(checkout) != before
     assert built.digest(checkout / "nwfast") == ""
+
+
+def test_hints_name_what_can_be_installed(checkout, tmp_path):
+    code = "from nwfast.backends.messages import how_to_install; print(how_to_install('demo'))"
+    assert run(code, checkout).stdout == "pip install 'nwfast[demo]'\n"
+    (checkout / "pyproject.toml").write_text("")
+    assert run(code, checkout).stdout == "pip install --no-build-isolation '.[demo]'\n"

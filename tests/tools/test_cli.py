@@ -170,7 +170,7 @@ def test_bad_value_in_a_process_of_its_own(tmp_path):
 def test_missing_package_ends_with_1(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
-    assert "pip install nwfast[demo]" in capsys.readouterr().err
+    assert "pip install --no-build-isolation '.[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", ["", "info"])

@@ -1,0 +1,80 @@
+"""A user's file with all public functions, checked by `mypy --strict` against the package as it is installed."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import nwfast
+
+PACKAGE = Path(nwfast.__file__).resolve().parent
+
+RIGHT = """
+import torch
+from torch import Tensor
+
+import nwfast
+
+x, y = torch.rand(5), torch.rand(5)
+out: Tensor = nwfast.nadaraya_watson(x, x, y, 2.0)
+pair: tuple[Tensor, Tensor] = nwfast.nadaraya_watson(x, x, y, w=x[:1], key_weight=y, return_lse=True)
+fit: Tensor = nwfast.local_linear(x, x, y, 2.0, exclude_self=True)
+lines: tuple[Tensor, Tensor] = nwfast.local_linear(x, x, y, 2.0, return_slope=True)
+weights: Tensor = nwfast.attention_weights(x, x, 2.0)
+loss: Tensor = nwfast.leave_one_out_loss(x, y, 2.0, degree=1, reduction="sum")
+index = nwfast.KeyIndex(x, y, method="dense")
+predicted: Tensor = index(x, 2.0)
+both: tuple[Tensor, Tensor] = index(x, 2.0, return_lse=True)
+net = nwfast.NWKernelRegression(w=1.0, log_bandwidth=True)
+learnt: Tensor = net.w
+last: Tensor = net.attention_weights
+own: Tensor = net.leave_one_out_loss(x, y)
+found: dict[str, bool | str] = nwfast.backends.available()
+"""
+
+# Each line is an error: what is passed, or what comes back, is something else.
+WRONG = """
+import torch
+import nwfast
+
+x = torch.rand(5)
+a = nwfast.nadaraya_watson(x, x, x, bandwidth=0.3)
+b = nwfast.local_linear(x, x, x, h=0.3)
+c = nwfast.attention_weights(x, x, sigma=0.3)
+d = nwfast.leave_one_out_loss(x, x, bandwidth=0.3)
+e: int = nwfast.nadaraya_watson(x, x, x)
+f = nwfast.KeyIndex(x, x)(x, bandwidth=0.3)
+"""
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("types")
+    venv.create(folder / "env", with_pip=False)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / "env")}))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    shutil.copytree(PACKAGE, site / "nwfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def run(text: str) -> list[str]:
+        (folder / "user.py").write_text(text)
+        options = ["--strict", "--python-executable", folder / "env" / "bin" / "python", "--no-error-summary"]
+        command = [sys.executable, "-m", "mypy", *options, "--cache-dir", folder / "cache", "user.py"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.stderr == ""
+        return [line for line in done.stdout.splitlines() if ": error: " in line]
+
+    return run
+
+
+def test_a_users_file_passes_strictly_and_mistakes_do_not(check):
+    assert check(RIGHT) == []
+    found = {int(line.split(":")[1]) for line in check(WRONG)}
+    wrong = {
+        i for i, line in enumerate(WRONG.splitlines(), 1) if line[1:2] in (" ", ":") and "nwfast." in line
+    }
+    assert found == wrong
+    assert len(wrong) == 6
