@@ -93,9 +93,7 @@ def _read_csv(path: str, names: list[str]) -> Any:
         return pandas.read_csv(path, usecols=names, engine="pyarrow", **options)
     except (ImportError, KeyError, ValueError):
         # Not installed; columns of one name, line breaks in quotes; or an error that the next line tells better.
-        return pandas.read_csv(
-            path, index_col=False, low_memory=False, float_precision="round_trip", **options
-        )[names]
+        return pandas.read_csv(path, index_col=False, low_memory=False, **options)[names]
 
 
 def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Any:

@@ -194,7 +194,7 @@ def test_ways_to_write_numbers(run, tmp_path, monkeypatch, text, y, arrow):
 
         monkeypatch.setattr(pandas, "read_csv", without)
     assert run("fit", path, "--x", "x", "--y", "y", "--bandwidth", "1", "-o", tmp_path / "m").status == 0
-    assert storage.load(tmp_path / "m")._state.sites.y[:, 0].tolist() == y
+    assert storage.load(tmp_path / "m")._state.sites.y[:, 0].tolist() == pytest.approx(y, rel=1e-15, abs=0)
 
 
 @pytest.mark.parametrize(
