@@ -31,6 +31,9 @@ _STEP = 1.3  # between bandwidths of a scan in one feature
 _SOBOL = 32
 _STARTS = 4  # minima of the scan that are followed
 _STARTS_OF_MANY = 2
+_FACTORS = 0.5, 0.63, 0.8, 1.25, 1.6, 2.0  # of a minimum: where a lower one may be
+_FACTORS_OF_MANY = 0.5, 2.0
+_ROUNDS = 6
 _LEEWAY = 1.15  # as far above the best as a minimum of the scan may be to be followed
 _NOISE = 0.05  # by which the criterion of a sample may be off
 _LEVEL = 1e-7  # by which a criterion may vary over a level stretch
@@ -256,6 +259,7 @@ class _Search:
             # In many features a tenth of a thousandth of the loss is not worth as many steps again.
             loose = 1.0 if dims <= 3 else 1e3
             starts = _distinct([self._descend(small, start, box, loose) for start, _, box in starts])
+            starts[0] = self._settle(small, starts[0], _FACTORS if dims <= 3 else _FACTORS_OF_MANY, loose)
         if whole:
             ends = starts if dims > 1 else [self._descend(small, start, box) for start, _, box in starts]
         else:
@@ -393,6 +397,38 @@ class _Search:
         value, place = min(best, key=lambda pair: pair[0])
         return self._full(place), value, None
 
+    def _settle(
+        self, sites: Sites, end: tuple[_Log, float, None], factors: tuple[float, ...], loose: float
+    ) -> tuple[_Log, float, None]:
+        """From one minimum to a lower one nearby, as long as there is one: bandwidths of few places are judged roughly.
+
+        With several features, outlying observations whose leave-one-out lines hang on two or three others make many
+        shallow minima; so does noise of heavy tails among many observations.
+        """
+        dims = len(self.features)
+        moves = (
+            np.ones((1, dims))
+            if dims == 1 or len(factors) < 3
+            else np.concatenate([np.ones((1, dims)), np.eye(dims)])
+        )
+        for _ in range(_ROUNDS):
+            low, high = self.lower[self.features], self.upper[self.features]
+            places = [
+                self._full(np.clip(end[0][self.features] + math.log(factor) * move, low, high))
+                for move in moves
+                for factor in factors
+            ]
+            values = [self.value(sites, place) for place in places]
+            k = int(np.argmin(values))
+            if not values[k] < end[1] - _LEVEL * abs(end[1]):
+                break
+            end = min(
+                self._descend(sites, places[k], None, loose),
+                (places[k], values[k], None),
+                key=lambda found: found[1],
+            )
+        return end
+
     def _on_all(self, small: Sites, starts: list[tuple[_Log, float, None]]) -> list[tuple[_Log, float, None]]:
         """From minima of the sample to those of all observations."""
         dims = len(self.features)
@@ -408,7 +444,8 @@ class _Search:
         values = [self.value(self.sites, place) for place in places]
         best = min(values)
         taken = [k for k in np.argsort(values, kind="stable")[:2] if values[k] <= best + 0.002 * abs(best)]
-        return [self._descend(self.sites, places[k], None, loose=1e3) for k in taken]
+        ends = [self._descend(self.sites, places[k], None, loose=1e3) for k in taken]
+        return [self._settle(self.sites, min(ends, key=lambda end: end[1]), _FACTORS_OF_MANY, 1e3)]
 
     def _narrow(self, small: Sites) -> list[tuple[_Log, float]]:
         """Candidates that are narrower than what a sample with large gaps can judge."""

@@ -119,6 +119,19 @@ def test_several_features(degree):
     assert found.loss <= values(x, y, np.concatenate([others, near]), "loo", degree).min() * (1 + SLACK)
 
 
+@pytest.mark.parametrize("degree", [0, 1])
+def test_many_shallow_minima(degree):
+    """Outlying observations, whose leave-one-out lines hang on two or three others, make a loss of many minima."""
+    for seed in range(2):
+        random = np.random.default_rng(seed)
+        x = random.standard_normal((300, 2)) * np.array([10.0, 4.0])
+        y = 3 * np.sin(x[:, 0] / 6) + 0.1 * x[:, 1] + 0.3 * random.standard_normal(300)
+        found = nwfast.select_bandwidth(x, y, degree=degree)
+        axes = np.geomspace(0.4, 8, 12), np.geomspace(1, 300, 12)
+        grid = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
+        assert found.loss <= values(x, y, grid, "loo", degree).min() * (1 + SLACK)
+
+
 def test_an_oscillation_in_one_of_two_features():
     random = np.random.default_rng(4)
     x = random.random((1500, 2))
