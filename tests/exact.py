@@ -262,7 +262,7 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
 
 
 def _beyond(terms, of, reference, share, of_sum):
-    """Those terms that linear time leaves out: so small a share of the nearest key's, or of the row's sum (which is 1)."""
+    """Those terms that linear time leaves out: so small a share of the nearest key's, or of the sum of the row, 1."""
     nearest = np.take_along_axis(terms, reference[:, None], 1)
     most = np.maximum(nearest * (share / min(terms.shape[1], SHRUNK)), of_sum)
     return np.where(of & (terms <= most), terms, 0)
