@@ -461,3 +461,32 @@ def test_bandwidths_at_the_ends_of_the_dtype(backend, features, kind, dtype):
             names = ("out", "lse", "query", "key", "value", "w", "key_weight")
             for name, found in zip(names, (out, lse, *gradients), strict=True):
                 assert_accurate(found, right[name], f"{method} {name}")
+
+
+@DTYPES
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 3), (2, 1)])
+def test_coordinates_of_few_digits(backend, features, channels, dtype):
+    """Small multiples of the least number: no result loses digits that its inputs have."""
+    limits = torch.finfo(dtype)
+    least, large = limits.tiny * limits.eps, 0.9 * limits.max
+    query, key = (least * torch.randint(300, (n, features)).to(dtype) for n in (20, 30))
+    value = torch.randn(30, channels, dtype=dtype)
+    w = torch.full((features,), large, dtype=dtype)
+    grad, grad_lse = torch.randn(20, channels, dtype=dtype), torch.randn(20, dtype=dtype)
+    # Ordinary values leave nothing of the gradient of w, larger ones are beyond all numbers in those of coordinates.
+    sizes = (1.0, ("query", "key", "value")), (1e290 if dtype == torch.float64 else 1e25, ("value", "w"))
+    linear = features <= nwfast.backends.FGT_FEATURES.get(backend, 0)
+    for method in ("dense", "fgt") if linear else ("dense",):
+        for (size, names), through_lse in itertools.product(sizes, (None, grad_lse)):
+            inputs = {"query": query, "key": key, "value": size * value, "w": w}
+            leaves = {name: x.clone().requires_grad_(name in names) for name, x in inputs.items()}
+            found = nwfast.nadaraya_watson(**leaves, return_lse=True, backend=backend, method=method)
+            cotangents = (grad,) if through_lse is None else (grad, grad_lse)
+            wanted = [leaves[name] for name in names]
+            gradients = torch.autograd.grad(found[: len(cotangents)], wanted, cotangents)
+            boxes = BOXES if method == "fgt" else 0.0
+            right = solve(
+                *inputs.values(), None, grad, through_lse, plain=backend == "reference", boxes=boxes
+            )
+            for name, result in zip(("out", "lse", *names), (*found, *gradients), strict=True):
+                assert_accurate(result.detach(), right[name], f"{method} {name}")

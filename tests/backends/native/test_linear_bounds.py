@@ -99,3 +99,23 @@ def test_windows_leave_out_what_they_may(backend, keys, dtype):
         names = ("out", "lse", "query", "key", "value", "w", "key_weight")
         for name, found in zip(names, (out, lse, *gradients), strict=True):
             assert_accurate(found, right[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_share", [0.2, 0.39, 0.41, 2.0])
+def test_boxes_leave_out_what_they_may(backend, of_share, dtype):
+    """A lone key of large value, in a box of its own, whose share of the sums is about what a box is left out at."""
+    apart = np.sqrt(-2 * np.log(of_share * BEYOND[dtype]))
+    key = torch.cat([torch.linspace(-0.01, 0.01, 3, dtype=torch.float64), torch.tensor([apart]).double()]).to(
+        dtype
+    )
+    value = torch.randn(4, 3, dtype=dtype)
+    value[3] = 1e4
+    query = torch.linspace(-0.005, 0.005, 60, dtype=torch.float64).to(dtype)
+    leaves = [x.requires_grad_() for x in (query, key, value, torch.tensor(1.0, dtype=dtype))]
+    out, lse = nwfast.nadaraya_watson(*leaves, backend=backend, method="fgt", return_lse=True)
+    cotangents = torch.randn_like(out), torch.randn_like(lse)
+    gradients = torch.autograd.grad((out, lse), leaves, cotangents)
+    right = solve(*leaves, None, *cotangents, boxes=BOXES)
+    for name, found in zip(("out", "lse", "query", "key", "value", "w"), (out, lse, *gradients), strict=True):
+        assert_accurate(found.detach(), right[name], name)

@@ -45,6 +45,8 @@ from ..base import (
 from ..exp2 import MOST_EXPONENT, exp2_double
 from ..scores import both_distances, limited, lse_of, minus, offset, relative_score, row_terms
 
+LEAST_EIGHTHS = 1e-290  # of coordinates below, an eighth may have fewer digits
+
 
 @njit(**EXACT)
 def centre_of(value, at, step, n):
@@ -74,9 +76,11 @@ def row_mean(terms, total, value, at, step, n, skip):
 
 
 @njit(**EXACT)
-def eighth_of_both(q, k, k0):
-    """both_distances / 8, which is a number for all coordinates."""
-    return both_distances(0.125 * q, 0.125 * k, 0.125 * k0)
+def eighth(part, q, k, k0):
+    """The part times both_distances / 8: that factor is a number for all coordinates."""
+    if max(abs(q), max(abs(k), abs(k0))) < LEAST_EIGHTHS:
+        return 0.125 * (part * both_distances(q, k, k0))
+    return part * both_distances(0.125 * q, 0.125 * k, 0.125 * k0)
 
 
 @njit(**EXACT)
@@ -138,7 +142,7 @@ def forward_rows(example, about, unit, first, last):
                         part = (terms[j] / total) * (double(value[at_value + j * about[VALUE_N]]) - mean)
                         part *= offset(k0, k, plain_w)
                         by_q += part
-                        by_w += part * eighth_of_both(q[0], k, k0)
+                        by_w += eighth(part, q[0], k, k0)
                 if about[TANGENT_W] != 0:
                     tangent_w[row] = -8.0 * by_w
                 if about[TANGENT_Q] != 0:
@@ -185,13 +189,13 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
                 # Relative to k*: sum_j p_j (<g, v_j - out> + g_lse) = g_lse.
                 k0 = double(key[at_key + origin * about[KEY_N] + f * about[KEY_D]])
                 by_q = through_lse * offset(q[f], k0, plain_w[f])
-                by_w = by_q * (0.125 * q[f] - 0.125 * k0)
+                by_w = 0.5 * eighth(by_q, q[f], k0, k0)
                 for j in range(n):
                     if terms[j] != 0.0 and j != skip:
                         k = double(key[at_key + j * about[KEY_N] + f * about[KEY_D]])
                         part = terms[j] / total * (pull[j] + through_lse) * offset(k0, k, plain_w[f])
                         by_q += part
-                        by_w += part * eighth_of_both(q[f], k, k0)
+                        by_w += eighth(part, q[f], k, k0)
             if about[GRAD_QUERY] != 0:
                 grad_query[row * n_features + f] = -plain_w[f] * by_q
             grad_w[f] -= 8.0 * by_w
