@@ -26,7 +26,8 @@ RULES = ("silverman", "scott")
 _WIDEST = 10.0  # times the range: wider, weights differ by less than half a percent
 _SAMPLE = {1: 1 << 16, 2: 1 << 13, 3: 1 << 11}  # observations that a scan takes, by the number of features
 _MOST_SAMPLE = 1 << 11
-_LEVELS = {2: 9, 3: 6}  # of a feature in a full grid
+_LEVELS = {2: 12, 3: 7}  # of a feature in a full grid
+_MORE_LEVELS = {2: 4, 3: 1}  # where the criterion costs little, and is rough
 _STEP = 1.3  # between bandwidths of a scan in one feature
 _SOBOL = 32
 _STARTS = 4  # minima of the scan that are followed
@@ -305,11 +306,15 @@ class _Search:
             lower = np.maximum(lower, np.minimum(np.log(data_bounds(sites)[0]), upper))
         low, high = lower[self.features], upper[self.features]
         dims = len(self.features)
-        if dims > 1:  # neighbours in all features at once are further apart than in one
-            low = np.minimum(np.maximum(low, self.reach - math.log(2 * len(sites.x) ** (1 / dims))), high)
+        if (
+            dims > 1
+        ):  # neighbours in all features at once are further apart than in one, in some features less so
+            low = np.minimum(np.maximum(low, self.reach - math.log(2 * len(sites.x) ** (1.5 / dims))), high)
         if dims > 3:
             return self._scan_many(sites, low, high)
-        levels = _LEVELS.get(dims) or max(3, 1 + math.ceil(float((high - low)[0]) / math.log(_STEP)))
+        levels = _LEVELS.get(dims, 0) + (len(sites.x) <= 1000) * _MORE_LEVELS.get(dims, 0) or max(
+            3, 1 + math.ceil(float((high - low)[0]) / math.log(_STEP))
+        )
         axes = [np.linspace(a, b, levels) for a, b in zip(low, high, strict=True)]
         places = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, dims)
         self.bar.total = len(places) + 40
