@@ -1,7 +1,7 @@
 """How long does one full bandwidth selection take?
 
-Ours: `nwfast.select_bandwidth` (native fgt); else the leave-one-out loss and its gradient through the op, minimised over
-log w by scipy's L-BFGS-B.
+Ours: `nwfast.select_bandwidth` (native fgt); else the leave-one-out loss and its gradient through the op, minimised
+over log w by scipy's L-BFGS-B.
 """
 
 from collections.abc import Iterator
