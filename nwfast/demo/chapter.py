@@ -217,7 +217,8 @@ def _require_packages():
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the demo needs the package {error.name}: {how_to_install('demo')}", name=error.name
+            f"the demo needs the package {(error.name or '').partition('.')[0]}: {how_to_install('demo')}",
+            name=error.name,
         ) from error
     return tqdm
 

@@ -564,7 +564,7 @@ class NadarayaWatsonRegressor(_KernelRegressor):
     >>> model = nwfast.NadarayaWatsonRegressor(bandwidth=0.5).fit(x, np.sin(x[:, 0]))
     >>> fit, std = model.predict([[1.0], [2.0]], return_std=True)
     >>> fit.round(2)
-    array([0.74, 0.8 ])
+    array([0.76, 0.8 ])
     """
 
     _degree = 0

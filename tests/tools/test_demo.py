@@ -203,7 +203,7 @@ def test_directory_that_cannot_be_made_is_refused(tmp_path):
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install nwfast\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib: pip install .*\[demo\]"):
         chapter.run(Options(out=tmp_path, flights=False), quiet=True)
 
 
