@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.stats import t
+from scipy.special import stdtrit
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import (
     _check_feature_names,
@@ -235,7 +235,7 @@ class _KernelRegressor(RegressorMixin, BaseEstimator):
         error = fit_errors(rows, state.sites, state.w, state.variance()).sqrt()
         if bias:
             error = error.hypot(bias_at(query, state.sites, state.w, self._degree))
-        reach = float(t.ppf((1 + level) / 2, state.residual_dof)) * error
+        reach = float(stdtrit(state.residual_dof, (1 + level) / 2)) * error
         return (
             self._output(_with_gaps(rows.fit - reach, missing), X),
             self._output(_with_gaps(rows.fit + reach, missing), X),
