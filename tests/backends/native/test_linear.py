@@ -50,12 +50,14 @@ def assert_forward(query, key, value, w, key_weight=None, exclude_self=False, bo
     assert error(total, expected.lse, np.maximum(1, np.abs(expected.lse))) <= bound
     if w > 0:
         by_w, by_q = expected.tangent_w[:, 0], expected.tangent_q[:, 0]
-        # Far rows: a score is rounded to a part of itself, which is how far two keys' weights are known to each other.
+        # Far rows: weights are rounded, and a pair adds its weight times a distance or its square, in bandwidths.
         kept = key if key_weight is None else key[key_weight > 0]
         away = np.abs(np.subtract.outer(query[rows].double().numpy(), kept.double().numpy())).min(1)
-        shaken = 1 + 2.0**-52 * (w * away) ** 2 / (10 * bound)
-        assert error(tangent_w, by_w, spread / w + np.abs(by_w).max() * shaken) <= 10 * bound
-        assert error(tangent_q, by_q, spread * w + np.abs(by_q).max() * shaken) <= 10 * bound
+        rounded = 4 * torch.finfo(query.dtype).eps / (10 * bound) * w * away
+        assert (
+            error(tangent_w, by_w, (spread / w + np.abs(by_w).max()) * (1 + rounded * w * away)) <= 10 * bound
+        )
+        assert error(tangent_q, by_q, (spread * w + np.abs(by_q).max()) * (1 + rounded)) <= 10 * bound
 
 
 @every_other("kind, w, dtype", KINDS, BANDWIDTHS, (torch.float64, torch.float32))
