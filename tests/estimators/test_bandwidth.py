@@ -1,11 +1,11 @@
 """`select_bandwidth`: the least of the criterion against fine grids, bounds and their reasons, forms of the input."""
 
-import itertools
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from conftest import pairwise
 
 import nwfast
 from nwfast.estimators.bandwidth import CRITERIA, data_bounds, rule_of_thumb
@@ -69,8 +69,7 @@ def values(x, y, bandwidths, criterion, degree, weight=None):
 
 
 @pytest.mark.filterwarnings("ignore:the bandwidth of:UserWarning")
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize(("criterion", "degree"), list(itertools.product(CRITERIA, (0, 1))))
+@pairwise("problem, criterion, degree", list(PROBLEMS), CRITERIA, (0, 1))
 def test_the_least_of_a_fine_grid(problem, criterion, degree):
     x, y = PROBLEMS[problem](3)
     if criterion == "aicc" and len(x) < 5:
@@ -78,7 +77,7 @@ def test_the_least_of_a_fine_grid(problem, criterion, degree):
     found = nwfast.select_bandwidth(x, y, criterion=criterion, degree=degree)
     lower, upper = found.lower[0], found.upper[0]
     assert lower <= found.bandwidth * (1 + 1e-12) and found.bandwidth <= upper * (1 + 1e-12)
-    grid = values(x, y, np.geomspace(lower, upper, 100 if degree else 300), criterion, degree)
+    grid = values(x, y, np.geomspace(lower, upper, 60 if degree else 300), criterion, degree)
     least = np.nanmin(grid)
     spread = 1.0 if criterion == "aicc" else abs(least)
     assert found.loss <= least + SLACK * spread + 1e-12 * np.var(y)

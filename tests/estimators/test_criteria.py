@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import pairwise
 
 from nwfast.estimators.criteria import criterion_of, in_sample
 from nwfast.estimators.inference import fit_errors, mean_slope, residual_variance, slope_errors, weights_at
@@ -48,10 +49,9 @@ def test_trace_of_the_hat_matrix(features, degree):
     np.testing.assert_allclose(squares, ((y - hat @ y) ** 2).sum(0), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("features", "degree"), CASES)
-@pytest.mark.parametrize("name", ["loo", "gcv", "aicc"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_derivatives_in_each_bandwidth(name, features, degree, weighted):
+@pairwise("case, name, weighted", CASES, ["loo", "gcv", "aicc"], [False, True])
+def test_derivatives_in_each_bandwidth(case, name, weighted):
+    features, degree = case
     x, y, bandwidth = data(features)
     weight = np.random.default_rng(1).integers(1, 4, len(x)) * 1.0 if weighted else None
     held = sites(x, y, weight)

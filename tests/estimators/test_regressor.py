@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 
 import nwfast
 from nwfast.estimators.storage import load
@@ -155,8 +156,7 @@ def test_missing_values(estimator):
         estimator(bandwidth=0.2, missing="drop").fit(np.array([[1.0], [np.inf]]), np.ones(2))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("bandwidth", ["loo", "gcv", "aicc", "scott", 0.2])
+@every_other("estimator, bandwidth", ESTIMATORS, ["loo", "gcv", "aicc", "scott", 0.2])
 def test_weights_that_count(estimator, bandwidth):
     x, y = data(60, 1)
     counts = np.random.default_rng(2).integers(0, 4, 60)
