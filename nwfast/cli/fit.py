@@ -7,10 +7,11 @@ import sys
 import warnings
 from typing import Any
 
+from ..estimators import CRITERIA, RULES
 from . import plot, tables
 from .errors import CommandError
 
-_WAYS = ("loo", "gcv", "aicc", "silverman", "scott")
+_WAYS = (*CRITERIA, *RULES)
 
 
 def add_parser(commands: Any) -> None:

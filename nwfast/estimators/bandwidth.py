@@ -10,7 +10,7 @@ What is narrower than a sample can judge is scanned on runs of neighbours, with 
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from .criteria import CRITERIA, criterion_of
+from . import CRITERIA, RULES
+from .criteria import criterion_of
+from .frames import to_tensor
 from .sites import Sites, sites_of
 
-RULES = ("silverman", "scott")
 _WIDEST = 10.0  # times the range: wider, weights differ by less than half a percent
 _SAMPLE = {1: 1 << 16, 2: 1 << 13, 3: 1 << 11}  # observations that a scan takes, by the number of features
 _MOST_SAMPLE = 1 << 11
@@ -35,7 +36,7 @@ _STARTS_OF_MANY = 2
 _FACTORS = 0.5, 0.63, 0.8, 1.25, 1.6, 2.0  # of a minimum: where a lower one may be
 _FACTORS_OF_MANY = 0.5, 2.0
 _ROUNDS = 6
-_LEEWAY = 1.15  # as far above the best as a minimum of the scan may be to be followed
+_LEEWAY = 0.15  # of the best, above which a minimum of the scan may lie to be followed
 _NOISE = 0.05  # by which the criterion of a sample may be off
 _LEVEL = 1e-7  # by which a criterion may vary over a level stretch
 _FLAT = 1e-9  # relative differences of a criterion that say nothing
@@ -157,7 +158,7 @@ def select_bandwidth(
     if isinstance(x, Tensor):
         bandwidth = torch.as_tensor(bandwidth, dtype=inputs.dtype, device=x.device)
     single = (x.ndim if isinstance(x, Tensor) else np.ndim(x)) == 1
-    return _replace(found, bandwidth=bandwidth[0] if single else bandwidth)
+    return replace(found, bandwidth=bandwidth[0] if single else bandwidth)
 
 
 def select(
@@ -306,9 +307,7 @@ class _Search:
             lower = np.maximum(lower, np.minimum(np.log(data_bounds(sites)[0]), upper))
         low, high = lower[self.features], upper[self.features]
         dims = len(self.features)
-        if (
-            dims > 1
-        ):  # neighbours in all features at once are further apart than in one, in some features less so
+        if dims > 1:  # neighbours in all features at once are further apart than in one; in some, less so
             low = np.minimum(np.maximum(low, self.reach - math.log(2 * len(sites.x) ** (1.5 / dims))), high)
         if dims > 3:
             return self._scan_many(sites, low, high)
@@ -331,7 +330,7 @@ class _Search:
         lowest = np.flatnonzero(minimum.ravel())
         lowest = lowest[np.argsort(values[lowest], kind="stable")][:_STARTS]
         best = values[lowest[0]]
-        found = [k for k in lowest if values[k] <= best + (_LEEWAY - 1) * abs(best)]
+        found = [k for k in lowest if values[k] <= best + _LEEWAY * abs(best)]
         step = (high - low) / (levels - 1)
         return [
             (
@@ -589,7 +588,7 @@ def _from_array(name: str, given: Any) -> Tensor:
     array = np.asarray(given)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
-    return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype == np.float32 else np.float64))
+    return to_tensor(array)
 
 
 def _given_bounds(bounds: tuple[ArrayLike, ArrayLike], features: int) -> tuple[_Log, _Log]:
@@ -616,9 +615,3 @@ class _NoBar:
     total = 0
     update: Callable[..., None] = staticmethod(lambda *_: None)
     close = update
-
-
-def _replace(selection: BandwidthSelection, **changes: Any) -> BandwidthSelection:
-    import dataclasses
-
-    return dataclasses.replace(selection, **changes)

@@ -23,8 +23,6 @@ from ..op import call
 from ..op import local_linear as lines
 from .sites import Sites
 
-CRITERIA = ("loo", "gcv", "aicc")
-
 
 def as_call(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """X (n, D) and y (n, C) in the shortest form that the op takes, which is its fastest."""

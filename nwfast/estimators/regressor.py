@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..functional import local_linear, nadaraya_watson
 from ..index import KeyIndex
-from .bandwidth import RULES, BandwidthSelection, data_bounds, select
-from .criteria import CRITERIA, as_call, criterion_of, in_sample
+from . import CRITERIA, RULES
+from .bandwidth import BandwidthSelection, data_bounds, select
+from .criteria import as_call, criterion_of, in_sample
 from .frames import OUTPUTS, names_of, to_output, to_tensor
 from .inference import (
     Weights,
@@ -472,8 +473,8 @@ class _KernelRegressor(RegressorMixin, BaseEstimator):
                     float(criterion_of("loo", sites, state.w, self._degree)) if len(sites.x) > 1 else math.nan
                 )
         variance = state.variance() if self.n_observations_ > 1 else torch.full((1, 1), math.nan)
-        lower, upper = data_bounds(sites)
         selection = self.selection_
+        lower, upper = data_bounds(sites) if selection is None else (selection.lower, selection.upper)
         return {
             "estimator": type(self).__name__,
             "degree": self._degree,

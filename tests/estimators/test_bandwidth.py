@@ -8,7 +8,8 @@ import torch
 from conftest import pairwise
 
 import nwfast
-from nwfast.estimators.bandwidth import CRITERIA, data_bounds, rule_of_thumb
+from nwfast.estimators import CRITERIA
+from nwfast.estimators.bandwidth import data_bounds, rule_of_thumb
 from nwfast.estimators.criteria import criterion_of
 from nwfast.estimators.sites import sites_of
 
