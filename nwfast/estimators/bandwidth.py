@@ -41,6 +41,7 @@ _NOISE = 0.05  # by which the criterion of a sample may be off
 _LEVEL = 1e-7  # by which a criterion may vary over a level stretch
 _FLAT = 1e-9  # relative differences of a criterion that say nothing
 _Log = NDArray[np.float64]
+_End = tuple[_Log, float]  # logarithms of bandwidths, (D,), and the criterion there
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class _Search:
         self.scanned = sites
         self.known: list[tuple[_Log, float]] = []  # values on all observations
 
-    def run(self) -> tuple[_Log, float]:
+    def run(self) -> _End:
         """Logarithms of the best bandwidths, (D,), and the criterion there."""
         count, dims = len(self.sites.x), len(self.features)
         most = _SAMPLE.get(dims, _MOST_SAMPLE)
@@ -257,20 +258,18 @@ class _Search:
         whole = small is self.sites
         self.scanned = small
         starts = self._scan(small)
-        if dims > 1 or not whole:
+        if whole and dims == 1:
+            ends = [self._descend(small, start, box) for start, _, box in starts]
+        else:
             # In many features a tenth of a thousandth of the loss is not worth as many steps again.
             loose = 1.0 if dims <= 3 else 1e3
-            starts = _distinct([self._descend(small, start, box, loose) for start, _, box in starts])
-            starts[0] = self._settle(small, starts[0], _FACTORS if dims <= 3 else _FACTORS_OF_MANY, loose)
-        if whole:
-            ends = starts if dims > 1 else [self._descend(small, start, box) for start, _, box in starts]
-        else:
-            ends = self._on_all(small, starts)
-        best = min(value for _, value, _ in ends)
+            ends = _distinct([self._descend(small, start, box, loose) for start, _, box in starts])
+            ends[0] = self._settle(small, ends[0], _FACTORS if dims <= 3 else _FACTORS_OF_MANY, loose)
+            ends = ends if whole else self._on_all(small, ends)
+        best = min(value for _, value in ends)
         # Of equals the widest: it is the smoother fit, and rounding does not choose.
-        equal = [place for place, value, _ in ends if value <= best + _FLAT * abs(best)]
-        place = max(equal, key=lambda place: float(place.sum()))
-        return place, next(value for other, value, _ in ends if other is place)
+        equal = [end for end in ends if end[1] <= best + _FLAT * abs(best)]
+        return max(equal, key=lambda end: float(end[0].sum()))
 
     def value(self, sites: Sites, place: _Log, degree: int | None = None) -> float:
         degree = self.degree if degree is None else degree
@@ -371,7 +370,7 @@ class _Search:
         full[self.features] = place
         return full
 
-    def _descend(self, sites: Sites, start: _Log, box: Any, loose: float = 1.0) -> tuple[_Log, float, None]:
+    def _descend(self, sites: Sites, start: _Log, box: Any, loose: float = 1.0) -> _End:
         """The minimum that is reached from a place, within a box or the bounds."""
         low, high = (self.lower, self.upper) if box is None else box
         low, high = low[self.features], high[self.features]
@@ -397,13 +396,11 @@ class _Search:
             options=dict(ftol=1e-9 * loose, gtol=1e-6 * loose, maxiter=100 if len(low) <= 3 else 50),
         )
         if not best:
-            return start, math.inf, None
+            return start, math.inf
         value, place = min(best, key=lambda pair: pair[0])
-        return self._full(place), value, None
+        return self._full(place), value
 
-    def _settle(
-        self, sites: Sites, end: tuple[_Log, float, None], factors: tuple[float, ...], loose: float
-    ) -> tuple[_Log, float, None]:
+    def _settle(self, sites: Sites, end: _End, factors: tuple[float, ...], loose: float) -> _End:
         """From one minimum to a lower one nearby, as long as there is one: bandwidths of few places are judged roughly.
 
         With several features, outlying observations whose leave-one-out lines hang on two or three others make many
@@ -428,17 +425,17 @@ class _Search:
                 break
             end = min(
                 self._descend(sites, places[k], None, loose),
-                (places[k], values[k], None),
+                (places[k], values[k]),
                 key=lambda found: found[1],
             )
         return end
 
-    def _on_all(self, small: Sites, starts: list[tuple[_Log, float, None]]) -> list[tuple[_Log, float, None]]:
+    def _on_all(self, small: Sites, starts: list[_End]) -> list[_End]:
         """From minima of the sample to those of all observations."""
         dims = len(self.features)
         rate = math.log(len(small.x) / len(self.sites.x)) / (dims + 4)
-        found: list[tuple[_Log, float]] = []
-        for start, value, _ in starts[:2]:
+        found: list[_End] = []
+        for start, value in starts[:2]:
             inner = (start > self.lower + 0.5) & (start < self.upper - 0.5)
             place = np.clip(np.where(inner, start + rate, start), self.lower, self.upper)
             found.append((place, value))
@@ -451,7 +448,7 @@ class _Search:
         ends = [self._descend(self.sites, places[k], None, loose=1e3) for k in taken]
         return [self._settle(self.sites, min(ends, key=lambda end: end[1]), _FACTORS_OF_MANY, 1e3)]
 
-    def _narrow(self, small: Sites) -> list[tuple[_Log, float]]:
+    def _narrow(self, small: Sites) -> list[_End]:
         """Candidates that are narrower than what a sample with large gaps can judge."""
         dims = len(self.features)
         low, high = (self.reach - math.log(count) / dims for count in (len(self.sites.x), len(small.x) / 4))
@@ -487,9 +484,9 @@ def _runs(sites: Sites, most: int) -> Sites:
     return sites.each(lambda part: part[chosen])
 
 
-def _distinct(ends: list[tuple[_Log, float, None]]) -> list[tuple[_Log, float, None]]:
+def _distinct(ends: list[_End]) -> list[_End]:
     """Without those that reached the same minimum as a better one, best first."""
-    kept: list[tuple[_Log, float, None]] = []
+    kept: list[_End] = []
     for end in sorted(ends, key=lambda end: end[1]):
         if all(np.abs(end[0] - other[0]).max() > 0.05 for other in kept):
             kept.append(end)

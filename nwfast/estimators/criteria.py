@@ -24,9 +24,14 @@ from ..op import local_linear as lines
 from .sites import Sites
 
 
+def flat(part: Tensor) -> Tensor:
+    """(n, D) or (n, C) in the shortest form that the op takes, which is its fastest: (n,) where D or C is 1."""
+    return part.squeeze(-1) if part.shape[-1] == 1 else part
+
+
 def as_call(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """X (n, D) and y (n, C) in the shortest form that the op takes, which is its fastest."""
-    return x.squeeze(-1) if x.shape[-1] == 1 else x, y.squeeze(-1) if y.shape[-1] == 1 else y
+    """Both of x (n, D) and y (n, C), flat."""
+    return flat(x), flat(y)
 
 
 def geometry(query: Tensor, sites: Sites, w: Tensor, exclude_self: bool) -> lines.Rows:
@@ -41,7 +46,7 @@ def geometry(query: Tensor, sites: Sites, w: Tensor, exclude_self: bool) -> line
 def smooth(query: Tensor, sites: Sites, w: Tensor, degree: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     """The fit (M, C) at query (M, D) and log q (M,), both differentiable in w (D,)."""
     x, y = as_call(sites.x, sites.y)
-    at = query.squeeze(-1) if x.ndim == 1 else query
+    at = flat(query)
     options: dict[str, Any] = dict(key_weight=sites.key_weight, exclude_self=exclude_self)
     fit, lse = nadaraya_watson(at, x, y, w, return_lse=True, **options)
     if degree == 1:
@@ -64,7 +69,7 @@ def _tilt(query: Tensor, sites: Sites, w: Tensor, exclude_self: bool) -> Tensor:
     columns = torch.cat([places, places[:, first] * places[:, second]], -1)
     mass = None if sites.key_weight is None else sites.mass.double()
     at, values = as_call(query.double(), columns)
-    keys, _ = as_call(sites.x.double(), columns)
+    keys = flat(sites.x.double())
     options: dict[str, Any] = dict(key_weight=mass, exclude_self=exclude_self)
     means = nadaraya_watson(at, keys, values, w.double(), **options)
     mean = means[:, : len(middle)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..functional import nadaraya_watson
-from .criteria import as_call, geometry, smooth
+from .criteria import as_call, flat, geometry, smooth
 from .sites import Sites
 
 
@@ -41,7 +41,7 @@ def weights_at(
     """The fit at query (M, D) and its linear weights; slopes of a local mean only where they are asked for."""
     sites, query, w = sites.double(), query.double(), w.double()
     x, y = as_call(sites.x, sites.y)
-    at = query.squeeze(-1) if x.ndim == 1 else query
+    at = flat(query)
     options: dict[str, Any] = dict(key_weight=sites.key_weight, exclude_self=exclude_self)
     with torch.no_grad():
         fit, lse = nadaraya_watson(at, x, y, w, return_lse=True, **options)
@@ -62,12 +62,12 @@ def weights_at(
 
 def _covariance(query: Tensor, sites: Sites, w: Tensor, exclude_self: bool) -> Tensor:
     """Cov(x, y) of each row, (M, D, C): the derivative of the local mean in the query, over w^2."""
-    x, _ = as_call(sites.x, sites.y)
+    x = flat(sites.x)
     at = query.detach().clone().requires_grad_()
     columns = []
     with torch.enable_grad():
         for column in sites.y.unbind(-1):
-            rows = at.squeeze(-1) if x.ndim == 1 else at
+            rows = flat(at)
             fit = nadaraya_watson(rows, x, column, w, key_weight=sites.key_weight, exclude_self=exclude_self)
             columns.append(torch.autograd.grad(fit.sum(), at)[0])
     return torch.stack(columns, -1) / w.square().unsqueeze(-1)
@@ -85,7 +85,7 @@ def squared_weights(
     constant = len(variance) == 1
     columns = powers if constant else (variance.unsqueeze(-1) * powers.unsqueeze(-2)).flatten(-2)
     at, columns = as_call(rows.query, columns)
-    x, _ = as_call(sites.x, sites.y)
+    x = flat(sites.x)
     with torch.no_grad():
         sums, lse = nadaraya_watson(
             at,
@@ -166,7 +166,7 @@ def mean_slope(sites: Sites, w: Tensor, degree: int, variance: Tensor) -> tuple[
     average = (share[:, None, None] * rows.slope).sum(0)
     middle = sites.x.mean(0)
     places = sites.x - middle
-    at, _ = as_call(sites.x, places)
+    at = flat(sites.x)
     found = []
     for feature in range(places.shape[1]):
         beta = rows.turn[:, feature]  # (S, D)

@@ -26,7 +26,7 @@ from ..functional import local_linear, nadaraya_watson
 from ..index import KeyIndex
 from . import CRITERIA, RULES
 from .bandwidth import BandwidthSelection, data_bounds, select
-from .criteria import as_call, criterion_of, in_sample
+from .criteria import as_call, criterion_of, flat, in_sample
 from .frames import OUTPUTS, names_of, to_output, to_tensor
 from .inference import (
     Weights,
@@ -58,7 +58,7 @@ class _State:
         if not len(query):
             return query.new_zeros(0, sites.y.shape[1])
         x, y = as_call(sites.x, sites.y)
-        at = query.squeeze(-1) if x.ndim == 1 else query
+        at = flat(query)
         if self.degree == 1:
             fit = local_linear(at, x, y, self.w, key_weight=sites.key_weight)
         elif query.shape[1] <= 3:
