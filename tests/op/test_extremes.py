@@ -464,6 +464,26 @@ def test_bandwidths_at_the_ends_of_the_dtype(backend, features, kind, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("features", [1, 2, 3])
+def test_gradients_of_w_up_to_the_largest_number(backend, features, dtype):
+    """Of a lone key, and of two of one place: lse is a square of w beyond all numbers, its derivative is a number."""
+    most = torch.finfo(dtype).max
+    query = torch.ones(1, features, dtype=dtype)
+    distance = torch.tensor([0.5, 0.75, 0.125], dtype=dtype)[:features]
+    expected = -(distance.double() ** 2)
+    for keys in (1, 2):
+        key, value = (query - distance).repeat(keys, 1), torch.arange(1.0, keys + 1, dtype=dtype)[:, None]
+        for share in (1.0, 0.5, 1e-10):
+            w = torch.full((features,), share * most, dtype=dtype, requires_grad=True)
+            out, lse = nwfast.nadaraya_watson(
+                query, key, value, w, return_lse=True, backend=backend, method="dense"
+            )
+            assert out.item() == pytest.approx((keys + 1) / 2)
+            (gradient,) = torch.autograd.grad(out.sum() + lse.sum(), w)
+            torch.testing.assert_close(gradient.double() / most, share * expected, rtol=1e-5, atol=0)
+
+
+@DTYPES
 @pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 3), (2, 1)])
 def test_coordinates_of_few_digits(backend, features, channels, dtype):
     """Small multiples of the least number: no result loses digits that its inputs have."""
