@@ -7,6 +7,7 @@ import pytest
 
 import nwfast
 from nwfast import datasets
+from nwfast.backends.messages import how_to_install
 from nwfast.estimators import storage
 
 from .conftest import needs_pyarrow
@@ -70,7 +71,7 @@ def test_a_missing_package_is_named_with_its_extra(
     status, out, err = run(*(argument.format(**files) for argument in arguments))
     assert (status, out) == (1, "")
     assert (
-        f"error: this needs the package {package}, which is not installed: pip install 'nwfast[cli]'" in err
+        f"error: this needs the package {package}, which is not installed: {how_to_install('cli')}\n" in err
     )
     assert err.count("\n") == 1
 
