@@ -157,7 +157,9 @@ class _Unscaled(torch.autograd.Function):
         a, b, w = ctx.saved_tensors
         of_a = grad.unsqueeze(-1) * _bandwidths(b, w / -2, True)
         of_b = grad.unsqueeze(-1) * _bandwidths(a, w / -2, True)
-        of_w = torch.where(a == 0, 0.0, of_a * a) + torch.where(b == 0, 0.0, of_b * b)
+        of_w = torch.where(of_a.isinf() & (a == 0), 0.0, of_a * a) + torch.where(
+            of_b.isinf() & (b == 0), 0.0, of_b * b
+        )
         found = (of_a * w, a), (of_b * w, b), (of_w, w)
         return *(part.sum_to_size(tensor.shape) for part, tensor in found), None
 
