@@ -18,6 +18,10 @@ import nwfast
 REFUSAL = re.compile("torch.compile|torch.func|functorch|must implement the jvp")
 
 
+# Parts of torch that are loaded by what is traced here are in a language that it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -63,8 +67,9 @@ def test_fullgraph_with_dynamic_shapes(backend, return_lse):
 
     def record(graph, example):
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=record))
@@ -159,6 +164,7 @@ def test_compiled_transforms(backend, transform):
 
 
 @pytest.mark.shared
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 def test_transforms_of_compiled(backend):
     """A transform around a compiled function is right, or refused: never silently wrong."""
     arguments = [tensor.detach() for tensor in make()]

@@ -22,7 +22,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def exact(query, key, value, w):
     """(out, lse, d out / d w, d out / d query) of one-feature data in long double, relative to the nearest key."""
     x, u, v = (tensor.double().cpu().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
-    w = np.longdouble(float(w))
+    w = np.longdouble(float(torch.as_tensor(w).detach()))
     distance = x - u.T
     score = -((distance * w) ** 2) / 2
     top = score.max(1, keepdims=True)

@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 import nwfast
 from nwfast.op import by_reference, schema
 
+# Parts of torch that transforms load are in a language that it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 DOUBLE = torch.float64
 
 
@@ -262,6 +264,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # of linearize
 @every_other("form, transform", ("1-D", "leave-one-out", "per-query keys"), tuple(TRANSFORMS))
 def test_transforms(backend, form, transform):
     leaves, exclude_self = inputs(form)
