@@ -74,7 +74,7 @@ def test_silence(out, monkeypatch):
     assert out.getvalue() == ""
 
 
-def test_numba_tells_the_watch_what_it_compiles():
+def test_numba_tells_the_watch_what_it_compiles_and_loading_compiles_nothing():
     code = """
 import sys
 from numba import njit

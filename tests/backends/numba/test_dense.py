@@ -461,20 +461,3 @@ if child == 0:
 print(os.waitpid(child, 0)[1], torch.equal(call(), expected))
 """
     assert run_script(script).split() == ["0", "True"]
-
-
-def test_nothing_is_compiled_at_import():
-    script = """
-import sys, nwfast
-print("numba" in sys.modules)
-from numba.core import event
-started = []
-class Listener(event.Listener):
-    def on_start(self, what): started.append(what)
-    def on_end(self, what): pass
-event.register("numba:compile", Listener())
-numba = nwfast.backends.load("numba")
-kernels = numba.forward_rows, numba.backward_rows, numba.backward_keys
-print(len(started), [kernel.signatures for kernel in kernels])
-"""
-    assert run_script(script).splitlines() == ["False", "0 [[], [], []]"]
