@@ -5,10 +5,9 @@ reference in float64, whatever is special about the arguments.
 """
 
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -440,7 +439,7 @@ def test_concurrent_callers():
 
 
 def run_script(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    done = fresh.run(script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
