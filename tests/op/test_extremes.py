@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from exact import BOXES, assert_accurate, solve
 from oracle import ROUNDING, gradients, textbook
 
@@ -22,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def exact(query, key, value, w):
     """(out, lse, d out / d w, d out / d query) of one-feature data in long double, relative to the nearest key."""
     x, u, v = (tensor.double().cpu().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
-    w = np.longdouble(float(w))
+    w = np.longdouble(float(torch.as_tensor(w).detach()))
     distance = x - u.T
     score = -((distance * w) ** 2) / 2
     top = score.max(1, keepdims=True)
@@ -66,9 +67,12 @@ def data(kind, dtype):
     return query, key, torch.randn(len(key), generator=generator, dtype=torch.float64).to(dtype)
 
 
-@DTYPES
-@pytest.mark.parametrize("order", ["sorted", "unsorted"])
-@pytest.mark.parametrize("kind", ["uniform", "clusters and gaps", "duplicates", "isolated", "all the same"])
+@every_other(
+    "kind, order, dtype",
+    ("uniform", "clusters and gaps", "duplicates", "isolated", "all the same"),
+    ("sorted", "unsorted"),
+    (torch.float32, torch.float64),
+)
 def test_any_bandwidth(backend, kind, order, dtype):
     """out, lse and both tangents for w from 0 over uniform weights to one-hot ones."""
     query, key, value = data(kind, dtype)
