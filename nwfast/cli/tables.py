@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import CommandError, unknown
 
 STREAM = "-"  # the name of standard output
@@ -26,6 +29,7 @@ _NO_VALUE = ("", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A", "NULL", 
 _NO_NUMBER = ("NaN", "nan", "-NaN", "-nan", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN")
 _MISSING = frozenset(_NO_VALUE + _NO_NUMBER)
 _TRUTH = {"True": 1.0, "TRUE": 1.0, "true": 1.0, "False": 0.0, "FALSE": 0.0, "false": 0.0}
+Columns = dict[str, NDArray[np.float64]]
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{2,4}")
 
 
@@ -68,8 +72,8 @@ def pick(given: Sequence[str], known: Sequence[str], path: str, what: str = "col
     return names
 
 
-def read_numbers(path: str, names: list[str]) -> Any:
-    """A table (pandas) of these columns as float64, missing values as NaN."""
+def read_numbers(path: str, names: list[str]) -> Columns:
+    """These columns (n,) as float64, missing values as NaN."""
     kind = format_of(path)
     with _reading(path):
         if kind == "parquet":
@@ -96,20 +100,15 @@ def _read_csv(path: str, names: list[str]) -> Any:
         return pandas.read_csv(path, index_col=False, low_memory=False, **options)[names]
 
 
-def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Any:
+def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Columns:
     """These columns of a table as float64; an error that says where the first text is.
 
     `start` is the number of rows before the table's first.
     """
-    import pandas
-
-    return pandas.DataFrame(
-        {name: _number_column(table[name], name, path, start) for name in names}, index=table.index
-    )
+    return {name: _number_column(table[name], name, path, start) for name in names}
 
 
-def _number_column(column: Any, name: str, path: str, start: int) -> Any:
-    import numpy as np
+def _number_column(column: Any, name: str, path: str, start: int) -> NDArray[np.float64]:
     import pandas
 
     kinds = pandas.api.types

@@ -6,6 +6,7 @@ import pandas
 import pytest
 
 import nwfast
+from nwfast.cli import models
 from nwfast.estimators import storage
 
 from .conftest import needs_pyarrow, table
@@ -29,7 +30,17 @@ def test_fit_is_the_estimators(run, tmp_path, degree, end):
     kind = (nwfast.NadarayaWatsonRegressor, nwfast.LocalLinearRegressor)[degree]
     wanted = kind(missing="drop", variance="local").fit(frame[["age"]], frame["wage"], frame["weight"])
     assert (status, out, err) == (0, wanted.summary() + "\n", "")
-    same(storage.load(tmp_path / "m"), wanted)
+    model = storage.load(tmp_path / "m")
+    same(model, wanted)
+    wanted.save(tmp_path / "estimator")
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "estimator").read_bytes()
+    new = pandas.DataFrame({"age": np.linspace(15, 75, 40)})
+    found, expected = (
+        [*one.predict(rows, True, True), *one.confidence_band(rows)]
+        for one, rows in ((models.load(str(tmp_path / "m")), new.to_numpy()), (model, new))
+    )
+    for part, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part, wanted)
 
 
 def test_several_columns_of_several_kinds(run, data, tmp_path):
