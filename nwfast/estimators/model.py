@@ -18,7 +18,6 @@ from torch import Tensor
 from ..functional import local_linear, nadaraya_watson
 from ..index import KeyIndex
 from . import CRITERIA, RULES
-from .bandwidth import BandwidthSelection, select
 from .criteria import as_call, criterion_of, flat, in_sample
 from .frames import to_tensor
 from .inference import (
@@ -31,6 +30,7 @@ from .inference import (
     weights_at,
 )
 from .report import report_of, summary_of
+from .selection import BandwidthSelection, select
 from .sites import Sites, sites_of
 
 _MISSING = ("raise", "drop")

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .bandwidth import data_bounds
 from .criteria import criterion_of
+from .search import data_bounds
 
 
 def report_of(model: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bandwidth import BandwidthSelection
 from .model import State
+from .selection import BandwidthSelection
 from .sites import Sites
 
 _FORMAT = "nwfast-estimator"
