@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy.optimize  # noqa: F401, that it is missing is said here, and that no call waits for its import
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor

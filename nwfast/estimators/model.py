@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 from torch import Tensor
 
 from ..functional import local_linear, nadaraya_watson
@@ -27,6 +26,7 @@ from .inference import (
     mean_slope,
     residual_variance,
     slope_errors,
+    student_quantile,
     weights_at,
 )
 from .report import report_of, summary_of
@@ -223,7 +223,7 @@ class KernelModel:
         error = fit_errors(rows, state.sites, state.w, state.variance()).sqrt()
         if bias:
             error = error.hypot(bias_at(query, state.sites, state.w, self._degree))
-        reach = float(stdtrit(state.residual_dof, (1 + level) / 2)) * error
+        reach = student_quantile(state.residual_dof, (1 + level) / 2) * error
         return (
             self._output(with_gaps(rows.fit - reach, missing), X),
             self._output(with_gaps(rows.fit + reach, missing), X),

@@ -2,9 +2,10 @@
 
 The scan looks at a grid of bandwidths, spaced evenly in their logarithm between bounds that the data give: of one to
 three features the full grid, of more a line (all features in proportion), each feature alone left out or kept, and a
-Sobol sequence. The lowest minima are followed down by L-BFGS-B, with exact derivatives. Of many observations the scan
-takes a sample, whose best bandwidths, brought to the full number by the rate n^(-1/(D + 4)), start the descent on all.
-What is narrower than a sample can judge is scanned on runs of neighbours, with several features on all observations.
+Sobol sequence. The lowest minima are followed down with exact derivatives: in one feature, between neighbours of
+the grid, by secants, else by L-BFGS-B. Of many observations the scan takes a sample, whose best bandwidths, brought to
+the full number by the rate n^(-1/(D + 4)), start the descent on all. What is narrower than a sample can judge is
+scanned on runs of neighbours, with several features on all observations.
 """
 
 import math
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from .criteria import criterion_of
@@ -31,6 +31,7 @@ _STARTS_OF_MANY = 2
 _FACTORS = 0.5, 0.63, 0.8, 1.25, 1.6, 2.0  # of a minimum: where a lower one may be
 _FACTORS_OF_MANY = 0.5, 2.0
 _ROUNDS = 6
+_STEPS = 40  # of a descent in one feature, of which some five are taken
 _LEEWAY = 0.15  # of the best, above which a minimum of the scan may lie to be followed
 _NOISE = 0.05  # by which the criterion of a sample may be off
 LEVEL = 1e-7  # by which a criterion may vary over a level stretch
@@ -195,9 +196,14 @@ class Search:
         return full
 
     def _descend(self, sites: Sites, start: _Log, box: Any, loose: float = 1.0) -> _End:
-        """The minimum that is reached from a place, within a box or the bounds."""
-        low, high = (self.lower, self.upper) if box is None else box
-        low, high = low[self.features], high[self.features]
+        """The minimum that is reached from a place, within a box (of one feature) or the bounds."""
+        if box is not None:
+            return self._descend_in(sites, start, box)
+        from scipy.optimize import (
+            minimize,  # half a second of imports, which few bandwidths of one feature need
+        )
+
+        low, high = self.lower[self.features], self.upper[self.features]
         scale: float | None = None
         best: list[tuple[float, _Log]] = []
 
@@ -223,6 +229,39 @@ class Search:
             return start, math.inf
         value, place = min(best, key=lambda pair: pair[0])
         return self._full(place), value
+
+    def _descend_in(self, sites: Sites, start: _Log, box: tuple[_Log, _Log]) -> _End:
+        """The minimum in a box around the lowest of three neighbours, of one feature.
+
+        A zero of the derivative, by secants, and by halves where a secant leaves what is known to hold the minimum.
+        """
+        (feature,) = self.features
+        place, ends = float(start[feature]), [float(end[feature]) for end in box]
+        best = start, math.inf
+        last: tuple[float, float] | None = None
+        for _ in range(_STEPS):
+            at = start.copy()
+            at[feature] = place
+            value, gradient = self.slope(sites, at)
+            slope, gain = float(gradient[feature]), best[1] - value
+            level = 0.0
+            if gain >= 0:
+                ends[int(slope > 0)] = place
+                best, level = (at, value), 1e-6
+            elif math.isfinite(best[1]):
+                ends[int(place > best[0][feature])] = place
+            else:  # not finite where it starts
+                break
+            size = 1.0 if self.criterion == "aicc" else abs(best[1])
+            if abs(gain) <= 1e-9 * size or abs(slope) <= level * size or ends[1] - ends[0] < 1e-9:
+                break
+            step = ends[0] + (ends[1] - ends[0]) / 2
+            if last is not None and slope != last[1]:
+                secant = place - slope * (place - last[0]) / (slope - last[1])
+                step = secant if ends[0] < secant < ends[1] else step
+            last = place, slope
+            place = step
+        return best
 
     def _settle(self, sites: Sites, end: _End, factors: tuple[float, ...], loose: float) -> _End:
         """From one minimum to a lower one nearby, as long as there is one: bandwidths of few places are judged roughly.
