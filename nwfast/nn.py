@@ -89,7 +89,7 @@ class NWKernelRegression(nn.Module):
     export keep copies of their queries, keys and w (up to 2**32 pairs); copies and pickles of the module leave
     them out.
 
-    Assigning a number or a tensor to `w` with `log_bandwidth` sets that parameter to -log |w|. Without it `w` is a
+    Assigning a number or a tensor to `w` with `log_bandwidth` sets that parameter to ``-log |w|``. Without it `w` is a
     parameter like any other, also for `torch.nn.utils.prune`, `parametrize` and `weight_norm`.
 
     Examples
