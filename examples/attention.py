@@ -83,11 +83,11 @@ class Block(nn.Module):
 
 
 # %%
-# A task for which attention is needed: each sequence holds 24 points of a sine of its own, (x, y), and a last token,
+# A task for which attention is needed: each sequence holds 16 points of a sine of its own, (x, y), and a last token,
 # which knows its x alone and is to say y. There is no such sine in the weights; it has to be read from the sequence.
 
 
-def sequences(count: int, points: int = 24):
+def sequences(count: int, points: int = 16):
     """Tokens (count, points + 1, 3): x, y and a flag, y hidden in the last; and that y, (count,)."""
     x = torch.rand(count, points + 1) * 4 - 2
     phase, height = torch.rand(2, count, 1) * 3
@@ -97,11 +97,11 @@ def sequences(count: int, points: int = 24):
     return torch.stack([x, y * (1 - asked), asked], dim=-1), y[:, -1]
 
 
-model = nn.Sequential(nn.Linear(3, 32), Block(32, 4), Block(32, 4), nn.Linear(32, 1))
-optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+model = nn.Sequential(nn.Linear(3, 16), Block(16, 4), Block(16, 4), nn.Linear(16, 1))
+optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
 errors = []
-for _step in range(100):
-    tokens, wanted = sequences(32)
+for _step in range(150):
+    tokens, wanted = sequences(64)
     optimiser.zero_grad()
     loss = functional.mse_loss(model(tokens)[:, -1, 0], wanted)
     loss.backward()
@@ -129,7 +129,7 @@ plt.show()
 # mask, which differs from query to query, is not there.
 
 with torch.no_grad():
-    seen = torch.ones(len(tokens), 1, 25)
-    seen[:, :, 12:24] = 0.0  # half of the points hidden
+    seen = torch.ones(len(tokens), 1, 17)
+    seen[:, :, 8:16] = 0.0  # half of the points hidden
     hidden = model[1].attend(model[0](tokens), seen)
 print("with half of the keys left out:", tuple(hidden.shape))

@@ -11,11 +11,11 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 @pytest.fixture
 def run(monkeypatch):
     """Run an example in this process, since importing torch takes longer than it: its names, and its figures' axes."""
+    monkeypatch.undo()  # what an example says is of its own seeds, whatever NWFAST_TEST_SEED is
     matplotlib = pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     matplotlib.use("Agg")
     plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.undo()  # what an example says is of its own seeds, whatever NWFAST_TEST_SEED is
     monkeypatch.setattr(plt, "show", lambda: None)
 
     def example(name):
