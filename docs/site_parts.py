@@ -25,7 +25,9 @@ def reading_order(filename: str) -> int:
 
 def mathml(formula: str, display: str = "inline") -> str:
     """LaTeX as MathML, which browsers draw themselves."""
-    found = convert(formula.strip(), display=display)
+    found = convert(formula.strip().replace(r"\arg", r"\operatorname{arg}"), display=display)
+    if "\\" in found:
+        raise ValueError(f"a command that latex2mathml does not know, in {formula!r}")
     return _LETTERS.sub(lambda word: "<mi>" + re.sub("<[^>]+>", "", word[0]) + "</mi>", found)
 
 
@@ -59,8 +61,9 @@ class Help(Directive):
 
 def _read(app: Sphinx, page: str, source: list[str]) -> None:
     """Let links to files of the repository lead to the pages that show these files."""
+    text = re.sub(r"\n\n```(?=\n)", "\n```", source[0])  # an empty line ends a doctest
     up = r"\]\((?:\.\./)+"
-    text = re.sub(up + r"examples/(\w+)\.py\)", r"](/gallery/\1.rst)", source[0])
+    text = re.sub(up + r"examples/(\w+)\.py\)", r"](/gallery/\1.rst)", text)
     text = re.sub(up + r"examples/README\.rst\)", r"](/gallery/index.rst)", text)
     text = re.sub(up + r"ARCHITECTURE\.md(#[\w-]+)?\)", r"](/architecture.md\1)", text)
     source[0] = re.sub(r"\[(README)" + up + r"README\.md\)", r"\1", text)  # which is not on the site

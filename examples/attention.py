@@ -117,7 +117,7 @@ print(f"squared error on new sequences: {error:.3f}; without the sequence {blind
 widths = [block.attend.log_w.detach().exp().flatten().tolist() for block in (model[1], model[2])]
 print("w of the heads:", "; ".join(", ".join(f"{width:.2f}" for width in head) for head in widths))
 
-figure, axes = plt.subplots(figsize=(6.4, 3.4))
+figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 axes.plot(errors)
 axes.axhline(blind, color="0.6", linestyle="--")
 axes.annotate("without the sequence", (len(errors), blind), (0, 4), textcoords="offset points", ha="right")

@@ -58,7 +58,7 @@ for name, error in errors.items():
 # %%
 # The learned kernel is sharper, its fit closer to the truth and less smooth.
 
-figure, axes = plt.subplots(figsize=(6.4, 4))
+figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
 axes.plot(data.x_test, data.y_truth, label="truth")
 axes.plot(data.x_test, average, "--", color="0.6", label="average")
 axes.plot(data.x_test, pooled, label="w = 1")

@@ -63,7 +63,7 @@ for name in kinds:
 # better on new patients, and says on what: body mass index, blood pressure and two of the blood serum values.
 
 metric = w  # of the last split, at a price
-figure, axes = plt.subplots(figsize=(6.4, 3.4))
+figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 axes.bar(data.feature_names, metric.numpy())
 axes.set(ylabel="w, in 1 / deviation", title="What counts for the distance between two patients")
 plt.show()

@@ -53,7 +53,7 @@ print(f"h = {1 / w:.2f}; root mean squared error     middle     ends")
 for name, (middle, ends) in errors.items():
     print(f"{name:<36}  {middle:>8.3f} {ends:>8.3f}")
 
-figure, axes = plt.subplots(figsize=(6.4, 4))
+figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
 for name, slope in slopes.items():
     axes.plot(query.detach(), slope, label=name)
 axes.plot(query.detach(), truth, "k--", linewidth=1, label="truth, cos x")

@@ -256,7 +256,7 @@ class NWKernelRegression(nn.Module):
 
     @property
     def attention_weights(self) -> Tensor:
-        """Weights of the last call, (M, n) or (..., M, n), with the w of that call: rows sum to 1, no gradient.
+        """Weights of the last call, (M, n) or (..., M, n), with the w of that call; rows sum to 1, no gradient.
 
         They are computed each time they are asked for, in O(M n) memory, and not kept. For weights with a gradient
         see `nwfast.attention_weights`. A thread gets those of its own last call, and one that has made none those of

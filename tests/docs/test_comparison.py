@@ -79,6 +79,7 @@ def test_statsmodels():
         assert np.isnan(reg().fit([FAR])[0]).all()
     assert reg(kind="ll").fit([FAR])[0] == 0
     assert np.isnan(reg(OF_NAN).fit(AT)[0]).all()
+    assert isinstance(reg().fit(AT)[0], np.ndarray)
     both = np.stack([X, np.arange(200) % 3], 1)
     assert all(np.isfinite(reg(x=both, types=f"c{kind}").fit()[0]).all() for kind in "ou")
     with pytest.raises(ValueError, match="reshape"):
@@ -96,6 +97,8 @@ def test_hessband():
     assert hessband.nw_predict(X, Y, AT, H) == pytest.approx(ours(nwfast.nadaraya_watson, AT, H))
     assert hessband.nw_predict(X, Y, np.array([FAR]), H) == pytest.approx(Y.mean())
     assert np.isnan(hessband.nw_predict(X, OF_NAN, AT, H)).all()
+    assert isinstance(hessband.nw_predict(X, Y, AT, H), np.ndarray)
+    assert not [name for name in dir(hessband) if re.search("test|linear|grad", name)]
     assert np.isfinite(hessband.nw_predict(X, Y, AT, H, kernel="epanechnikov")).all()
     with pytest.raises(ValueError, match=r"broadcast|size|shape"):
         hessband.nw_predict(np.stack([X, X], 1), Y, np.stack([AT, AT], 1), H)
@@ -125,6 +128,7 @@ def test_kernelsmooth():
     with pytest.raises(ValueError, match="incompatible"):
         kernelsmooth.KernelRegression(H).fit(inputs, np.stack([Y, Y], 1))
     assert list(inspect.signature(mean.fit).parameters) == ["X", "Y"]
+    assert isinstance(mean.predict(at), np.ndarray) and not [name for name in dir(mean) if "test" in name]
     assert "std" not in " ".join([*dir(mean), *inspect.signature(mean.predict).parameters])
 
 

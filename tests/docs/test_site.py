@@ -3,7 +3,7 @@
 import doctest
 import inspect
 import os
-import pickle
+import posixpath
 import re
 import runpy
 import shutil
@@ -63,7 +63,7 @@ def test_links_are_found():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site of a copy of the sources: everything but the examples' figures and the writing of pages."""
+    """The site of a copy of the sources, whose examples do not run."""
     for package in ("sphinx", "myst_parser", "sphinx_gallery", "latex2mathml", "furo"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("site")
@@ -75,7 +75,7 @@ def site(tmp_path_factory):
         "-m",
         "sphinx",
         "-b",
-        "dummy",
+        "html",
         "-W",
         "--keep-going",
         "-q",
@@ -91,14 +91,11 @@ def site(tmp_path_factory):
 
 
 def test_every_public_name_has_an_entry(site):
-    with open(site / "out" / ".doctrees" / "environment.pickle", "rb") as file:
-        sys.path[:0] = [str(DOCS)]
-        try:
-            environment = pickle.load(file)
-        finally:
-            sys.path.remove(str(DOCS))
-    python = environment.domaindata["py"]
-    found = {*python["objects"], *python["modules"]}
+    from sphinx.util.inventory import InventoryFile
+
+    with open(site / "out" / "objects.inv", "rb") as file:
+        entries = InventoryFile.load(file, "", posixpath.join)
+    found = {name for kind, names in entries.items() if kind.startswith("py:") for name in names}
     names = {f"nwfast.{name}" for name in nwfast.__all__}
     for module in (plotting, datasets):
         public = getattr(module, "__all__", None) or [
@@ -112,6 +109,16 @@ def test_every_public_name_has_an_entry(site):
         methods = [name for name, part in vars(base).items() if inspect.isfunction(part) and name[0] != "_"]
         names |= {f"nwfast.{kind.__name__}.{name}" for name in methods}
     assert not names - found
+
+
+def test_the_site_needs_no_network(site):
+    pages = list((site / "out").rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        text = page.read_text()
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"', text)
+        assert not [address for address in map("".join, loaded) if "//" in address]
+    assert (site / "out" / "linear-time.html").read_text().count("<math") > 50
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
