@@ -18,7 +18,8 @@ y = torch.sin(x) + 0.2 * torch.randn(2000, generator=generator, dtype=torch.floa
 w = nwfast.select_bandwidth(x, y, degree=1).w
 
 # %%
-# By autograd: each output depends on its own query alone, so the gradient of their sum holds all slopes.
+# The bandwidth is the one found for lines. By autograd: each output depends on its own query alone, so the gradient of
+# their sum holds all slopes.
 
 query = torch.linspace(0, 6, 241, dtype=torch.float64, requires_grad=True)
 fit = nwfast.nadaraya_watson(query, x, y, w)
