@@ -3,13 +3,14 @@
 NWFAST_EXT = auto (the default) builds them where a C++ compiler is found and says so where none is, 0 never builds
 them, 1 takes a missing compiler for an error. A compiler that is there and fails is an error in any case. The
 environment's CXXFLAGS come after the flags below. Build with --no-build-isolation: the extensions are compiled against
-the torch that is installed.
+the torch that is installed. NWFAST_URL is the repository's address, for the metadata and the description's links.
 
 nwfast._C_cuda is built where the installed torch has CUDA and nvcc is found, with a GPU or without.
 TORCH_CUDA_ARCH_LIST says for which GPUs; unset, for those that are visible, or for the usual ones where none is.
 """
 
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -171,6 +172,31 @@ class BuildModules(build_py):
             write_record(Path("nwfast"))
 
 
+def description(url: str) -> str:
+    """The README for an index page, where links of a checkout lead nowhere: on to `url`, or without one left out."""
+
+    def elsewhere(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        if "://" in target:
+            return link[0]
+        if not url:
+            return "" if picture else text
+        return f"{picture}[{text}]({url}/{'raw' if picture else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", elsewhere, Path("README.md").read_text(encoding="utf-8"))
+
+
+def urls(url: str) -> dict[str, str]:
+    """What the metadata links to."""
+    pages = {
+        "Source": "",
+        "Documentation": "/tree/main/docs",
+        "Changelog": "/blob/main/CHANGELOG.md",
+        "Issues": "/issues",
+    }
+    return {name: url + page for name, page in pages.items()} if url else {}
+
+
 def build_commands(found: list[Extension]) -> dict:
     """The commands that differ; torch's build_ext where there is something to build: else torch need not be there."""
     if not found:
@@ -181,8 +207,11 @@ def build_commands(found: list[Extension]) -> dict:
 
 
 if __name__ == "__main__":
-    found = extensions()
+    found, url = extensions(), os.environ.get("NWFAST_URL", "").rstrip("/")
     setup(
+        long_description=description(url),
+        long_description_content_type="text/markdown",
+        project_urls=urls(url),
         ext_modules=found,
         cmdclass=build_commands(found),
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

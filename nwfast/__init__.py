@@ -51,9 +51,11 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("scipy", "sklearn"):
             raise
+        from .backends.messages import how_to_install
+
         raise ModuleNotFoundError(
             f"nwfast.{name} needs SciPy and scikit-learn, and {error.name} is not installed: "
-            "pip install 'nwfast[estimators]', or pip install '.[estimators]' in a checkout",
+            f"{how_to_install('estimators')}",
             name=error.name,
         ) from error
     return getattr(found, name)

@@ -73,40 +73,77 @@ def setting(content: dict) -> str:
 
 def readme(content: dict) -> str:
     """The README's section, with all numbers taken from `content`."""
-    missed = [bar["what"] for bar in content["bars"] if not bar["passed"]]
-    introduction = (
-        f"Medians of alternating runs in one process, float32, N = M = {content['points']} unless said, each result "
-        "checked against float64 first. Data is unsorted and w = 1 unless said, so that no pair can be skipped. "
-        f"{setting(content)}. Textbook: the two lines; torch.compile: the same two lines, compiled; best other: the "
-        "fastest of the other peers at this."
+    note = (
+        f"Medians, float32, {setting(content)}; each result is checked against float64 before it is timed. "
+        "[docs/benchmarks.md](docs/benchmarks.md) has all peers, sizes, memory, errors and the bars that are missed, "
+        "[docs/performance.md](docs/performance.md) what the machine allows."
     )
     return "\n".join(
         [
-            "## Speed",
-            "",
-            *textwrap.wrap(introduction, 120),
-            "",
             *table(
-                ["time", "native", "numba", "torch.compile", "textbook", "best other", "native, Gpair/s"],
-                _readme_rows(content),
+                ["", "nwfast", "the two lines", "the same, compiled", "fastest other"], _chosen_rows(content)
             ),
             "",
             "![Time against N](docs/figures/time-against-n.svg)",
             "",
-            *table(["", "measured", "quartiles", "bar"], map(_bar, content["bars"])),
-            "",
-            *textwrap.wrap(f"Missed: {'; '.join(missed)}." if missed else "All bars are met.", 120),
-            "[docs/benchmarks.md](docs/benchmarks.md) has all peers, memory and accuracy, and how each is used;",
-            "[docs/performance.md](docs/performance.md) what the machine allows. `make bench` measures this,",
-            "`make report` writes it here, `make regression` compares with it.",
+            *textwrap.wrap(note, 120, break_on_hyphens=False),
         ]
     )
+
+
+def _chosen_rows(content: dict) -> Iterator[list[str]]:
+    """One row for each of a training step's two passes, a small call, and a million points."""
+    chosen = {
+        "dense forward": lambda group: True,
+        "training step": lambda group: True,
+        "small n": lambda group: "backward" in group["name"],
+        "scaling in N": lambda group: group["n"] == 1_000_000,
+    }
+    for question, wanted in chosen.items():
+        groups = [group for group in content["groups"] if group["question"] == question and wanted(group)]
+        for group in groups[:1]:
+            found = {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
+            own = [found[label] for label in ("native", "native fgt") if label in found]
+            best = min(own, key=lambda entry: entry["seconds"]["median"], default=None)
+            cells = [format_time(best["seconds"]["median"]) if best else ""]
+            yield [
+                group["name"],
+                *cells,
+                _time(found, "textbook"),
+                _time(found, "torch.compile"),
+                _best_other(found),
+            ]
+
+
+def _summary(content: dict) -> list[str]:
+    """The first section of docs/benchmarks.md: a row for each group, and the bars."""
+    missed = [bar["what"] for bar in content["bars"] if not bar["passed"]]
+    introduction = (
+        f"N = M = {content['points']} unless said; data is unsorted and w = 1 unless said, so that no pair can be "
+        "skipped. Textbook: the two lines; torch.compile: the same two lines, compiled; best other: the fastest of the "
+        "other peers at this."
+    )
+    return [
+        "## Summary",
+        "",
+        *textwrap.wrap(introduction, 120),
+        "",
+        *table(
+            ["time", "native", "numba", "torch.compile", "textbook", "best other", "native, Gpair/s"],
+            _summary_rows(content),
+        ),
+        "",
+        *table(["", "measured", "quartiles", "bar"], map(_bar, content["bars"])),
+        "",
+        *textwrap.wrap(f"Missed: {'; '.join(missed)}." if missed else "All bars are met.", 120),
+        "",
+    ]
 
 
 _NAMED = ("native", "numba", "torch.compile", "textbook")
 
 
-def _readme_rows(content: dict) -> Iterator[list[str]]:
+def _summary_rows(content: dict) -> Iterator[list[str]]:
     order = list(QUESTIONS)
     for group in sorted(content["groups"], key=lambda group: order.index(group["question"])):
         found = {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
@@ -120,9 +157,7 @@ def _readme_rows(content: dict) -> Iterator[list[str]]:
         own = "native fgt" if linear and (several or "native" not in found) else "native"
         cells = [_time(found, own), _time(found, "numba fgt" if own != "native" else "numba")]
         cells += [_time(found, name) for name in _NAMED[2:]]
-        others = [entry for label, entry in found.items() if label not in (*OWN, *_NAMED)]
-        best = min(others, key=lambda entry: entry["seconds"]["median"], default=None)
-        cells.append(f"{format_time(best['seconds']['median'])}, {best['label']}" if best else "")
+        cells.append(_best_other(found))
         rate = found[own]["pairs_per_second"] if own in found else 0
         yield [
             group["name"] + (", linear time" if own != "native" else ""),
@@ -137,6 +172,12 @@ def _readme_rows(content: dict) -> Iterator[list[str]]:
             *[""] * 4,
             f"{rate:.3g}",
         ]
+
+
+def _best_other(found: dict[str, dict]) -> str:
+    others = [entry for label, entry in found.items() if label not in (*OWN, *_NAMED)]
+    best = min(others, key=lambda entry: entry["seconds"]["median"], default=None)
+    return f"{format_time(best['seconds']['median'])}, {best['label']}" if best else ""
 
 
 def _time(found: dict[str, dict], label: str) -> str:
@@ -175,6 +216,7 @@ def page(content: dict, about: dict[str, dict]) -> str:
         "",
         "![How many times faster](figures/speed-up.svg)",
         "",
+        *_summary(content),
     ]
     for question, title in QUESTIONS.items():
         groups = [group for group in content["groups"] if group["question"] == question]

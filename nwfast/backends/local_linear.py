@@ -17,6 +17,8 @@ from . import is_captured, reference
 
 # Eigenvalues above this many tolerances are not faded at all.
 _CLEAR = 1e6
+# Binary exponents of u up to which products of four coordinates are numbers.
+_MOST_EXPONENT = 200
 
 
 class Frame(NamedTuple):
@@ -33,29 +35,47 @@ class Frame(NamedTuple):
 
 def frame(query: Tensor, key: Tensor, w: Tensor, key_weight: Tensor | None) -> Frame:
     """The frame of canonical inputs in float64; only `key` and `query` are differentiable."""
-    counted = key.isfinite().all(-1)
-    if key_weight is not None:
-        counted = counted & (key_weight != 0)
-    mask = counted.unsqueeze(-1)
-    still_key, still_query, w = key.detach(), query.detach(), w.detach().abs().unsqueeze(-2)
-    low = torch.where(mask, still_key, torch.inf).amin(-2, keepdim=True)
-    high = torch.where(mask, still_key, -torch.inf).amax(-2, keepdim=True)
-    low, high = torch.where(low <= high, low, 0.0), torch.where(low <= high, high, 0.0)
-    middle = low / 2 + high / 2
-    extent = high / 2 - low / 2
-    far = (still_query - middle).abs()
+    counted, middle, extent = _keys(key.detach(), key_weight)
+    w = w.detach().abs().unsqueeze(-2)
+    far = (query.detach() - middle).abs()
     far = torch.where(far.isfinite(), far, 0.0)
     reach = extent + far.amax(-2, keepdim=True) if query.shape[-2] else extent
     reach = torch.where(reach > 0, reach, 1.0).squeeze(-2)
-    unit = torch.where(w * extent > 1, 1 / w, extent)
-    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    unit = _unit(w, extent)
     largest = w.amax(-1, keepdim=True)
     bandwidth = torch.where(largest > 0, torch.maximum(w, largest * 2.0**-20), 1.0)
     penalty = 1 / (unit * bandwidth)
     penalty = penalty / penalty.amax(-1, keepdim=True)
     penalty = torch.where(penalty.isfinite(), penalty, 1.0)
-    place = torch.where(mask, key - middle, 0.0)
+    place = torch.where(counted.unsqueeze(-1), key - middle, 0.0)
     return Frame(place, query - middle, counted, extent, reach, unit, penalty)
+
+
+def _keys(key: Tensor, key_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which keys count, (*B, N), the middle of these, and how far they extend to each side of it, (*B, 1, D)."""
+    counted = key.isfinite().all(-1)
+    if key_weight is not None:
+        counted = counted & (key_weight != 0)
+    mask = counted.unsqueeze(-1)
+    low = torch.where(mask, key, torch.inf).amin(-2, keepdim=True)
+    high = torch.where(mask, key, -torch.inf).amax(-2, keepdim=True)
+    low, high = torch.where(low <= high, low, 0.0), torch.where(low <= high, high, 0.0)
+    return counted, low / 2 + high / 2, high / 2 - low / 2
+
+
+def _unit(w: Tensor, extent: Tensor) -> Tensor:
+    unit = torch.where(w * extent > 1, 1 / w, extent)
+    return torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+
+
+def extreme_unit(key: Tensor, w: Tensor, key_weight: Tensor | None) -> Tensor:
+    """What to divide coordinates (in float64) by, (*B, 1, D), so that their products are numbers: a power of two.
+
+    1 where they are as they come.
+    """
+    unit = _unit(w.detach().abs().unsqueeze(-2), _keys(key.detach(), key_weight)[2])
+    exponent = unit.log2().round()
+    return torch.where(exponent.abs() > _MOST_EXPONENT, exponent.clamp(-1000.0, 1000.0), 0.0).exp2()
 
 
 def inverse_of(frame: Frame, offset: Tensor, spread: Tensor) -> Tensor:

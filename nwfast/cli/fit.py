@@ -7,6 +7,8 @@ import sys
 import warnings
 from typing import Any
 
+import numpy as np
+
 from ..estimators import CRITERIA, RULES
 from . import plot, tables
 from .errors import CommandError
@@ -108,10 +110,10 @@ def _bandwidth(text: str) -> Any:
 
 
 def _check_missing(table: Any, options: argparse.Namespace) -> None:
-    for name in table.columns:
-        missing = table[name].isna()
+    for name, column in table.items():
+        missing = np.isnan(column)
         count = int(missing.sum())
-        if count == len(table):
+        if count == len(column):
             raise CommandError(f"{options.data}: column {name!r} has no values")
         if count and options.missing == "raise":
             raise CommandError(
@@ -124,9 +126,9 @@ def _fit(
     table: Any, x: list[str], y: list[str], weights: list[str], bandwidth: Any, options: argparse.Namespace
 ) -> tuple[Any, list[str]]:
     """The fitted model, and what it warned of."""
-    from ..estimators.regressor import LocalLinearRegressor, NadarayaWatsonRegressor
+    from ..estimators.model import LocalLines, LocalMeans
 
-    model = (NadarayaWatsonRegressor, LocalLinearRegressor)[options.degree](
+    model = (LocalMeans, LocalLines)[options.degree](
         bandwidth,
         missing=options.missing,
         variance=options.variance,
@@ -135,9 +137,8 @@ def _fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            model.fit(
-                table[x], table[y[0]] if len(y) == 1 else table[y], table[weights[0]] if weights else None
-            )
+            inputs, outputs = ({name: table[name] for name in names} for names in (x, y))
+            model.fit(inputs, outputs, table[weights[0]] if weights else None)
         except ValueError as error:
             raise CommandError(" ".join(str(error).split())) from error
     return model, [str(warning.message) for warning in caught]

@@ -13,9 +13,10 @@ def load(path: str) -> Any:
     if os.path.isdir(path):
         raise CommandError(f"{path!r} is a directory, not a model")
     from ..estimators import storage
+    from ..estimators.model import KINDS
 
     try:
-        return storage.load(path)
+        return storage.load(path, KINDS)
     except ValueError as error:
         raise CommandError(str(error)) from error
     except OSError as error:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any
 
+import numpy as np
+
 from . import models, tables
 from .errors import CommandError, unknown
 
@@ -53,16 +55,16 @@ def run(options: argparse.Namespace) -> int:
     for name in new_columns(model, options):
         if name in known:
             raise CommandError(f"{options.data} has a column {name!r} already")
-    model.set_params(missing="drop").set_output(predict="default")
     missing = start = 0
     with tables.Writer(options.out) as writer, _bar(options.quiet) as bar:
         for chunk in tables.chunks(options.data, options.chunk):
             # An index of its own: that of a chunk goes on from the last, that of a batch is the writer's.
             part = chunk if hasattr(chunk, "iloc") else chunk.select(features).to_pandas(ignore_metadata=True)
-            inputs = tables.numbers(part, features, options.data, start)
-            missing += int(inputs.isna().any(axis=1).sum())
+            columns = tables.numbers(part, features, options.data, start)
+            inputs = np.stack(list(columns.values()), 1)
+            missing += int(np.isnan(inputs).any(1).sum())
             if part is chunk and writer.kind == "parquet":
-                chunk = chunk.assign(**{name: inputs[name] for name in features})
+                chunk = chunk.assign(**columns)
             writer.write(chunk, added_columns(model, inputs, options))
             start += len(inputs)
             bar.update(len(inputs))
@@ -82,8 +84,6 @@ def new_columns(model: Any, options: argparse.Namespace) -> list[str]:
 
 def added_columns(model: Any, inputs: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The columns that are added, for these inputs."""
-    import numpy as np
-
     rows, outputs = len(inputs), len(model.output_names_)
     names = new_columns(model, options)
     if not rows:

@@ -1,7 +1,7 @@
 """CSV and Parquet files: their columns, in whole or by chunks, and results beside them.
 
 Fitting reads the columns that it needs alone. Predicting keeps a file's other columns as they are: of CSV as texts.
-pandas and pyarrow are imported where they are first needed.
+pandas and pyarrow are imported where they are first needed: of CSV with plain numbers fitting needs pyarrow alone.
 """
 
 import contextlib
@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import CommandError, unknown
 
 STREAM = "-"  # the name of standard output
@@ -26,6 +29,7 @@ _NO_VALUE = ("", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A", "NULL", 
 _NO_NUMBER = ("NaN", "nan", "-NaN", "-nan", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN")
 _MISSING = frozenset(_NO_VALUE + _NO_NUMBER)
 _TRUTH = {"True": 1.0, "TRUE": 1.0, "true": 1.0, "False": 0.0, "FALSE": 0.0, "false": 0.0}
+Columns = dict[str, NDArray[np.float64]]
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{2,4}")
 
 
@@ -50,6 +54,9 @@ def columns_of(path: str) -> list[str]:
             from pyarrow import parquet
 
             return list(parquet.read_schema(path).names)
+        names = _plain_header(path)
+        if names is not None:
+            return names
         import pandas
 
         return [str(name) for name in pandas.read_csv(path, nrows=0).columns]
@@ -68,8 +75,8 @@ def pick(given: Sequence[str], known: Sequence[str], path: str, what: str = "col
     return names
 
 
-def read_numbers(path: str, names: list[str]) -> Any:
-    """A table (pandas) of these columns as float64, missing values as NaN."""
+def read_numbers(path: str, names: list[str]) -> Columns:
+    """These columns (n,) as float64, missing values as NaN."""
     kind = format_of(path)
     with _reading(path):
         if kind == "parquet":
@@ -77,10 +84,54 @@ def read_numbers(path: str, names: list[str]) -> Any:
 
             table = parquet.read_table(path, columns=names).to_pandas()
         else:
+            found = _plain_numbers(path, names)
+            if found is not None:
+                return found
             table = _read_csv(path, names)
     if not len(table):
         raise CommandError(f"{path} has no rows")
     return numbers(table, names, path)
+
+
+def _plain_header(path: str) -> list[str] | None:
+    """The names of the columns of CSV, where its first line leaves no doubt about them: else pandas is to say."""
+    if Path(path).suffix.lower() != ".csv":
+        return None
+    with open(path, "rb") as file:
+        try:
+            line = file.readline().decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError:
+            return None
+    names = line.split(",")
+    plain = line.isprintable() and '"' not in line and all(name.strip() for name in names)
+    return names if plain and len(set(names)) == len(names) else None
+
+
+def _plain_numbers(path: str, names: list[str]) -> Columns | None:
+    """Columns of CSV with nothing but numbers and gaps, as pandas reads them, without its half second of imports."""
+    if _plain_header(path) is None:
+        return None
+    try:
+        from pyarrow import csv
+
+        # A text, a truth value or a date is an error, and so are rows that are longer or shorter than the first.
+        options = csv.ConvertOptions(
+            include_columns=names,
+            column_types=dict.fromkeys(names, "float64"),
+            null_values=list(_MISSING),
+            strings_can_be_null=True,
+        )
+        table = csv.read_csv(path, convert_options=options)
+    except (ImportError, KeyError, ValueError):
+        return None
+    found = {}
+    for name in names if len(table) else ():
+        column = table[name].fill_null(np.nan) if table[name].null_count else table[name]
+        # `to_numpy` of pyarrow imports pandas.
+        found[name] = np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
+        if np.isinf(found[name]).any():
+            return None
+    return found or None
 
 
 def _read_csv(path: str, names: list[str]) -> Any:
@@ -96,20 +147,15 @@ def _read_csv(path: str, names: list[str]) -> Any:
         return pandas.read_csv(path, index_col=False, low_memory=False, **options)[names]
 
 
-def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Any:
+def numbers(table: Any, names: Sequence[str], path: str, start: int = 0) -> Columns:
     """These columns of a table as float64; an error that says where the first text is.
 
     `start` is the number of rows before the table's first.
     """
-    import pandas
-
-    return pandas.DataFrame(
-        {name: _number_column(table[name], name, path, start) for name in names}, index=table.index
-    )
+    return {name: _number_column(table[name], name, path, start) for name in names}
 
 
-def _number_column(column: Any, name: str, path: str, start: int) -> Any:
-    import numpy as np
+def _number_column(column: Any, name: str, path: str, start: int) -> NDArray[np.float64]:
     import pandas
 
     kinds = pandas.api.types

@@ -13,6 +13,7 @@ What a residual tells of v comes from leave-one-out fits: r_i = y_i - fit_{-i} h
 of that fit, so that v = sum a r^2 / sum (1 + a s), s the sum of l_j^2 / a_j. It contains the squared bias of the fit.
 """
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -181,3 +182,30 @@ def mean_slope(sites: Sites, w: Tensor, degree: int, variance: Tensor) -> tuple[
         weight = grad[:, 0] + (places * grad[:, 1:]).sum(-1)
         found.append((weight.square().unsqueeze(-1) * variance / sites.mass.unsqueeze(-1)).sum(0))
     return average, torch.stack(found)
+
+
+def student_quantile(freedom: float, share: float) -> float:
+    """The quantile of Student's distribution.
+
+    Of 10,000 degrees of freedom and more by Fisher's expansion (Abramowitz and Stegun 26.7.5), whose next term is below
+    rounding there, so that bands of many observations need not wait for the import of SciPy.
+    """
+    if freedom < 1e4:
+        from scipy.special import stdtrit
+
+        return float(stdtrit(freedom, share))
+    z = float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
+    terms = (
+        (4, 1, 1),
+        (96, 5, 16, 3),
+        (384, 3, 19, 17, -15),
+        (92160, 79, 776, 1482, -1920, -945),
+    )
+    found = z
+    for k, (divisor, *factors) in enumerate(terms, 1):
+        found += (
+            z
+            * reduce(lambda total, factor: total * z * z + factor, map(float, factors))
+            / (divisor * freedom**k)
+        )
+    return found

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bandwidth import BandwidthSelection
+from .model import State
+from .selection import BandwidthSelection
 from .sites import Sites
 
 _FORMAT = "nwfast-estimator"
 _VERSION = 1
 _SITES = ("x", "y", "mass", "unit", "within")
+_PARAMETERS = ("bandwidth", "missing", "progress", "variance")
 _PLAIN = (
     "n_dropped_",
     "n_outputs_",
@@ -33,13 +35,13 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     state, selection = estimator._state, estimator.selection_
     parameters = {
         name: value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
-        for name, value in estimator.get_params().items()
+        for name, value in ((name, getattr(estimator, name)) for name in _PARAMETERS)
     }
     text = {
         "format": _FORMAT,
         "version": _VERSION,
         "nwfast": __version__,
-        "class": type(estimator).__name__,
+        "class": estimator._kind,
         "parameters": parameters,
         "attributes": {name: getattr(estimator, name) for name in _PLAIN},
         "single": estimator._single,
@@ -68,16 +70,14 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         np.savez(file, text=np.array(json.dumps(text)), **arrays)
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """Read an estimator that `save` wrote.
+def load(path: str | os.PathLike[str], kinds: dict[str, Any] | None = None) -> Any:
+    """Read an estimator that `save` wrote: one of `kinds`, by its name, without of the public ones.
 
     Raises
     ------
     FileNotFoundError, ValueError
         No such file, or one that holds no estimator.
     """
-    from . import regressor
-
     wrong = f"{os.fspath(path)!r} is no model that nwfast saved"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -96,10 +96,13 @@ def load(path: str | os.PathLike[str]) -> Any:
         if str(error).startswith(repr(os.fspath(path))):
             raise
         raise ValueError(wrong) from error
-    classes = {"NadarayaWatsonRegressor", "LocalLinearRegressor"}
-    if text["class"] not in classes:
+    if kinds is None:
+        from .regressor import KINDS
+
+        kinds = KINDS
+    if text["class"] not in kinds:
         raise ValueError(wrong)
-    estimator = getattr(regressor, text["class"])(**text["parameters"])
+    estimator = kinds[text["class"]](**text["parameters"])
     for name in _PLAIN:
         setattr(estimator, name, text["attributes"][name])
     if text["feature_names"]:
@@ -122,7 +125,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     x, y, mass, unit, within = (torch.from_numpy(arrays[name]) for name in _SITES)
     sites = Sites(x, y, mass, unit, within, text["plain"])
     w = torch.from_numpy(1 / estimator.bandwidth_).to(sites.x)
-    state = regressor._State(sites, w, estimator._degree, "constant", text["residual_dof"])
+    state = State(sites, w, estimator._degree, "constant", text["residual_dof"])
     state.constant = text["constant"]
     state._variance = torch.from_numpy(arrays["variance"])
     estimator._state = state

@@ -46,6 +46,21 @@ def local_linear(
     exclude_self: bool,
 ) -> tuple[Tensor, Tensor]:
     """(fit (*B, M, C), slope (*B, M, D, C)) of canonical inputs in float64, differentiable."""
+    if query.dtype != torch.float64:  # narrower coordinates have products in float64
+        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self)
+    unit = formula.extreme_unit(key, w.double(), key_weight)
+    seen = (
+        query.device.type == "cpu" and not is_captured() and not torch._C._are_functorch_transforms_active()
+    )
+    if seen and bool((unit == 1).all()):
+        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self)
+    most = torch.finfo(torch.float64).max
+    w = (w.double() * unit.squeeze(-2)).clamp(-most, most)
+    fit, slope = _local_linear(kernel, query / unit, key / unit, value, w, key_weight, exclude_self)
+    return fit, slope / unit.mT.unsqueeze(-3)
+
+
+def _local_linear(kernel, query, key, value, w, key_weight, exclude_self):
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     if kernel == "reference" or forward_mode or torch._C._are_functorch_transforms_active():
         if not is_captured():

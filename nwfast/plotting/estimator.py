@@ -109,10 +109,10 @@ def slope(
     )
     curves = [along]
     if level is not None:
-        from scipy.special import stdtrit
+        from ..estimators.inference import student_quantile
 
         freedom = max(model.n_observations_ - model.effective_dof_, 1.0)
-        reach = stdtrit(freedom, (1 + level) / 2) * error
+        reach = student_quantile(freedom, (1 + level) / 2) * error
         ax.fill_between(
             grid, along - reach, along + reach, color=TRUTH, alpha=0.25, linewidth=0, label=_percent(level)
         )

@@ -47,14 +47,22 @@ def test_forms(form, dtype):
     check(make(shapes, dtype), "reference", exclude_self)
 
 
-def test_derivatives():
-    *shapes, _ = FORMS["1-D, weights"]
+@pytest.mark.parametrize("form", ["1-D, weights", "features, weights, leave-one-out"])
+def test_derivatives(form):
+    *shapes, exclude_self = FORMS[form]
     shapes = [tuple(min(size, 5) for size in shape) for shape in shapes]
     leaves = [tensor.requires_grad_() for tensor in make(shapes, torch.float64, w_scale=2.0)]
 
     def function(query, key, value, w, key_weight):
         return nwfast.nadaraya_watson(
-            query, key, value, w, key_weight=key_weight, backend="reference", return_lse=True
+            query,
+            key,
+            value,
+            w,
+            key_weight=key_weight,
+            exclude_self=exclude_self,
+            backend="reference",
+            return_lse=True,
         )
 
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)

@@ -6,6 +6,7 @@ import pandas
 import pytest
 
 import nwfast
+from nwfast.cli import models, tables
 from nwfast.estimators import storage
 
 from .conftest import needs_pyarrow, table
@@ -29,7 +30,17 @@ def test_fit_is_the_estimators(run, tmp_path, degree, end):
     kind = (nwfast.NadarayaWatsonRegressor, nwfast.LocalLinearRegressor)[degree]
     wanted = kind(missing="drop", variance="local").fit(frame[["age"]], frame["wage"], frame["weight"])
     assert (status, out, err) == (0, wanted.summary() + "\n", "")
-    same(storage.load(tmp_path / "m"), wanted)
+    model = storage.load(tmp_path / "m")
+    same(model, wanted)
+    wanted.save(tmp_path / "estimator")
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "estimator").read_bytes()
+    new = pandas.DataFrame({"age": np.linspace(15, 75, 40)})
+    found, expected = (
+        [*one.predict(rows, True, True), *one.confidence_band(rows)]
+        for one, rows in ((models.load(str(tmp_path / "m")), new.to_numpy()), (model, new))
+    )
+    for part, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part, wanted)
 
 
 def test_several_columns_of_several_kinds(run, data, tmp_path):
@@ -178,13 +189,17 @@ def test_files_that_cannot_be_fitted(refused, tmp_path, text, message):
         ("x,y\n1,1e-300\n2,0.30000000000000004\n", [1e-300, 0.30000000000000004]),
         ("x,y,y\n1,3,5\n2,4,6\n", [3, 4]),
         ("x,y\n1,7\n2,True\n", [7, 1]),
+        ("\nx,y\n1,3\n2,4\n", [3, 4]),
+        ('"x",y\n"1",9007199254740993\n2,1e5\n', [9007199254740993, 1e5]),
     ],
     ids=lambda value: None,
 )
-@pytest.mark.parametrize("arrow", [True, False])
-def test_ways_to_write_numbers(run, tmp_path, monkeypatch, text, y, arrow):
+@pytest.mark.parametrize("reader", ["plain", "arrow", "pandas"])
+def test_ways_to_write_numbers(run, tmp_path, monkeypatch, text, y, reader):
     path = write(tmp_path / "d.csv", text)
-    if not arrow:
+    if reader != "plain":
+        monkeypatch.setattr(tables, "_plain_numbers", lambda *_: None)
+    if reader == "pandas":
         read = pandas.read_csv
 
         def without(*arguments, engine=None, **options):
@@ -273,3 +288,33 @@ def test_a_folder_that_cannot_be_written(refused, data, tmp_path):
     assert "permission denied" in refused(
         "fit", data, "--x", "age", "--y", "wage", "-o", tmp_path / "shut" / "m"
     )
+
+
+@needs_pyarrow
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("x, y ,z\n1,2,a\n3,NA,b\n,5,c\n", True),
+        ("x,y\n1,\n2,\n", True),
+        ("x,y\n", False),
+        ("x,y\n1,2013-01-01\n", False),
+        ("x,y\n1,2\n2,inf\n", False),
+        ("x,y\n1,2\n2,true\n", False),
+        ('x,"y"\n1,2\n', False),
+        ("x,y,y\n1,2,3\n", False),
+        ("x,y,\n1,2,3\n", False),
+        ("\nx,y\n1,2\n", False),
+        ("x,y\n1,2,3\n", False),
+    ],
+    ids=lambda value: None,
+)
+def test_plain_numbers_are_those_of_pandas(tmp_path, text, plain):
+    path = str(write(tmp_path / "d.csv", text))
+    names = tables.columns_of(path)
+    assert names == [str(name) for name in pandas.read_csv(path, nrows=0).columns]
+    found = tables._plain_numbers(path, names[:2])
+    assert (found is not None) == plain
+    if plain:
+        wanted = tables.numbers(tables._read_csv(path, names[:2]), names[:2], path)
+        for name in names[:2]:
+            np.testing.assert_array_equal(found[name], wanted[name])

@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -7,6 +7,7 @@ import pytest
 
 import nwfast
 from nwfast import datasets
+from nwfast.backends.messages import how_to_install
 from nwfast.estimators import storage
 
 from .conftest import needs_pyarrow
@@ -50,7 +51,7 @@ except SystemExit as ended:
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [
-        ("pandas", ["fit", "{data}", "--x", "age", "--y", "wage", "-o", "{out}"]),
+        ("pandas", ["predict", "{model}", "{data}", "-o", "-"]),
         pytest.param(
             "pyarrow", ["fit", "{parquet}", "--x", "age", "--y", "wage", "-o", "{out}"], marks=needs_pyarrow
         ),
@@ -70,20 +71,30 @@ def test_a_missing_package_is_named_with_its_extra(
     status, out, err = run(*(argument.format(**files) for argument in arguments))
     assert (status, out) == (1, "")
     assert (
-        f"error: this needs the package {package}, which is not installed: pip install 'nwfast[cli]'" in err
+        f"error: this needs the package {package}, which is not installed: {how_to_install('cli')}\n" in err
     )
     assert err.count("\n") == 1
 
 
-def test_missing_scikit_learn(run, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    for name in [
-        name for name in sys.modules if name.startswith(("sklearn.", "nwfast.estimators.regressor"))
-    ]:
-        monkeypatch.delitem(sys.modules, name)
-    status, _, err = run("fit", data, "--x", "age", "--y", "wage", "-o", tmp_path / "m")
-    assert status == 1
-    assert "this needs the package sklearn" in err
+def test_what_commands_do_not_import(data, tmp_path):
+    code = """
+import sys
+from nwfast import cli
+data, folder = sys.argv[1:]
+model = f"{folder}/m"
+assert cli.main(["fit", data, "--x", "age", "--y", "wage", "-o", model, "--plot", f"{folder}/f.png"]) == 0
+print("pandas" in sys.modules, "scipy.optimize" in sys.modules)
+assert cli.main(["predict", model, data, "-o", f"{folder}/p.csv", "--std", "--level", "0.9", "--slope"]) == 0
+assert cli.main(["plot", model, "-o", f"{folder}/s.png", "--kind", "slope"]) == 0
+print("sklearn" in sys.modules)
+import nwfast.estimators.regressor
+print("sklearn" in sys.modules)
+"""
+    process = [sys.executable, "-c", code, str(data), str(tmp_path)]
+    told = subprocess.run(process, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[-2:] == ["False", "True"]
+    if importlib.util.find_spec("pyarrow"):
+        assert told[-3] == "False False"
 
 
 def test_the_extra_has_what_the_commands_need():
@@ -92,7 +103,8 @@ def test_the_extra_has_what_the_commands_need():
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     needed = {name.replace("scikit-learn", "sklearn").partition(">")[0] for name in extras["cli"]}
-    assert needed == {name for name, extra in nwfast.cli._EXTRAS.items() if extra == "cli"}
+    # The models of commands are read by estimators.
+    assert needed == {"sklearn"} | {name for name, extra in nwfast.cli._EXTRAS.items() if extra == "cli"}
 
 
 def test_a_fault_of_the_package_is_not_hidden(run, data, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import nwfast
 from nwfast import datasets, plotting
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md")]
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md")]
 RUN = [
     *sorted(DOCS.glob("tutorials/*.md")),
     DOCS / "coming-from.md",

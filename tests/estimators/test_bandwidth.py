@@ -9,8 +9,9 @@ from conftest import pairwise
 
 import nwfast
 from nwfast.estimators import CRITERIA
-from nwfast.estimators.bandwidth import data_bounds, rule_of_thumb
 from nwfast.estimators.criteria import criterion_of
+from nwfast.estimators.search import data_bounds
+from nwfast.estimators.selection import rule_of_thumb
 from nwfast.estimators.sites import sites_of
 
 SLACK = 5e-4  # relative, above the least of a fine grid

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import pairwise
+from scipy.special import stdtrit
 
 from nwfast.estimators.criteria import criterion_of, in_sample
-from nwfast.estimators.inference import fit_errors, mean_slope, residual_variance, slope_errors, weights_at
+from nwfast.estimators.inference import (
+    fit_errors,
+    mean_slope,
+    residual_variance,
+    slope_errors,
+    student_quantile,
+    weights_at,
+)
 from nwfast.estimators.sites import sites_of
 
 from . import dense
@@ -159,3 +167,12 @@ def test_far_from_the_data_one_observation_counts():
     query = torch.tensor([[1e3], [-1e7], [1e12]], dtype=torch.float64) * bandwidth[0]
     at = weights_at(query, held, w, 0, False)
     np.testing.assert_allclose(fit_errors(at, held, w, torch.ones(1, 1)), np.ones((3, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("freedom", [1.0, 9999.0, 1e4, 20001.5, 1e9])
+def test_the_quantile_of_student_is_that_of_scipy(freedom):
+    for share in (0.5, 0.51, 0.975, 0.9995, 1 - 1e-9, 1 - 2.0**-53):
+        assert student_quantile(freedom, share) == pytest.approx(
+            stdtrit(freedom, share), rel=3e-15, abs=1e-15
+        )
+    assert student_quantile(freedom, 1.0) == np.inf

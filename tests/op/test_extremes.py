@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from exact import BOXES, assert_accurate, solve
 from oracle import ROUNDING, gradients, textbook
 
@@ -22,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def exact(query, key, value, w):
     """(out, lse, d out / d w, d out / d query) of one-feature data in long double, relative to the nearest key."""
     x, u, v = (tensor.double().cpu().numpy().astype(np.longdouble)[:, None] for tensor in (query, key, value))
-    w = np.longdouble(float(w))
+    w = np.longdouble(float(torch.as_tensor(w).detach()))
     distance = x - u.T
     score = -((distance * w) ** 2) / 2
     top = score.max(1, keepdims=True)
@@ -66,9 +67,12 @@ def data(kind, dtype):
     return query, key, torch.randn(len(key), generator=generator, dtype=torch.float64).to(dtype)
 
 
-@DTYPES
-@pytest.mark.parametrize("order", ["sorted", "unsorted"])
-@pytest.mark.parametrize("kind", ["uniform", "clusters and gaps", "duplicates", "isolated", "all the same"])
+@every_other(
+    "kind, order, dtype",
+    ("uniform", "clusters and gaps", "duplicates", "isolated", "all the same"),
+    ("sorted", "unsorted"),
+    (torch.float32, torch.float64),
+)
 def test_any_bandwidth(backend, kind, order, dtype):
     """out, lse and both tangents for w from 0 over uniform weights to one-hot ones."""
     query, key, value = data(kind, dtype)
@@ -461,6 +465,26 @@ def test_bandwidths_at_the_ends_of_the_dtype(backend, features, kind, dtype):
             names = ("out", "lse", "query", "key", "value", "w", "key_weight")
             for name, found in zip(names, (out, lse, *gradients), strict=True):
                 assert_accurate(found, right[name], f"{method} {name}")
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2, 3])
+def test_gradients_of_w_up_to_the_largest_number(backend, features, dtype):
+    """Of a lone key, and of two of one place: lse is a square of w beyond all numbers, its derivative is a number."""
+    most = torch.finfo(dtype).max
+    query = torch.ones(1, features, dtype=dtype)
+    distance = torch.tensor([0.5, 0.75, 0.125], dtype=dtype)[:features]
+    expected = -(distance.double() ** 2)
+    for keys in (1, 2):
+        key, value = (query - distance).repeat(keys, 1), torch.arange(1.0, keys + 1, dtype=dtype)[:, None]
+        for share in (1.0, 0.5, 1e-10):
+            w = torch.full((features,), share * most, dtype=dtype, requires_grad=True)
+            out, lse = nwfast.nadaraya_watson(
+                query, key, value, w, return_lse=True, backend=backend, method="dense"
+            )
+            assert out.item() == pytest.approx((keys + 1) / 2)
+            (gradient,) = torch.autograd.grad(out.sum() + lse.sum(), w)
+            torch.testing.assert_close(gradient.double() / most, share * expected, rtol=1e-5, atol=0)
 
 
 @DTYPES

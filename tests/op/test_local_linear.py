@@ -166,6 +166,40 @@ def least_norm(query, key, value, w, key_weight=None):
     return [torch.from_numpy(np.array(part)) for part in zip(*results, strict=True)]
 
 
+@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("exponent", [-1015, -600, -250, 250, 600, 1015])
+def test_coordinates_whose_squares_are_no_numbers(features, exponent, backend):
+    """In another unit slopes and derivatives have another, and fits are the same, also beside one outlying query."""
+    generator = torch.Generator().manual_seed(exponent)
+    query = torch.rand(7, features, dtype=torch.float64, generator=generator)
+    key = torch.rand(60, features, dtype=torch.float64, generator=generator)
+    value = torch.sin(4 * key.sum(-1, keepdim=True))
+    unit = torch.full((features,), 2.0**exponent, dtype=torch.float64)
+    unit[1:2] = 1.0  # a unit for each feature
+
+    def run(unit):
+        leaves = [(query * unit), (key * unit), value.clone(), 5.0 / unit]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        fit, slope = nwfast.local_linear(*leaves, return_slope=True, backend=backend, method="dense")
+        by_query, by_key, by_value, by_w = torch.autograd.grad(fit.sum(), leaves)
+        return fit, slope * unit, by_query * unit, by_key * unit, by_value, by_w / unit
+
+    for found, right in zip(run(unit), run(torch.ones(features, dtype=torch.float64)), strict=True):
+        close(found, right, 1e-9)
+    far = torch.cat([query * unit, torch.full((1, features), 1e300, dtype=torch.float64)])
+    with_far = nwfast.local_linear(far, key * unit, value, 5.0 / unit, backend=backend)
+    close(with_far[:-1], run(unit)[0], 1e-12)
+
+
+def test_units_in_a_compiled_call(native):
+    key = torch.rand(50, dtype=torch.float64) * 2.0**700
+    value, w = torch.rand(50, dtype=torch.float64), torch.tensor(2.0**-697, dtype=torch.float64)
+    compiled = torch.compile(nwfast.local_linear, fullgraph=True, backend="aot_eager")
+    close(compiled(key, key, value, w), nwfast.local_linear(key, key, value, w), 1e-12)
+    batched = torch.func.vmap(nwfast.local_linear, (None, None, None, 0))(key, key, value, w.repeat(2))
+    close(batched[1], nwfast.local_linear(key, key, value, w), 1e-9)
+
+
 @pytest.mark.parametrize("features", [2, 3])
 def test_collinear_keys_take_the_slope_of_least_norm(features, backend):
     along = torch.randn(120, 1, dtype=torch.float64)

@@ -34,7 +34,7 @@ def random_data(features, channels, dtype, seed=0, queries=12, keys=70):
         (1000, 1.0),
         (1000, 5.0),
         (4096, 0.3),
-        (4096, 2.0),
+        pytest.param(4096, 2.0, marks=pytest.mark.full),
     ],
 )
 def test_accuracy(native, features, w, per_feature, dtype):

@@ -443,6 +443,9 @@ def test_parametrizes(data):
     torch.testing.assert_close(net(data.x_test, data.x_train, data.y_train).detach(), expected)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:Converting a tensor to a Python boolean"
+)
 def test_traces_a_fresh_module(data):
     arguments = tuple(column.clone() for column in (data.x_test, data.x_train, data.y_train))
     net = NWKernelRegression(w=1.3, dtype=torch.float64).eval()
@@ -467,6 +470,7 @@ def test_prunes_and_restores(data):
     assert list(net.state_dict()) == ["w"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 def test_weight_norm(data):
     arguments = data.x_test, data.x_train, data.y_train
     for normalise in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):

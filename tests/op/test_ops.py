@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 import nwfast
 from nwfast.op import by_reference, schema
 
+# Parts of torch that transforms load are in a language that it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 DOUBLE = torch.float64
 
 
@@ -64,7 +66,7 @@ def test_derivatives_of_first_and_second_order(backend, form, return_lse):
     leaves, exclude_self = inputs(form)
     function, _ = op(backend, exclude_self=exclude_self, return_lse=return_lse)
     assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=True, fast_mode=True)
 
 
 def test_third_derivative(backend):
@@ -262,8 +264,25 @@ TRANSFORMS = {
 }
 
 
-@every_other("form, transform", ("1-D", "leave-one-out", "per-query keys"), tuple(TRANSFORMS))
+@every_other(
+    "form, transform", ("1-D", "leave-one-out", "per-query keys"), [x for x in TRANSFORMS if x != "linearize"]
+)
 def test_transforms(backend, form, transform):
+    check_transform(backend, form, transform)
+
+
+@pytest.mark.shared
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.parametrize(
+    "form",
+    ["1-D", *(pytest.param(form, marks=pytest.mark.full) for form in ("leave-one-out", "per-query keys"))],
+)
+def test_linearize(backend, form):
+    """By itself, since torch takes seconds to make a program of its derivative."""
+    check_transform(backend, form, "linearize")
+
+
+def check_transform(backend, form, transform):
     leaves, exclude_self = inputs(form)
     leaves = [leaf.detach() for leaf in leaves]
     ours, theirs = op(backend, exclude_self=exclude_self)
@@ -505,46 +524,46 @@ def test_leave_one_out_of_one_key(backend):
 # Operators, autocast.
 
 
+# A dtype each with weights or without; traced as a program, which takes longest, in two of these.
+SOME = ((torch.float32, False, True), (torch.float64, True, True), (torch.bfloat16, True, False))
+ALL = tuple((dtype, weighted, True) for dtype, _, _ in SOME for weighted in (False, True))
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(backend, form):
+def test_opcheck(backend, form, cases):
     (query, key, value, w, key_weight), exclude_self = inputs(form)
     canonical = list(nwfast.validation.canonical(query, key, value, w, key_weight, exclude_self)[:5])
     kernels = schema.KERNELS[backend]
     single = query.ndim == 1
     batch = nwfast.backends.batch_shape(*canonical[:3])
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype, weighted, traced in cases:
         own = [tensor.detach().to(dtype).requires_grad_() for tensor in canonical]
         own[3] = (
             canonical[3].detach().to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_()
         )
-        for weight in (own[4], None):
-            arguments = (*own[:4], weight, exclude_self, single, single)
-            # Autograd of outputs that are not differentiable is tested above by gradcheck.
-            tests = (
-                "test_schema",
-                "test_autograd_registration",
-                "test_faketensor",
-                "test_aot_dispatch_dynamic",
+        weight = own[4] if weighted else None
+        arguments = (*own[:4], weight, exclude_self, single, single)
+        # Autograd of outputs that are not differentiable is tested above by gradcheck.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        tests += ("test_aot_dispatch_dynamic",) if traced else ()
+        torch.library.opcheck(kernels.forward, arguments, test_utils=tests)
+        with torch.no_grad():
+            out, lse, state, tangent_w, tangent_q = kernels.forward(*arguments)
+        if kernels.stateless is not None:
+            only = (*own[:4], weight, exclude_self, not single, single, single)
+            torch.library.opcheck(kernels.stateless, only, test_utils=("test_schema", "test_faketensor"))
+        assert out.shape == (*batch, *canonical[0].shape[-2:-1], canonical[2].shape[-1])
+        for needs, grad_lse in ((31 if weighted else 15, torch.randn_like(lse)), (9, None), (6, None)):
+            arguments_back = (
+                torch.randn_like(out), grad_lse, *own[:4], weight, out, state, tangent_w, tangent_q, exclude_self,
+                needs,
+            )  # fmt: skip
+            torch.library.opcheck(
+                kernels.backward, arguments_back, test_utils=("test_schema", "test_faketensor")
             )
-            torch.library.opcheck(kernels.forward, arguments, test_utils=tests)
-            with torch.no_grad():
-                out, lse, state, tangent_w, tangent_q = kernels.forward(*arguments)
-            if kernels.stateless is not None:
-                only = (*own[:4], weight, exclude_self, not single, single, single)
-                torch.library.opcheck(kernels.stateless, only, test_utils=("test_schema", "test_faketensor"))
-            assert out.shape == (*batch, *canonical[0].shape[-2:-1], canonical[2].shape[-1])
-            for needs, grad_lse in (
-                (31 if weight is not None else 15, torch.randn_like(lse)),
-                (9, None),
-                (6, None),
-            ):
-                arguments_back = (
-                    torch.randn_like(out), grad_lse, *own[:4], weight, out, state, tangent_w, tangent_q, exclude_self,
-                    needs,
-                )  # fmt: skip
-                torch.library.opcheck(
-                    kernels.backward, arguments_back, test_utils=("test_schema", "test_faketensor")
-                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 import nwfast
@@ -37,20 +38,22 @@ def sources(folder: Path, text: str = "// one\n") -> None:
     (folder / "setup.py").write_text("")
 
 
-def run(code: str, folder: Path, *path: Path, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    code: str, folder: Path, *path: Path, anew: bool = False, **variables: str
+) -> subprocess.CompletedProcess:
+    """In a fresh process; `anew` in one of an interpreter that reads the variables, too."""
     kept = {
         name: value for name, value in os.environ.items() if name not in ("NWFAST_QUIET", "PYTHONWARNINGS")
     }
     kept["PYTHONPATH"] = os.pathsep.join(map(str, path))
     # An nwfast that is installed editable has a finder of its own, which would name its extension here.
     alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-    done = subprocess.run(
-        [sys.executable, "-c", alone + code],
-        cwd=folder,
-        env={**kept, **variables},
-        capture_output=True,
-        text=True,
-    )
+    kept |= variables
+    if anew:
+        command = [sys.executable, "-c", alone + code]
+        done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True)
+    else:
+        done = fresh.run(alone + code, folder, kept)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -108,7 +111,7 @@ def test_the_first_call_that_falls_back_says_why_and_what_to_do(tmp_path):
     assert "install nwfast again: pip install" in done.stderr
     assert done.stderr.startswith("<string>:1: UserWarning")  # the caller's own line
     assert run(CALLS, tmp_path, NWFAST_QUIET="1").stderr == ""
-    assert run(CALLS, tmp_path, PYTHONWARNINGS="ignore:nwfast").stderr == ""
+    assert run(CALLS, tmp_path, anew=True, PYTHONWARNINGS="ignore:nwfast").stderr == ""
     named = CALLS.replace("x, x, x", "x, x, x, backend='reference'")
     assert run(named, tmp_path).stderr == ""
 

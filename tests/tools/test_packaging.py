@@ -4,21 +4,26 @@
 `make test` audits is the extension that lies in the package's folder.
 """
 
+import email
 import importlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, require
 
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "nwfast")
+
+URL = "https://host.test/owner/nwfast"
 
 # In an installed package: where it is, what works, whether a compiler is in reach, and the op against the formula.
 PROBE = """
@@ -68,6 +73,12 @@ def build(directory: Path, environment: dict[str, str]) -> subprocess.CompletedP
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def metadata_of(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_string(files.read(name).decode())
 
 
 def only_wheel(directory: Path, process: subprocess.CompletedProcess) -> Path:
@@ -145,8 +156,12 @@ def test_the_wheel_runs_native_without_a_compiler(wheel, tmp_path):
 
 @pytest.mark.parametrize("computes", ["reference", pytest.param("numba", marks=pytest.mark.full)])
 def test_without_a_compiler_the_build_says_so_and_numba_serves(tmp_path, computes):
-    process = build(tmp_path, without_compiler(tmp_path / "empty"))
+    process = build(tmp_path, without_compiler(tmp_path / "empty", NWFAST_URL=URL))
     wheel = only_wheel(tmp_path, process)
+    metadata = metadata_of(wheel)
+    assert f"Source, {URL}" in metadata.get_all("Project-URL")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert f"]({URL}/blob/main/docs/linear-time.md)" in metadata.get_payload()
     assert "the C++ extension nwfast._C is SKIPPED: no C++ compiler: 'c++' is not found" in process.stdout
     assert wheel.name.endswith("-py3-none-any.whl")
     available = run_installed(wheel, tmp_path, computes)
@@ -154,6 +169,18 @@ def test_without_a_compiler_the_build_says_so_and_numba_serves(tmp_path, compute
     reason = "nwfast._C was left out when nwfast was built: no C++ compiler: 'c++' is not found"
     assert reason in available["native"]
     assert "install nwfast again: pip install " in available["native"]
+
+
+@pytest.mark.parametrize("url", ["", URL])
+def test_no_link_of_an_index_page_leads_into_the_checkout(url, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = runpy.run_path("setup.py")["description"](url)
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert targets and all("://" in target for target in targets)
+    within = [re.sub("#.*", "", target.split("/main/")[1]) for target in targets if target.startswith(URL)]
+    assert bool(within) == bool(url)
+    assert all((ROOT / path).exists() for path in within)
+    assert "nwfast.nadaraya_watson(query, key, value, w)" in page
 
 
 def test_ext_1_without_a_compiler_fails(tmp_path):

@@ -59,10 +59,12 @@ def check(tmp_path_factory):
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     shutil.copytree(PACKAGE, site / "nwfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
-    def run(text: str) -> list[str]:
-        (folder / "user.py").write_text(text)
+    def run(**texts: str) -> list[str]:
+        for name, text in texts.items():
+            (folder / f"{name}.py").write_text(text)
         options = ["--strict", "--python-executable", folder / "env" / "bin" / "python", "--no-error-summary"]
-        command = [sys.executable, "-m", "mypy", *options, "--cache-dir", folder / "cache", "user.py"]
+        command = [sys.executable, "-m", "mypy", *options, "--cache-dir", folder / "cache"]
+        command += [f"{name}.py" for name in texts]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.stderr == ""
         return [line for line in done.stdout.splitlines() if ": error: " in line]
@@ -71,8 +73,9 @@ def check(tmp_path_factory):
 
 
 def test_a_users_file_passes_strictly_and_mistakes_do_not(check):
-    assert check(RIGHT) == []
-    found = {int(line.split(":")[1]) for line in check(WRONG)}
+    errors = check(right=RIGHT, wrong=WRONG)
+    assert [line for line in errors if not line.startswith("wrong.py:")] == []
+    found = {int(line.split(":")[1]) for line in errors}
     wrong = {
         i for i, line in enumerate(WRONG.splitlines(), 1) if line[1:2] in (" ", ":") and "nwfast." in line
     }

@@ -1,7 +1,7 @@
 """The CUDA sources compiled by nvcc to native code, within their register budgets; no GPU is needed.
 
 Optimised code, which has the budgets, takes minutes: `make test` compiles the kernels of one feature and channel so,
-for one target, and all sources without optimisation. The rest is for `make test-full`.
+for one target, and all others without optimisation. The rest is for `make test-full`.
 """
 
 import shutil
@@ -64,7 +64,11 @@ def test_every_kernel_is_there(resources, compiled):
         assert names == written
 
 
-@pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(path, marks=[pytest.mark.full] * (path in SINGLE)) for path in cuda_resources.sources()],
+    ids=lambda path: "/".join(path.parts[-2:]),
+)
 def test_it_compiles_without_optimisation(source, tmp_path):
     nvcc = cuda_resources._nvcc()
     options = ["-std=c++17", "-G", f"-arch={TARGET}", "-fatbin", "-o", str(tmp_path / "kernels.fatbin")]

@@ -35,8 +35,6 @@ LEFT_OUT = [
 LONG = ["test_many_features", "test_long_sums_have_two_levels", "test_tiny_weights_of_tiny_values"]
 
 # Errors planted in a source, and the case of small_case.py that finds each: that the tests can find what they look for.
-# Each is compiled anew, all but one by `make test-full` alone.
-IN_SHORT = "tiled gradients that go to the wrong key"
 MUTATIONS = {
     "an index that is off by one": (
         "sorted",
@@ -143,10 +141,8 @@ def test_the_tests_of_all_backends_pass(library, which):
     assert " passed" in output
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [name if name == IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in MUTATIONS],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_error_is_caught(library, objects, tmp_path, mutation):
     case, *replace = MUTATIONS[mutation]
     mutant = build(tmp_path / "mutant.so", objects, replace=replace)

@@ -125,7 +125,7 @@ def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
     bound = 2.0**-20 if query.dtype == torch.float32 else 1e-12
     for name, mine, right in zip(("out", "lse", *NAMES), *found, strict=False):
         scale = right.abs().max() if name != "w" else terms
-        error = float((mine.double() - right).abs().max() / scale)
+        error = float((mine.double() - right).detach().abs().max() / scale.detach())
         assert error <= bound, (name, error)
 
 

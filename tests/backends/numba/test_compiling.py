@@ -1,11 +1,10 @@
 """A user hears that Numba compiles, where that takes long, and nothing otherwise."""
 
 import io
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import fresh
 import pytest
 
 from nwfast.backends import compiling
@@ -74,7 +73,7 @@ def test_silence(out, monkeypatch):
     assert out.getvalue() == ""
 
 
-def test_numba_tells_the_watch_what_it_compiles():
+def test_numba_tells_the_watch_what_it_compiles_and_loading_compiles_nothing():
     code = """
 import sys
 from numba import njit
@@ -90,5 +89,5 @@ double.__module__ = "nwfast.of_a_test"
 njit(double)(1.0)
 assert seen == ["nwfast.of_a_test"] * 2, seen  # one beginning, one end
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr

@@ -18,31 +18,34 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 TESTS = Path(__file__).resolve().parents[2]
 ROOT = TESTS.parent
 
+LEFT_OUT = "op/test_left_out.py::test_"
 GROUPS = {
-    "its own": ["backends/triton/driver.py"],
-    "the rest of its own": ["backends/triton/driver.py", "-m", "full"],
-    "extremes": [
+    "its own, extremes, left-out keys": [
+        "backends/triton/driver.py",
         "op/test_extremes.py",
         "op/test_functional.py",
+        f"{LEFT_OUT}what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
+        f"{LEFT_OUT}a_key_of_weight_zero_nearer_than_all_others[triton-60.0-2-torch.float32]",
+        f"{LEFT_OUT}terms_of_either_sign_that_overflow[triton-2-torch.float32]",
+        f"{LEFT_OUT}the_gradient_of_a_weight_of_zero_up_to_the_largest_number[triton-2-1.0-310-0.001]",
+        f"{LEFT_OUT}what_the_own_key_holds[triton-key-nan-()-1-1-torch.float32]",
+        f"{LEFT_OUT}rows_that_nobody_uses[triton-nan-()-2-1-torch.float32]",
         "-k",
-        "(far_queries or ties_share or across_a_gap and 1e+38 or weight_zero) and float32 or w_of_zero and float64"
+        "driver or test_left_out"
+        " or (far_queries or ties_share or across_a_gap and 1e+38 or weight_zero) and float32"
+        " or w_of_zero and float64"
         " or no_queries or lse_alone or any_unit and (1e-34 or 1e+24 or 1e-300 or 1e+290)",
+    ],
+    "the rest of its own": ["backends/triton/driver.py", "-m", "full"],
+    "more left-out keys": [
+        f"{LEFT_OUT}terms_of_either_sign_that_overflow[triton-1-torch.float64]",
+        f"{LEFT_OUT}what_the_own_key_holds[triton-value-nan-(2,)-3-4-torch.float32]",
     ],
     "more extremes": [
         "op/test_extremes.py",
         "-k",
         "across_a_gap and float32 and not 1e+38 or test_offsets[triton-1]"
         " or any_unit and (1e-24 or 1e-12 or 1000000000000.0 or 1e+160)",
-    ],
-    "left-out keys": [
-        "op/test_left_out.py::test_what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
-        "op/test_left_out.py::test_a_key_of_weight_zero_nearer_than_all_others[triton-60.0-2-torch.float32]",
-        "op/test_left_out.py::test_terms_of_either_sign_that_overflow[triton-1-torch.float64]",
-        "op/test_left_out.py::test_terms_of_either_sign_that_overflow[triton-2-torch.float32]",
-        "op/test_left_out.py::test_the_gradient_of_a_weight_of_zero_up_to_the_largest_number[triton-2-1.0-310-0.001]",
-        "op/test_left_out.py::test_what_the_own_key_holds[triton-key-nan-()-1-1-torch.float32]",
-        "op/test_left_out.py::test_what_the_own_key_holds[triton-value-nan-(2,)-3-4-torch.float32]",
-        "op/test_left_out.py::test_rows_that_nobody_uses[triton-nan-()-2-1-torch.float32]",
     ],
 }
 
@@ -74,12 +77,8 @@ def interpret(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-# Long to interpret: by `make test-full`.
-LONG = ("the rest of its own", "more extremes")
-
-
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=[pytest.mark.full] * (name in LONG)) for name in GROUPS]
+@pytest.mark.parametrize(  # all but the first are long to interpret
+    "group", [pytest.param(name, marks=[pytest.mark.full] * (i > 0)) for i, name in enumerate(GROUPS)]
 )
 def test_interpreter(group):
     done = interpret(ROOT, *GROUPS[group])
@@ -88,8 +87,7 @@ def test_interpreter(group):
     assert "skipped" not in done.stdout
 
 
-# A fault planted in a kernel's source, and the test that must find it (which passes without it, above). All but one of
-# them by `make test-full`: each takes a process that loads all.
+# A fault planted in a kernel's source, and the test that must find it (which passes without it, above).
 FAULTS = {
     "index": (
         "triton/terms.py",
@@ -112,9 +110,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault", ["index", *(pytest.param(name, marks=pytest.mark.full) for name in list(FAULTS)[1:])]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault, tmp_path):
     file, right, wrong, test = FAULTS[fault]
     shutil.copytree(

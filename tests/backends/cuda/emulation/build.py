@@ -25,7 +25,6 @@ FLAGS = [
     "-std=c++17",
     "-fPIC",
     "-O1",
-    "-g1",
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -35,7 +34,7 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     '-DNWFAST_EMULATED="gpu.h"',
 ]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+SANITIZE = ["-g1", "-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
 def compiler() -> list[str]:
