@@ -19,7 +19,7 @@ GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py 
     $(addprefix tests/backends/test_,reference.py dispatch.py constants.py)
 
 .PHONY: help setup demo info test test-full fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
-    gpu-bench report regression
+    gpu-bench report regression docs
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -113,6 +113,10 @@ GPU_XDIST = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo '-n $(GP
 gpu-bench:
 	$(GPU_PYTHON) benchmarks/gpu/run.py $(ARGS)
 
+docs: setup  ## the site, with the examples run, no network needed: build/docs/index.html
+	$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI of Python and of torch
 	rm -rf dist build/wheel
 	NWFAST_EXT=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -125,8 +129,8 @@ wheel: setup  ## one wheel for all Pythons in dist/, audited for the stable ABI 
 	@echo "auditwheel repair --exclude 'libtorch*' --exclude 'libc10*'."
 
 clean:  ## remove everything that was made, .venv included
-	rm -rf .venv build dist demo-output *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks
-	find nwfast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv build dist demo-output docs/gallery *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks
+	find nwfast tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
 
 # What the extension is compiled with comes first: the two then go on at the same time.
 .venv/build: requirements-dev.txt

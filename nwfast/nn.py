@@ -89,7 +89,7 @@ class NWKernelRegression(nn.Module):
     export keep copies of their queries, keys and w (up to 2**32 pairs); copies and pickles of the module leave
     them out.
 
-    Assigning a number or a tensor to `w` with `log_bandwidth` sets that parameter to -log |w|. Without it `w` is a
+    Assigning a number or a tensor to `w` with `log_bandwidth` sets that parameter to ``-log |w|``. Without it `w` is a
     parameter like any other, also for `torch.nn.utils.prune`, `parametrize` and `weight_norm`.
 
     Examples
@@ -256,7 +256,7 @@ class NWKernelRegression(nn.Module):
 
     @property
     def attention_weights(self) -> Tensor:
-        """Weights of the last call, (M, n) or (..., M, n), with the w of that call: rows sum to 1, no gradient.
+        """Weights of the last call, (M, n) or (..., M, n), with the w of that call; rows sum to 1, no gradient.
 
         They are computed each time they are asked for, in O(M n) memory, and not kept. For weights with a gradient
         see `nwfast.attention_weights`. A thread gets those of its own last call, and one that has made none those of

@@ -27,12 +27,12 @@ class BandwidthSelection:
     ``float(selection)`` is the bandwidth where there is one feature.
     """
 
-    bandwidth: Any  #: h = 1 / w in the unit of x: a number for x (n,), else (D,); a tensor where x is one
+    bandwidth: Any  #: h = 1 / w in the unit of x, a number for x (n,), else (D,); a tensor where x is one
     loss: float  #: the criterion there, NaN for a rule of thumb
     criterion: str  #: "loo", "gcv", "aicc", "silverman" or "scott"
     degree: int  #: of the local polynomial
     lower: NDArray[np.float64]  #: bounds of the search, (D,)
-    upper: NDArray[np.float64]
+    upper: NDArray[np.float64]  #: likewise
     at_bound: tuple[str | None, ...]  #: for each feature "lower", "upper" or None
     note: str  #: why the minimum lies on a bound, in words; empty where it does not
     evaluations: int  #: of the criterion, on all observations and on samples
