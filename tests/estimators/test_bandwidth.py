@@ -353,3 +353,26 @@ def test_threads_do_not_matter():
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1]
+
+
+# By npregbw(bwmethod = "cv.ls") and npreg of R's package np, as statsmodels' tests of KernelReg have them.
+NP = {
+    0: ([0.6163835, 0.1649656], [31.49157, 37.29536, 43.72332, 40.58997, 36.80711]),
+    1: ([1.717891, 2.449415], [31.16003, 37.30323, 44.49870, 40.73704, 36.19083]),
+}
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_numbers_of_r_np(degree):
+    random = np.random.RandomState(123456)  # those tests' data
+    random.binomial(2, 0.7, 60)
+    random.binomial(3, 0.7, 60)
+    first, second, _, noise = (
+        random.normal(mean, std, 60) for mean, std in ((0, 1), (10, 1), (10, 2), (0, 1))
+    )
+    x, y = np.stack([first, second], 1), 0.3 + 1.2 * first + 3.7 * second + noise
+    bandwidth, fit = NP[degree]
+    np.testing.assert_allclose(nwfast.select_bandwidth(x, y, degree=degree).bandwidth, bandwidth, rtol=1e-5)
+    regressor = (nwfast.NadarayaWatsonRegressor, nwfast.LocalLinearRegressor)[degree]
+    found = regressor(bandwidth=bandwidth).fit(x, y).predict(x[:5])
+    np.testing.assert_allclose(found, fit, rtol=0, atol=6e-6)  # half of the last digit that is printed
