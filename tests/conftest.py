@@ -27,10 +27,13 @@ FIRST = (
     "backends/triton/test_triton.py",
     "backends/numba/test_linear.py",
     "op/test_compile.py",
-    "op/test_ops.py",
-    "backends/native/test_products.py",
     "backends/native/test_grid.py",
+    "op/test_ops.py",
+    "tools/test_types.py",
     "backends/cuda/test_compile.py",
+    "op/test_functional.py",
+    "backends/native/test_linear.py",
+    "backends/native/test_products.py",
 )
 
 if importlib.util.find_spec(

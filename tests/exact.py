@@ -6,7 +6,8 @@ Scores are taken relative to the nearest kept key r of each row, so that no dist
 
 Left-out keys are dropped. The bounds follow the rounding of each term through the formulas, u times sums of absolute
 terms: a score carries its own size relative to the nearest key, and where that key is near also that of its distance,
-which kernels may leave in until it matters.
+which kernels may leave in until it matters. Bounds are computed in float64, in a third of the time, where no number is
+so large or small that one of their products might not be held: `_bound_type`.
 """
 
 import dataclasses
@@ -44,19 +45,29 @@ class Bounded:
         return cls(np.zeros(shape, Real), np.zeros(shape, Real))
 
 
-def _nearest(q, k, w, kept):
+def _bound_type(*arrays):
+    """What bounds can be computed in, from all that goes into them."""
+    for array in arrays:
+        size = np.abs(array[np.isfinite(array) & (array != 0)])
+        if size.size and not (size.min() > 2.0**-100 and size.max() < 2.0**100):
+            return Real
+    return np.float64
+
+
+def _nearest(q, k, w, kept, bound):
     """Scores (M, N) relative to each row's nearest kept key, their conditions, and that key's number."""
     distance = np.zeros((len(q), len(k)), Real)
     for f in range(len(w)):
         distance += ((q[:, None, f] - k[None, :, f]) * w[f]) ** 2
     reference = np.where(kept, distance, np.inf).argmin(1)
     for last in (False, False, True):  # the first choice may be a rounded tie of keys that differ
-        relative, condition = np.zeros_like(distance), np.zeros_like(distance)
+        relative, condition = np.zeros_like(distance), np.zeros(distance.shape, bound)
         for f in range(len(w)):
             to_key, to_nearest = q[:, None, f] - k[None, :, f], (q[:, f] - k[reference, f])[:, None]
             step = (k[reference, f][:, None] - k[None, :, f]) * w[f]
             relative -= step * ((to_key + to_nearest) * w[f]) / 2
-            condition += np.abs(step) * ((np.abs(to_key) + np.abs(to_nearest)) * abs(w[f])) / 2
+            lengths = np.abs(to_key.astype(bound, copy=False)) + np.abs(to_nearest.astype(bound))
+            condition += np.abs(step.astype(bound, copy=False)) * (lengths * bound(abs(w[f]))) / 2
         best = np.where(kept, relative, -np.inf).argmax(1)
         if last or not (np.take_along_axis(relative, best[:, None], 1) > 0).any():
             break
@@ -134,126 +145,151 @@ def element(q, k, v, w, a, g, gl, exclude_self, unit, tiny, far, boxes, share=0.
 def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halves, plain):
     m, n = kept.shape
     d, c = q.shape[1], v.shape[1]
-    relative, condition, reference = _nearest(q, k, w, kept)
+    bound = _bound_type(q, k, v, w, a, g, gl)
+    relative, condition, reference = _nearest(q, k, w, kept, bound)
+    if np.where(seen, relative, 0).max() > 300:  # of a left-out key: its term may be beyond float64
+        bound = Real
+    # What bounds are made of; what results are made of stays as it is.
+    unit, tiny, share, halves, small_halves, condition, x, y, values, cotangents, into_lse, widths = (
+        np.asarray(part, bound)[()]
+        for part in (
+            unit,
+            tiny,
+            share,
+            halves,
+            SMALL_HALVES,
+            condition,
+            q,
+            k,
+            v,
+            np.abs(g),
+            np.abs(gl),
+            np.abs(w),
+        )
+    )
     to_nearest = q - k[reference]
     depth = ((to_nearest * w) ** 2).sum(1) / 2
     # With many features all distances are large, and kernels leave more of them in.
-    near = np.minimum(depth, max(far, FAR * d / 4))
+    near = np.minimum(depth, max(far, FAR * d / 4)).astype(bound)
     e = np.exp(np.where(seen, relative, -np.inf))
     p = np.where(kept, a * e, 0)
     total = p.sum(1)
     p, e = p / total[:, None], e / total[:, None]
+    part, e_part = p.astype(bound), e.astype(bound)
     # Relative error of a term: of its score, of exp2, of the weight; then what a term may lose for being small.
-    grow = (8 + (n if plain else np.sqrt(Real(n)))) * (1 + boxes)
+    grow = (8 + (n if plain else n**0.5)) * (1 + boxes)
     off = unit * (8 * (1 + boxes) + 4 * condition + 4 * near[:, None])
     small = 2 * unit / n + 2 * tiny
-    least = Real(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
+    least = bound(2.0) ** (-900 if unit < 1e-12 else -100)  # where exp2 ends: a weight may be that for 0
     of_sum = share * (BOX if d == 1 else 1)
-    dropped, e_dropped = (_beyond(x, of, reference, share, of_sum) for x, of in ((p, kept), (e, seen)))
-    normaliser = (p * off).sum(1) + unit * grow + dropped.sum(1)
+    dropped, e_dropped = (
+        _beyond(terms, of, reference, share, of_sum) for terms, of in ((part, kept), (e_part, seen))
+    )
+    normaliser = (part * off).sum(1) + unit * grow + dropped.sum(1)
     off = off + normaliser[:, None]
 
     out = np.zeros((m, c), Real)
-    pulled, pulled_size, values_size, out_bound = (
-        np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, n), Real), np.zeros((m, c), Real),
-    )  # fmt: skip
+    pulled = np.zeros((m, n), Real)
+    pulled_size, values_size, out_bound = (np.zeros(shape, bound) for shape in ((m, n), (m, n), (m, c)))
     # Scores at such distances that double precision ends before their differences begin: which key is nearest is open.
-    unsettled = Real(2.0) ** -50 * condition
+    unsettled = bound(2.0) ** -50 * condition
+    score, sums = relative.astype(bound), total.astype(bound)[:, None]
     # Kernels may take any such key for the nearest, and all scores relative to it: they are as good as its own.
-    rivals = kept & (relative + unsettled >= 0)
-    unsettled = unsettled + Real(2.0) ** -50 * np.where(rivals, condition, 0).max(1, keepdims=True)
+    rivals = kept & (score + unsettled >= 0)
+    unsettled = unsettled + bound(2.0) ** -50 * np.where(rivals, condition, 0).max(1, keepdims=True)
     # Such a key may be the nearest by any measure: it takes its part from all others, here from the reference.
-    most = np.minimum(relative + unsettled, 10000)
-    gained = np.where(kept, a * (np.exp(most) - np.exp(np.minimum(relative, most))), 0) / total[:, None]
+    most = np.minimum(score + unsettled, 10000 if bound is Real else 700)
+    largest = np.exp(most)
+    weights = a.astype(bound)
+    gained = np.where(kept, weights * np.maximum(largest - np.exp(np.minimum(score, most)), 0), 0) / sums
     gained = gained / (1 + gained)
     taken = np.minimum(gained.sum(1, keepdims=True), 1)
-    lost = np.minimum(p, small) + gained + p * taken
-    open_e = np.where(seen, np.exp(most), 0) / total[:, None] - e
-    e_lost = np.minimum(e, small) + np.maximum(open_e, 0) + e * taken
+    lost = np.minimum(part, small) + gained + part * taken
+    open_e = np.where(seen, largest, 0) / sums - e_part
+    e_lost = np.minimum(e_part, small) + np.maximum(open_e, 0) + e_part * taken
     if boxes:  # sums are as good as their largest terms, and expansions err as exp(-z^2 / 4) falls
-        within = (unit + Real(2.0) ** -45) * np.where(relative > -32, 1, np.exp(np.minimum(relative, 0) / 2))
-        lost += within * kept * p.max(1, keepdims=True)
-        e_lost += within * seen * np.where(kept, e, 0).max(1, keepdims=True)
+        within = (unit + bound(2.0) ** -45) * np.where(score > -32, 1, np.exp(np.minimum(score, 0) / 2))
+        lost += within * kept * part.max(1, keepdims=True)
+        e_lost += within * seen * np.where(kept, e_part, 0).max(1, keepdims=True)
         lost += dropped
         e_lost += e_dropped
-    for x in range(c):
-        out[:, x] = (p * v[None, :, x]).sum(1)
-        deviation = np.abs(v[None, :, x] - out[:, x, None])
-        size = (p * np.abs(v[None, :, x])).sum(1)
-        out_bound[:, x] = (
-            (p * deviation * (off + halves)).sum(1)
+    for channel in range(c):
+        out[:, channel] = p @ v[:, channel]
+        mean, column = out[:, channel, None].astype(bound), values[None, :, channel]
+        deviation = np.abs(column - mean)
+        size = (part * np.abs(column)).sum(1)
+        out_bound[:, channel] = (
+            (part * deviation * (off + halves)).sum(1)
             + unit * grow * size
-            + ((lost + least + halves * SMALL_HALVES) * deviation).sum(1)
+            + ((lost + least + halves * small_halves) * deviation).sum(1)
         )
-        weight = np.abs(g[:, x, None])
-        pulled += g[:, x, None] * (v[None, :, x] - out[:, x, None])
+        weight = cotangents[:, channel, None]
+        pulled += g[:, channel, None] * (v[None, :, channel] - out[:, channel, None])
         pulled_size += weight * deviation
-        values_size += weight * (np.abs(v[None, :, x]) + np.abs(out[:, x, None]))
+        values_size += weight * (np.abs(column) + np.abs(mean))
     pulled += gl[:, None]
-    pulled_size += np.abs(gl)[:, None]
-    pulled_bound = 4 * unit * (values_size + pulled_size) + (np.abs(g) * out_bound).sum(1)[:, None]
+    pulled_size += into_lse[:, None]
+    pulled_bound = 4 * unit * (values_size + pulled_size) + (cotangents * out_bound).sum(1)[:, None]
 
     rest = np.log(total)
     lse = -depth + rest
-    lse_bound = normaliser + unit * (4 + 8 * depth + 2 * np.abs(rest))
+    lse_bound = normaliser + unit * (4 + 8 * depth + 2 * np.abs(rest)).astype(bound)
 
     moved = (g != 0).any(1) | (gl != 0)
-    p, e, off, e_lost = p[moved], e[moved], off[moved], e_lost[moved]
-    pulled, pulled_size, pulled_bound, lost = (
-        pulled[moved],
-        pulled_size[moved],
-        pulled_bound[moved],
-        lost[moved],
+    p, e, part, e_part, off, e_lost, lost, pulled, pulled_size, pulled_bound = (
+        array[moved] for array in (p, e, part, e_part, off, e_lost, lost, pulled, pulled_size, pulled_bound)
     )
-    grow_m = (8 + (m if plain else np.sqrt(Real(m)))) * (1 + boxes)
+    grow_m = (8 + (m if plain else m**0.5)) * (1 + boxes)
     term = p * pulled
-    size = p * pulled_size
+    size = part * pulled_size
     # Linear time sums what comes from values and from outputs apart.
     lost_size = pulled_size + values_size[moved] if boxes else pulled_size
-    error = size * off + (p + lost) * pulled_bound + lost * lost_size
+    error = size * off + (part + lost) * pulled_bound + lost * lost_size
     ended = least * pulled_size
     results = {"out": (out, out_bound), "lse": (lse, lse_bound)}
 
     with np.errstate(invalid="ignore", over="ignore"):
-        e_error = e * pulled_size * (off + unit * grow_m) + (e + e_lost) * pulled_bound + e_lost * lost_size
+        e_error = e_part * pulled_size * (off + unit * grow_m)
+        e_error += (e_part + e_lost) * pulled_bound + e_lost * lost_size
         slope = (e * pulled).sum(0)
         beyond = ~np.isfinite(slope)  # of a left-out key much nearer than all kept ones
         results["key_weight"] = (np.where(beyond, np.inf, slope), np.where(beyond, np.inf, e_error.sum(0)))
-    gm = np.abs(g[moved])
+    gm, glm = cotangents[moved], into_lse[moved]
     results["value"] = (
         p.T @ g[moved],
-        (p * (off + unit * grow_m + halves) + lost + least + halves * SMALL_HALVES).T @ gm,
+        (part * (off + unit * grow_m + halves) + lost + least + halves * small_halves).T @ gm,
     )
-    query, query_bound = np.zeros((m, d), Real), np.zeros((m, d), Real)
-    key, key_bound = np.zeros((n, d), Real), np.zeros((n, d), Real)
-    dw, dw_bound = np.zeros(d, Real), np.zeros(d, Real)
-    glm = np.abs(gl[moved])
+    query, key, dw = np.zeros((m, d), Real), np.zeros((n, d), Real), np.zeros(d, Real)
+    query_bound, key_bound, dw_bound = (np.zeros(shape, bound) for shape in ((m, d), (n, d), d))
     # A slope of out among the least numbers is rounded to one before it meets its cotangent.
     slopes = 2 * unit * tiny * gm.sum(1)
+    row_error, key_side_error = error + unit * grow * size, error + unit * grow_m * size
+    both_errors = error + unit * (grow + grow_m) * size
     for f in range(d):
-        wf = abs(w[f])
         step = k[None, :, f] - k[reference[moved], f][:, None]
         nearest = to_nearest[moved, f]
         to_key = q[moved, f][:, None] - k[None, :, f]
-        both = np.abs(to_key) + np.abs(nearest)[:, None]
+        query[moved, f] = abs(w[f]) * ((term * step).sum(1) - gl[moved] * nearest) * abs(w[f])
+        key[:, f] = abs(w[f]) * ((term * to_key).sum(0) * abs(w[f]))
+        dw[f] = w[f] * ((term * step * (to_key + nearest[:, None])).sum() - (gl[moved] * nearest**2).sum())
+        wf = widths[f]
+        # Lengths, of the step, to the key and to the nearest one.
+        step = np.abs(y[None, :, f] - y[reference[moved], f][:, None])
+        nearest = np.abs(nearest.astype(bound))
+        to_key = np.abs(x[moved, f][:, None] - y[None, :, f])
+        both = to_key + nearest[:, None]
         # Lengths that rounding may cost where they are longer than the difference: a near row may be summed without a
         # reference (its terms then cancel to rounding only), and interpolation knows places to rounding of a box.
-        near = np.minimum(np.abs(nearest), np.sqrt(2 * Real(FAR)) / wf if wf else 0)[:, None]
+        near = np.minimum(nearest, np.sqrt(2 * bound(FAR)) / wf if wf else 0)[:, None]
         box = boxes / wf if wf else 0
-        query[moved, f] = wf * ((term * step).sum(1) - gl[moved] * nearest) * wf
-        query_error = ((error + unit * grow * size) * (np.abs(step) + near + box)).sum(1)
-        query_error += 8 * unit * glm * np.abs(nearest)
+        query_error = (row_error * (step + near + box)).sum(1)
+        query_error += 8 * unit * glm * nearest
         query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1)) + slopes
-        key[:, f] = wf * ((term * to_key).sum(0) * wf)
         # The reference has this distance as that to the nearest key and the step from there.
-        lengths = both if plain else np.abs(to_key)
-        key_error = ((error + unit * grow_m * size) * (lengths + box)).sum(0)
+        key_error = (key_side_error * ((both if plain else to_key) + box)).sum(0)
         key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0))
-        dw[f] = w[f] * ((term * step * (to_key + nearest[:, None])).sum() - (gl[moved] * nearest**2).sum())
-        lengths = np.abs(step) * both + near**2 + box**2
-        dw_error = ((error + unit * (grow + grow_m) * size) * lengths).sum() + 8 * unit * (
-            glm * nearest**2
-        ).sum()
+        dw_error = (both_errors * (step * both + near**2 + box**2)).sum()
+        dw_error += 8 * unit * (glm * nearest**2).sum()
         dw_bound[f] = (
             wf * dw_error + (_ends(ended, step * both * wf**2).sum() / wf if wf else 0) + slopes.sum()
         )

@@ -96,6 +96,20 @@ def criterion_of(name: str, sites: Sites, w: Tensor, degree: int) -> Tensor:
     return _criterion(name, sites, others, log_q)
 
 
+def in_own_unit(sites: Sites) -> tuple[Sites, float]:
+    """The same with y in a unit in which squares are numbers in any dtype, and that unit, a power of two."""
+    exponent = math.frexp(float(sites.y.abs().max()))[1]
+    if abs(exponent) < 20:
+        return sites, 1.0
+    unit = 2.0**exponent
+    return sites._replace(y=sites.y / unit, within=sites.within / unit**2), unit
+
+
+def in_unit_of(name: str, value: float, unit: float) -> float:
+    """The criterion of y, from that of y in the unit."""
+    return value + 2 * math.log(unit) if name == "aicc" else value * unit**2
+
+
 def _criterion(name: str, sites: Sites, others: Tensor, log_q: Tensor) -> Tensor:
     mass, unit, copies = sites.mass, sites.unit, sites.copies
     q = log_q.exp()
@@ -123,7 +137,7 @@ def _in_sample(sites: Sites, error: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted sums of squared residuals of the fit to all observations (C,), and n - tr H."""
     whole = q + sites.mass
     pull = (q / whole).unsqueeze(-1)
-    squares = sites.within + sites.copies.unsqueeze(-1) * (pull * error).square()
+    squares = sites.within + sites.copies.unsqueeze(-1) * (pull * error).double().square()
     freedom = (sites.copies * (whole - sites.unit) / whole).sum()
     return (sites.unit.unsqueeze(-1) * squares).sum(0), freedom
 

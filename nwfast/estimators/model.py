@@ -17,7 +17,7 @@ from torch import Tensor
 from ..functional import local_linear, nadaraya_watson
 from ..index import KeyIndex
 from . import CRITERIA, RULES
-from .criteria import as_call, criterion_of, flat, in_sample
+from .criteria import as_call, criterion_of, flat, in_own_unit, in_sample, in_unit_of
 from .frames import to_tensor
 from .inference import (
     Weights,
@@ -145,7 +145,8 @@ class KernelModel:
         self.loss_ = math.nan if found is None else found.loss
         if math.isnan(self.loss_) and self.n_observations_ > 1 and len(sites.x) > 1:
             with torch.no_grad():
-                self.loss_ = float(criterion_of("loo", sites, w, self._degree))
+                judged, unit = in_own_unit(sites)
+                self.loss_ = in_unit_of("loo", float(criterion_of("loo", judged, w, self._degree)), unit)
         self._state = State(sites, w, self._degree, self.variance, max(self.n_observations_ - trace, 1.0))
         self.report_ = report_of(self)
 

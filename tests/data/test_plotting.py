@@ -1,8 +1,7 @@
 import io
 import os
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -166,5 +165,5 @@ def test_figures_leave_the_backend_and_pyplot_alone():
     )
     # A display that does not exist and a backend that needs one.
     environment = {**os.environ, "MPLBACKEND": "TkAgg", "DISPLAY": ":99"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = fresh.run(code, environment=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr

@@ -8,7 +8,7 @@ import torch
 from conftest import pairwise
 
 import nwfast
-from nwfast.estimators import CRITERIA
+from nwfast.estimators import CRITERIA, selection
 from nwfast.estimators.criteria import criterion_of
 from nwfast.estimators.search import data_bounds
 from nwfast.estimators.selection import rule_of_thumb
@@ -227,6 +227,39 @@ def test_a_minimum_on_a_bound_has_its_reason():
         x = random.random((300, 2))
         found = nwfast.select_bandwidth(x, np.sin(9 * x[:, 0]) + 0.1 * random.standard_normal(300))
         assert found.at_bound[0] is None
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+@pytest.mark.parametrize("criterion", ["loo", "gcv", "aicc"])
+@pytest.mark.parametrize("exponent", [-90, 80])
+def test_float32_values_whose_squares_are_no_numbers(exponent, criterion, degree, monkeypatch):
+    monkeypatch.setattr(selection, "MOST_WIDENED", 100)  # fewer are judged in float64
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, generator=generator)
+    y = torch.sin(9 * x) + 0.2 * torch.randn(300, generator=generator)
+    y[:20], x[:20] = y[20:40], x[20:40]  # ties, whose squares about their mean count
+    plain = nwfast.select_bandwidth(x, y, criterion=criterion, degree=degree)
+    found = nwfast.select_bandwidth(x, y * 2.0**exponent, criterion=criterion, degree=degree)
+    assert float(found) == pytest.approx(float(plain), rel=2e-2)  # the descent is as exact as float32
+    by_unit = found.loss - 2 * exponent * np.log(2) if criterion == "aicc" else found.loss / 4.0**exponent
+    assert by_unit == pytest.approx(plain.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["loo", "gcv", "aicc"])
+def test_constant_values(criterion):
+    """No bandwidth is better than another: the widest, and no warning that neighbours predict best."""
+    x = np.random.default_rng(0).uniform(0, 1, 50)
+    found = nwfast.select_bandwidth(x, np.full(50, 0.1), criterion=criterion)
+    assert float(found) == found.upper[0] and found.note.startswith("all observations have the same y")
+
+
+@pytest.mark.parametrize("exponent", [-600, 600])
+def test_units_beyond_float64_are_refused(exponent):
+    x, y = np.linspace(0, 1, 30), np.sin(np.arange(30.0))
+    unit = 2.0**exponent
+    for name, given in ("x", (x * unit, y)), ("y", (x, y * unit)):
+        with pytest.raises(ValueError, match=f"^{name} is of size .*: give it in another unit"):
+            nwfast.select_bandwidth(*given)
 
 
 def test_constant_features():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import every_other
 
 import nwfast
+from nwfast.backends.messages import how_to_install
 from nwfast.estimators.storage import load
 
 from . import dense
@@ -347,7 +349,7 @@ def test_without_scikit_learn(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nwfast\[estimators\]'"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(how_to_install("estimators"))):
         nwfast.LocalLinearRegressor  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Regressor'"):
         nwfast.Regressor  # noqa: B018

@@ -192,6 +192,25 @@ def test_lone_keys_beside_crowds(features):
 
 
 @pytest.mark.parametrize("features", [2, 3])
+def test_light_keys_among_the_queries_beside_a_far_crowd(features):
+    """Boxes in reach hold light keys alone: their sum is above 0, and small beside what the crowd beyond may add."""
+    generator = torch.Generator().manual_seed(5)
+    query, light, crowd = 0.3 * torch.randn(3, 3000, features, generator=generator, dtype=torch.float64)
+    value = torch.linspace(-1, 1, 6000, dtype=torch.float64)
+    weight = torch.ones(6000, dtype=torch.float64)
+    weight[:3000] = 1e-35
+    some = slice(None, None, 50)
+    for distance in (7.0, 9.0, 11.0, 14.0):
+        key = torch.cat([light, crowd + distance / features**0.5])
+        out, lse = nwfast.nadaraya_watson(
+            query, key, value, key_weight=weight, method="fgt", backend="native", return_lse=True
+        )
+        score = -(query[some, None] - key).square().sum(-1) / 2 + weight.log()
+        torch.testing.assert_close(out[some], score.softmax(1) @ value, rtol=0, atol=1e-13)
+        torch.testing.assert_close(lse[some], score.logsumexp(1), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("features", [2, 3])
 def test_crowds_beyond_the_first_windows(features):
     """Keys further away than the smaller radius of direct sums count where a row has little else, in whatever cells."""
     generator = torch.Generator().manual_seed(4)
