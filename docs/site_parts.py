@@ -10,6 +10,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 
 ROOT = Path(__file__).parents[1]
@@ -23,22 +24,23 @@ def reading_order(filename: str) -> int:
     return EXAMPLES.index(Path(filename).stem)
 
 
-def mathml(formula: str, display: str = "inline") -> str:
+def mathml(node: nodes.Node, display: str) -> str:
     """LaTeX as MathML, which browsers draw themselves."""
-    found = convert(formula.strip().replace(r"\arg", r"\operatorname{arg}"), display=display)
+    formula = node.astext().strip()
+    found = convert(formula.replace(r"\arg", r"\operatorname{arg}"), display=display)
     if "\\" in found:
-        raise ValueError(f"a command that latex2mathml does not know, in {formula!r}")
+        logging.getLogger(__name__).warning("latex2mathml does not know all of %r", formula, location=node)
     return _LETTERS.sub(lambda word: "<mi>" + re.sub("<[^>]+>", "", word[0]) + "</mi>", found)
 
 
 def _inline(writer: Any, node: nodes.math) -> None:
-    writer.body.append(mathml(node.astext()))
+    writer.body.append(mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def _block(writer: Any, node: nodes.math_block) -> None:
     number = get_node_equation_number(writer, node) if node["number"] else ""
-    writer.body.append(f'<div class="math">{mathml(node.astext(), "block")}{number}</div>\n')
+    writer.body.append(f'<div class="math">{mathml(node, "block")}{number}</div>\n')
     raise nodes.SkipNode
 
 
