@@ -337,7 +337,8 @@ def _fill_left_out(
 def _sum_for_w(gradient: np.ndarray, batch: tuple[int, ...], w: Tensor) -> Tensor:
     """Bring the sums (B, D) to the shape and dtype of w, over the dimensions in which w was broadcast."""
     if gradient.size == 1 and w.dtype in _EXAMPLE:  # in a small call every conversion counts
-        return torch.from_numpy(gradient.reshape(w.shape).astype(_EXAMPLE[w.dtype].dtype))
+        with np.errstate(over="ignore"):  # beyond its dtype a gradient is infinite
+            return torch.from_numpy(gradient.reshape(w.shape).astype(_EXAMPLE[w.dtype].dtype))
     if gradient.shape != w.shape:
         gradient = gradient.reshape(*batch, gradient.shape[-1])
         gradient = gradient.sum(tuple(range(gradient.ndim - w.ndim)))
