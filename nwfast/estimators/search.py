@@ -334,9 +334,9 @@ class Search:
 
 def _sample(sites: Sites, most: int) -> Sites:
     """A random sample of the places, the same for the same number, in their order."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(sites.x), generator=generator)[:most].sort().values.to(sites.x.device)
-    return sites.each(lambda part: part[chosen])
+    chosen = np.random.default_rng(0).choice(len(sites.x), most, replace=False, shuffle=False)
+    places = torch.from_numpy(np.sort(chosen)).to(sites.x.device)
+    return sites.each(lambda part: part[places])
 
 
 def _runs(sites: Sites, most: int) -> Sites:

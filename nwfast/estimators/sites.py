@@ -58,8 +58,8 @@ def sites_of(x: Tensor, y: Tensor, weight: Tensor | None) -> Sites:
         if not bool(kept.all()):
             x, y, weight = x[kept], y[kept], weight[kept]
         counts = bool((weight == weight.floor()).all())
-    order = _lexicographic(x)
-    x, y = x[order].contiguous(), y[order].contiguous()
+    x, order = _lexicographic(x)
+    y = y[:, 0].index_select(0, order).unsqueeze(1) if y.shape[1] == 1 else y.index_select(0, order)
     mass = torch.ones_like(x[:, 0]) if weight is None else weight[order].to(x.dtype)
     if not counts:
         return Sites(x, y, mass, mass, torch.zeros_like(y, dtype=torch.float64), False)
@@ -86,11 +86,14 @@ def _refuse_extremes(name: str, size: Tensor) -> None:
         )
 
 
-def _lexicographic(x: Tensor) -> Tensor:
-    order = x[:, -1].argsort(stable=True)
+def _lexicographic(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X in that order, and which rows these are."""
+    values, order = x[:, -1].sort(stable=True)
+    if x.shape[1] == 1:
+        return values.unsqueeze(1), order
     for feature in range(x.shape[1] - 2, -1, -1):
         order = order[x[order, feature].argsort(stable=True)]
-    return order
+    return x[order], order
 
 
 def _sums(place: Tensor, values: Tensor) -> Tensor:
