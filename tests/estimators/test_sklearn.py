@@ -20,11 +20,13 @@ OPTIONS = [dict(), dict(missing="drop"), dict(bandwidth=0.8), dict(bandwidth="sc
 def every_check():
     for estimator in ESTIMATORS:
         for options in OPTIONS:
-            if estimator is nwfast.LocalLinearRegressor and "missing" in options:
+            # What options change is shared by both classes, and local lines take five times as long.
+            marks = [pytest.mark.full] if estimator is nwfast.LocalLinearRegressor and options else []
+            if marks and "missing" in options:
                 options = options | dict(bandwidth="silverman")
             for instance, check in estimator_checks_generator(estimator(**options)):
                 name = "-".join(map(str, (estimator.__name__, *options.values(), check.func.__name__)))
-                yield pytest.param(instance, check, id=name)
+                yield pytest.param(instance, check, id=name, marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore")
