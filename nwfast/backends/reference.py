@@ -144,9 +144,8 @@ class _Unscaled(torch.autograd.Function):
 
     @staticmethod
     def forward(a, b, w, root):
-        return (
-            _summed(_product(a, b, w * (root * root).unsqueeze(-1), True), True) / root / root / root / root
-        )
+        scaled = w * root.unsqueeze(-1) * root.unsqueeze(-1)  # root^2 alone may be 0
+        return _summed(_product(a, b, scaled, True), True) / root / root / root / root
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -487,6 +487,18 @@ def test_gradients_of_w_up_to_the_largest_number(backend, features, dtype):
             torch.testing.assert_close(gradient.double() / most, share * expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("place", "w"), [(2.0**1020, 2.0**1023), (1e300, 1e300), (1e200, 1e250)])
+def test_the_nearest_of_keys_beyond_all_scores(backend, place, w):
+    query = torch.zeros(1, 2, dtype=torch.float64)
+    key = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 1.0]], dtype=torch.float64) * place
+    value = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    bandwidth = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    out = nwfast.nadaraya_watson(query, key, value, bandwidth, backend=backend, method="dense")
+    assert out.item() == 1
+    (gradient,) = torch.autograd.grad(out, bandwidth)
+    assert gradient == 0
+
+
 @DTYPES
 @pytest.mark.parametrize(("features", "channels"), [(1, 1), (1, 3), (2, 1)])
 def test_coordinates_of_few_digits(backend, features, channels, dtype):
