@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
         raise ModuleNotFoundError(
             f"nwfast.{name} needs SciPy and scikit-learn, and {error.name} is not installed: "
-            f"{how_to_install('estimators')}",
+            + how_to_install("estimators"),
             name=error.name,
         ) from error
     return getattr(found, name)

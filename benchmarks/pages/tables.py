@@ -100,19 +100,15 @@ def _chosen_rows(content: dict) -> Iterator[list[str]]:
         "scaling in N": lambda group: group["n"] == 1_000_000,
     }
     for question, wanted in chosen.items():
-        groups = [group for group in content["groups"] if group["question"] == question and wanted(group)]
-        for group in groups[:1]:
-            found = {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
-            own = [found[label] for label in ("native", "native fgt") if label in found]
-            best = min(own, key=lambda entry: entry["seconds"]["median"], default=None)
-            cells = [format_time(best["seconds"]["median"]) if best else ""]
-            yield [
-                group["name"],
-                *cells,
-                _time(found, "textbook"),
-                _time(found, "torch.compile"),
-                _best_other(found),
-            ]
+        groups = (group for group in content["groups"] if group["question"] == question and wanted(group))
+        group = next(groups, None)
+        if group is None:
+            continue
+        found = _entries(group)
+        own = [label for label in ("native", "native fgt") if label in found]
+        best = min(own, key=lambda label: found[label]["seconds"]["median"], default="")
+        times = (_time(found, label) for label in (best, "textbook", "torch.compile"))
+        yield [group["name"], *times, _best_other(found)]
 
 
 def _summary(content: dict) -> list[str]:
@@ -146,7 +142,7 @@ _NAMED = ("native", "numba", "torch.compile", "textbook")
 def _summary_rows(content: dict) -> Iterator[list[str]]:
     order = list(QUESTIONS)
     for group in sorted(content["groups"], key=lambda group: order.index(group["question"])):
-        found = {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
+        found = _entries(group)
         linear = "native fgt" in found
         several = group["question"] == SEVERAL
         if group["question"] == "scaling in N" and not (linear and group["n"] >= 100_000):
@@ -172,6 +168,11 @@ def _summary_rows(content: dict) -> Iterator[list[str]]:
             *[""] * 4,
             f"{rate:.3g}",
         ]
+
+
+def _entries(group: dict) -> dict[str, dict]:
+    """By label, what a group compares."""
+    return {entry["label"]: entry for entry in group["entries"] if entry["work"] == group["name"]}
 
 
 def _best_other(found: dict[str, dict]) -> str:

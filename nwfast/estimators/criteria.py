@@ -110,6 +110,13 @@ def in_unit_of(name: str, value: float, unit: float) -> float:
     return value + 2 * math.log(unit) if name == "aicc" else value * unit**2
 
 
+def value_of(name: str, sites: Sites, w: Tensor, degree: int) -> float:
+    """The criterion at w (D,) as a number, of y in any unit."""
+    judged, unit = in_own_unit(sites)
+    with torch.no_grad():
+        return in_unit_of(name, float(criterion_of(name, judged, w, degree)), unit)
+
+
 def _criterion(name: str, sites: Sites, others: Tensor, log_q: Tensor) -> Tensor:
     mass, unit, copies = sites.mass, sites.unit, sites.copies
     q = log_q.exp()

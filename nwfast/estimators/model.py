@@ -17,7 +17,7 @@ from torch import Tensor
 from ..functional import local_linear, nadaraya_watson
 from ..index import KeyIndex
 from . import CRITERIA, RULES
-from .criteria import as_call, criterion_of, flat, in_own_unit, in_sample, in_unit_of
+from .criteria import as_call, flat, in_sample, value_of
 from .frames import to_tensor
 from .inference import (
     Weights,
@@ -144,9 +144,7 @@ class KernelModel:
         self.n_observations_ = round(float(sites.copies.sum()))
         self.loss_ = math.nan if found is None else found.loss
         if math.isnan(self.loss_) and self.n_observations_ > 1 and len(sites.x) > 1:
-            with torch.no_grad():
-                judged, unit = in_own_unit(sites)
-                self.loss_ = in_unit_of("loo", float(criterion_of("loo", judged, w, self._degree)), unit)
+            self.loss_ = value_of("loo", sites, w, self._degree)
         self._state = State(sites, w, self._degree, self.variance, max(self.n_observations_ - trace, 1.0))
         self.report_ = report_of(self)
 
@@ -270,11 +268,10 @@ class KernelModel:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(map(repr, CRITERIA))}, got {criterion!r}")
         bandwidths = np.asarray(factors, dtype=np.float64)[:, None] * self.bandwidth_
-        with torch.no_grad():
-            values = [
-                float(criterion_of(criterion, sites, torch.from_numpy(1 / row).to(sites.x), self._degree))
-                for row in bandwidths
-            ]
+        values = [
+            value_of(criterion, sites, torch.from_numpy(1 / row).to(sites.x), self._degree)
+            for row in bandwidths
+        ]
         return bandwidths, np.array(values)
 
     def summary(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .criteria import criterion_of
+from .criteria import value_of
 from .search import data_bounds
 
 
@@ -14,8 +14,7 @@ def report_of(model: Any) -> dict[str, Any]:
     sites, state = model._state.sites, model._state
     loo = model.loss_
     if isinstance(model.bandwidth, str) and model.bandwidth in ("gcv", "aicc"):
-        with torch.no_grad():
-            loo = float(criterion_of("loo", sites, state.w, model._degree)) if len(sites.x) > 1 else math.nan
+        loo = value_of("loo", sites, state.w, model._degree) if len(sites.x) > 1 else math.nan
     variance = state.variance() if model.n_observations_ > 1 else torch.full((1, 1), math.nan)
     selection = model.selection_
     lower, upper = data_bounds(sites) if selection is None else (selection.lower, selection.upper)

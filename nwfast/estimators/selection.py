@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from . import RULES
-from .criteria import in_own_unit, in_unit_of
+from .criteria import in_own_unit, in_unit_of, value_of
 from .search import LEVEL, Search, data_bounds
 from .sites import Sites
 
@@ -58,11 +59,16 @@ def select(
     """As `select_bandwidth`, of sites; the bandwidth is an array (D,)."""
     lower, upper = data_bounds(sites) if bounds is None else bounds
     varies = (sites.x.amax(0) > sites.x.amin(0)).cpu().numpy()
-    nothing = np.zeros((0, sites.x.shape[1])), np.zeros(0)
+
+    def unsearched(bandwidth: _Log, loss: float, note: str) -> BandwidthSelection:
+        nothing = np.zeros((0, len(varies))), np.zeros(0)
+        at_bound = (None,) * len(varies)
+        return BandwidthSelection(
+            bandwidth, loss, criterion, degree, lower, upper, at_bound, note, 0, nothing
+        )
+
     if criterion in RULES:
-        rule = rule_of_thumb(sites, criterion)
-        none = (None,) * len(rule)
-        return BandwidthSelection(rule, math.nan, criterion, degree, lower, upper, none, "", 0, nothing)
+        return unsearched(rule_of_thumb(sites, criterion), math.nan, "")
     if float(sites.copies.sum()) < 2:
         raise ValueError(
             f"criterion {criterion!r} leaves one observation out and needs two at least, got n_samples = 1: "
@@ -70,12 +76,10 @@ def select(
         )
     if not varies.any():
         note = "all observations have the same x: no bandwidth matters"
-        ones, none = np.ones(len(varies)), (None,) * len(varies)
-        return BandwidthSelection(ones, math.nan, criterion, degree, lower, upper, none, note, 0, nothing)
+        return unsearched(np.ones(len(varies)), math.nan, note)
     if bool((sites.y == sites.y[0]).all()) and not bool(sites.within.count_nonzero()):
-        note = "all observations have the same y: every bandwidth fits it"
-        none = (None,) * len(varies)
-        return BandwidthSelection(upper, 0.0, criterion, degree, lower, upper, none, note, 0, nothing)
+        loss = value_of(criterion, sites, torch.from_numpy(1 / upper).to(sites.x), degree)
+        return unsearched(upper, loss, "all observations have the same y: every bandwidth fits it")
     if len(sites.x) <= MOST_WIDENED:
         sites = sites.double()
     sites, unit = in_own_unit(sites)

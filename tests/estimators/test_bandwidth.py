@@ -243,6 +243,11 @@ def test_float32_values_whose_squares_are_no_numbers(exponent, criterion, degree
     assert float(found) == pytest.approx(float(plain), rel=2e-2)  # the descent is as exact as float32
     by_unit = found.loss - 2 * exponent * np.log(2) if criterion == "aicc" else found.loss / 4.0**exponent
     assert by_unit == pytest.approx(plain.loss, rel=1e-5)
+    regressor = (nwfast.NadarayaWatsonRegressor, nwfast.LocalLinearRegressor)[degree]
+    model, other = (regressor(bandwidth=criterion).fit(x[:, None], y * unit) for unit in (1.0, 2.0**exponent))
+    assert other.report_["loo"] / 4.0**exponent == pytest.approx(model.report_["loo"], rel=1e-2)
+    curves = [fitted.bandwidth_curve([1.0, 3.0], "loo")[1] for fitted in (model, other)]
+    assert curves[1] / 4.0**exponent == pytest.approx(curves[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("criterion", ["loo", "gcv", "aicc"])
