@@ -5,8 +5,15 @@
 #include <cmath>
 
 #include "drivers.h"
+#include "isa/processor.h"
 
 namespace nwfast {
+
+// a * b + c as the kernels that run here round it, fused or not: their sums cancel to the bit against such ones.
+template <typename T>
+T multiply_add(T a, T b, T c) {
+  return processor_level() == Level::kBaseline ? a * b + c : std::fma(a, b, c);
+}
 
 // Reads those of out (channels) and of lse, 0 where there is none; returns the size of the largest.
 template <typename R>

@@ -176,8 +176,7 @@ def test_w_times_squares_of_the_least_coordinates(native, features, channels):
 @FORMS
 def test_values_of_all_sizes(native, features, channels, dtype):
     query, key, value, grad, grad_lse = random_data(features, channels, dtype)
-    for w in (0.0, 1e-9):  # of which the latter is narrow: the gradient of lse alone is left of a row's
-        assert_precise(query * 1e12, key * 1e12, value * 1e30, w, grad * 1e-10, grad_lse, roundings=256)
+    assert_precise(query * 1e12, key * 1e12, value * 1e30, 0.0, grad * 1e-10, grad_lse, roundings=256)
     sizes = 10.0 ** torch.linspace(-20, 20, channels, dtype=dtype)
     assert_precise(query, key, value * sizes, 2.0, grad)
     assert_precise(query, key, value * sizes, 2.0, grad / sizes)
@@ -190,6 +189,36 @@ def test_values_of_all_sizes(native, features, channels, dtype):
     (found,) = torch.autograd.grad(out, inputs[:1], grad)
     error = (found[1:] - exact.gradients["query"]).abs().max()
     assert error <= 64 * ROUNDING[dtype] * exact.scales["query"].max()
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [2, 3, 9, 20])
+@pytest.mark.parametrize(
+    ("method", "features"), [("dense", 1), ("dense", 2), ("dense", 3), ("dense", 20), ("fgt", 2), ("fgt", 3)]
+)
+def test_the_gradient_of_lse_alone_is_left_of_rows_of_one_key(native, method, features, channels, dtype):
+    """Those of out, 20 digits larger, cancel to the bit, with fused multiply-adds and without."""
+    m, n, side = 40, 300, math.ceil(300 ** (1 / features))
+    key = torch.stack([torch.arange(n) // side**f % side * 64 for f in range(features)], -1) + torch.rand(
+        n, features
+    )
+    key, nearest = key.to(dtype), torch.randint(n, (m,))
+    query = key[nearest] + (torch.rand(m, features) - 0.5).to(dtype)
+    value, grad = (
+        (1e30 * (torch.rand(n, channels) - 0.5)).to(dtype),
+        1e-10 * torch.randn(m, channels).to(dtype),
+    )
+    key, query, w = 1e12 * key, 1e12 * query, torch.tensor(1e-12, dtype=dtype, requires_grad=True)
+    out, lse = nwfast.nadaraya_watson(
+        query.requires_grad_(), key, value, w, backend="native", method=method, return_lse=True
+    )
+    grad_lse = torch.randn(m, dtype=dtype)
+    grad_query, grad_w = torch.autograd.grad([out, lse], [query, w], [grad, grad_lse])
+    apart = 1e-12 * (query - key[nearest]).detach().double()
+    terms = grad_lse[:, None] * apart.square()
+    budget = 16 * ROUNDING[dtype] * 64 * n  # of a difference between coordinates
+    assert (1e12 * grad_query + grad_lse[:, None] * apart).abs().max() <= budget * grad_lse.abs().max()
+    assert abs(1e-12 * grad_w + terms.sum()) <= budget * terms.abs().sum()
 
 
 @pytest.mark.parametrize("features", [2, 20])
@@ -215,8 +244,9 @@ def test_key_weights_of_all_sizes(native, features, channels, dtype):
     query, key, value, grad, grad_lse = random_data(features, channels, dtype)
     weight = torch.linspace(0.5, 2.0, N, dtype=dtype)
     weight[::3] *= 1e-30
-    weight[1] = torch.finfo(dtype).tiny
-    assert_precise(query, key, value, 3.0, grad, grad_lse, weight)
+    weight[1] = torch.finfo(dtype).tiny  # a score has its logarithm to base 2 beside it
+    roundings = 64 - math.log2(weight[1])
+    assert_precise(query, key, value, 3.0, grad, grad_lse, weight, roundings=roundings)
 
 
 @DTYPES

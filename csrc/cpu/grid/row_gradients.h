@@ -91,7 +91,7 @@ struct PackedRows {
       for (int64_t c = 0; c < channels; ++c) {
         const R grad = static_cast<R>(gradients.out[i * channels + c]);
         value_grad[k * pitch + c] = grad;
-        dot = std::fma(static_cast<R>(outs[row * channels + c] - element.batch.centre[c]), grad, dot);
+        dot = multiply_add(static_cast<R>(outs[row * channels + c] - element.batch.centre[c]), grad, dot);
       }
       for (int64_t c = channels; c < pitch; ++c) value_grad[k * pitch + c] = 0;
       offset_grad[k] = dot;

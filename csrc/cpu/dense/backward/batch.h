@@ -59,7 +59,7 @@ struct BackwardBatch : TiledBatch<T> {
       for (int64_t c = 0; c < channels; ++c) {
         value_grad[i * pitch + c] = static_cast<T>(grad.out[c]);
         const T mean = static_cast<T>(static_cast<T>(task.out[row * channels + c]) - this->centre[c]);
-        dot = std::fma(mean, static_cast<T>(grad.out[c]), dot);
+        dot = multiply_add(mean, static_cast<T>(grad.out[c]), dot);
       }
       for (int64_t c = channels; c < pitch; ++c) value_grad[i * pitch + c] = 0;
       std::copy_n(this->query.get() + some[i] * features, features, &row_query[i * features]);
@@ -103,7 +103,7 @@ struct BackwardBatch : TiledBatch<T> {
       const T* const grad = of.value_grad + i * of.data.channel_pitch;
       T dot = 0;
       for (int64_t c = 0; c < channels; ++c) {
-        dot = std::fma(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
+        dot = multiply_add(static_cast<T>(sums[i * channels + c] / total[i]), grad[c], dot);
       }
       offsets[i] = dot;
     }
