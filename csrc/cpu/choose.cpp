@@ -1,5 +1,5 @@
 // Which of the two methods is faster: for one feature a model of their times, fitted to measurements; for two and three
-// that of grid/faster.cpp.
+// that of grid/choose.cpp.
 //
 // Both depend on the data through the number of keys that a query's window holds. It is estimated from a sample of keys
 // and queries of the first batch element, so that the choice costs some microseconds whatever the size. Times are those

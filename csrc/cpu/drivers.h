@@ -72,7 +72,7 @@ template <typename T>
 bool query_backward(const Problem& problem, const BackwardTask<T>& task);
 template <typename T>
 bool key_backward(const Problem& problem, const BackwardTask<T>& task);
-// Whether it is expected to be faster than the dense drivers (grid/faster.cpp).
+// Whether it is expected to be faster than the dense drivers (grid/choose.cpp).
 bool is_faster(const Problem& problem);
 }  // namespace grid
 

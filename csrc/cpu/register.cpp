@@ -13,10 +13,10 @@
 #include "../common/tensors.h"
 #include "drivers.h"
 #include "isa/processor.h"
-#include "left_out.h"
 #include "tangents.h"
 #include "tensor_views.h"
 #include "tiny_weights.h"
+#include "zero_weights.h"
 
 namespace nwfast {
 namespace {

@@ -1,4 +1,5 @@
 // The key side for one feature and one channel: lanes hold keys, whose sums stay in registers over a block of rows.
+// That of more features or channels is in tiled_kernels.h.
 
 #pragma once
 

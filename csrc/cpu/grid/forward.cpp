@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "choose.h"
+#include "crowded.h"
 #include "tangents.h"
 
 namespace nwfast {

@@ -8,7 +8,7 @@
 // small (far from all keys, or next to light ones) take their sums one by one, and what is beyond that goes to the
 // dense driver.
 
-#include "choose.h"
+#include "crowded.h"
 #include "row_gradients.h"
 
 namespace nwfast {

@@ -6,7 +6,7 @@
 // for little: there sum c (s - t)^2 K is what the first derivatives of two sums differ by, that of charges c times s
 // and that of charges c t, with places t of the keys.
 
-#include "choose.h"
+#include "crowded.h"
 #include "row_gradients.h"
 
 namespace nwfast {

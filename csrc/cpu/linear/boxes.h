@@ -1,4 +1,5 @@
-// Compression: the moments of crowded boxes; and expansion: their field in another box as a power series.
+// Compression: the moments of crowded boxes; and expansion: their field in another box as a power series. Where boxes
+// lie and how wide they are is in plan.h, windows of single points are in nearest.h.
 
 #pragma once
 

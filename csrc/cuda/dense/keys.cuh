@@ -1,5 +1,5 @@
 // The gradients of one key in double, by one warp or one thread: any number of features and channels, any data; see
-// rows.cuh.
+// rows.cuh. Those of most data are in float32, in single/keys.cu and tiled/grads.cu.
 //
 //   dv_jc = sum_i p_ij g_ic,   dk_jf = w_f^2 sum_i u_ij (q_if - k_jf),   da_j = sum_i u_ij / a_j
 //

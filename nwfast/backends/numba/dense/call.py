@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
 from .. import base as place
-from .. import left_out as left_out_keys
+from .. import zero_weights
 from .keys import backward_keys
 from .order import order_of, ordered, pays, restored
 from .rows import EMPTY, FAR, QUERY_BLOCK, backward_rows, backward_tangents, forward_rows
@@ -68,7 +68,7 @@ def _forward(
     tangent_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All results; of shape (0,) where they are not wanted."""
-    key, value = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+    key, value = zero_weights.anchored(key, value, zero_weights.places(key_weight))
     order = order_of(query, key, w, exclude_self, QUERY_BLOCK)
     if order is not None:
         query = ordered(query, order.rows, -2)
@@ -132,7 +132,7 @@ def backward(
             return products[0], by_key, by_value, products[1], by_weight
     order = None
     if pays(query, key, w):
-        anchored, _ = left_out_keys.anchored(key, value, left_out_keys.places(key_weight))
+        anchored, _ = zero_weights.anchored(key, value, zero_weights.places(key_weight))
         order = order_of(query, anchored, w, exclude_self, QUERY_BLOCK)
     if order is None:
         return _backward(
@@ -181,9 +181,9 @@ def _backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of inputs in the order in which they are to be computed."""
-    left_out = left_out_keys.places(key_weight)
+    left_out = zero_weights.places(key_weight)
     held = key, value
-    key, value = left_out_keys.anchored(key, value, left_out)
+    key, value = zero_weights.anchored(key, value, left_out)
     call = _Call(query, key, value, w, key_weight, exclude_self)
     about, dtype = call.about, call.dtype
 
@@ -289,7 +289,7 @@ def _fill_left_out(
 
     grad_out, grad_lse, out, state, rows, means, kinds = computed
     rows, means, kinds = rows.reshape(*batch, m, 3), means.reshape(*batch, m, c), kinds.reshape(*batch, m)
-    left_out, finite = whole(left_out, n), whole(left_out_keys.finite(key, value), n)
+    left_out, finite = whole(left_out, n), whole(zero_weights.finite(key, value), n)
     key, value, anchored = whole(key, n, d), whole(value, n, c), whole(anchored, n, d)
     query, w = whole(query, m, d), whole(w, d)
     most = torch.finfo(grad_weight.dtype).max
@@ -310,7 +310,7 @@ def _fill_left_out(
             base[far] = np.where(origin >= 0, -top - np.log2(total), np.nan)
             mean[far] = means[at][active[far]]
         through_lse = None if grad_lse is None else grad_lse[at].double().numpy()[active]
-        active_rows = left_out_keys.rows_of(
+        active_rows = zero_weights.rows_of(
             x,
             reference,
             base,
@@ -328,7 +328,7 @@ def _fill_left_out(
         keys = key[at][which].double().numpy(), value[at][which].double().numpy()
 
         def run(first: int, last: int, given=active_rows, keys=keys, own=own, result=result) -> None:
-            left_out_keys.weights(given, *keys, own, result, first, last)
+            zero_weights.weights(given, *keys, own, result, first, last)
 
         run_units(run, len(which), len(which) * len(active) * d < _SERIAL)
         grad_weight[at][which] = torch.from_numpy(result).clamp(-most, most).to(grad_weight.dtype)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ... import NEEDS_KEY, NEEDS_KEY_WEIGHT, NEEDS_QUERY, NEEDS_VALUE, NEEDS_W, batch_shape
 from ..dense import call as dense
-from ..left_out import anchored, places
-from . import left_out as weights_left_out
+from ..zero_weights import anchored, places
+from . import zero_weights
 from .data import Data
 from .key_side import Targets, key_side
 from .near_rows import Rows
@@ -269,7 +269,7 @@ def _backward(
                 bool(needs & ~NEEDS_VALUE),
             )
             if needs & NEEDS_KEY_WEIGHT and len(data.key) < batch.n:
-                weights_left_out.fill(by_weight, data, batch.accuracy, parts_held, saved_rows, exclude_self)
+                zero_weights.fill(by_weight, data, batch.accuracy, parts_held, saved_rows, exclude_self)
     spoilt = data.nan_rows[_has_gradient(grad_out, grad_lse, data.nan_rows)]
     if len(spoilt) and len(data.key):
         by_query[spoilt if len(by_query) else _NO_ORDER] = np.nan

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..base import LN2, entry
 from ..dense import call as dense
 from ..dense.call import run_units
-from ..left_out import anchored, places
+from ..zero_weights import anchored, places
 from .boxes import Series
 from .data import Data, as_double, places_in_order
 from .near_rows import Rows, Sources

@@ -1,4 +1,4 @@
-"""Gradients of the weights of keys that a weight of 0 leaves out, by the linear method: see ../left_out.py.
+"""Gradients of the weights of keys that a weight of 0 leaves out, by the linear method: see ../zero_weights.py.
 
 These keys are targets of a key side of their own, with a grid of boxes that holds them too. What it cannot hold, and
 what may overflow (a key that is much nearer to some query than all that count), is summed over all rows.
@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from .. import left_out
+from .. import zero_weights
 from ..base import HALF_LOG2E
 from ..dense.call import run_units
 from ..scores import mirrored
@@ -26,7 +26,7 @@ def fill(
 ) -> None:
     """Fill the gradients of weights of 0; parts hold these keys as the caller gave them."""
     _, key, value, _, key_weight = parts
-    which = ((key_weight == 0) & left_out.finite(key[:, None], value)).numpy().nonzero()[0]
+    which = ((key_weight == 0) & zero_weights.finite(key[:, None], value)).numpy().nonzero()[0]
     x = as_double(key.numpy()[which])
     large = ~(np.abs(x) < min(LARGEST_NUMBER, MOST_BANDWIDTHS / abs(data.w) if data.w else LARGEST_NUMBER))
     large |= ~(value[which].abs().amax(1).double().numpy() < LARGEST_NUMBER)
@@ -91,7 +91,7 @@ def _by_rows(
     # Shifts that differ by their rounding are those of one key.
     apart[np.abs(apart) <= 2.0**-49 * np.abs(state[rows, 0])] = 0.0
     base = apart - data.exponent - np.log2(state[rows, 1])
-    given = left_out.rows_of(
+    given = zero_weights.rows_of(
         x[:, None],
         key[star][:, None],
         base,
@@ -105,7 +105,7 @@ def _by_rows(
         own = places_among(rows, data.count)[which]
     found = np.zeros(len(which))
     keys = parts[1][which].double().numpy()[:, None], parts[2][which].double().numpy()
-    run_units(lambda first, last: left_out.weights(given, *keys, own, found, first, last), len(which))
+    run_units(lambda first, last: zero_weights.weights(given, *keys, own, found, first, last), len(which))
     result = np.zeros(data.count)
     result[which] = found
     return result

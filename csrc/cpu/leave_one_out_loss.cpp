@@ -5,6 +5,7 @@
 //
 // s = sum of a_i for the mean and 1 for the sum; out_i without key i. Rows without any other key that counts, and rows
 // of weight 0, are left out of all sums. The forward pass is parallel as that of the op; the sums are taken in order.
+// How a row leaves its own key out (exclude_self) is each kernel's: `excluded` and `subtract_own`, see ARCHITECTURE.md.
 
 #include <cmath>
 #include <optional>
@@ -12,9 +13,9 @@
 
 #include "../common/tensors.h"
 #include "drivers.h"
-#include "left_out.h"
 #include "tensor_views.h"
 #include "tiny_weights.h"
+#include "zero_weights.h"
 
 namespace nwfast {
 namespace {
