@@ -94,13 +94,15 @@ def cuda_extension() -> Extension:
 def units() -> list[str]:
     """What is compiled: each instruction set's kernels, and all other sources of csrc/cpu as one unit for each folder.
 
-    Sources of a folder share most of what takes time, templates and torch's headers, which are then compiled once.
+    Sources of a folder share most of what takes time, templates and torch's headers, which are then compiled once;
+    prepared keys are of the grid's templates.
     """
     folders: dict[str, list[str]] = {}
     kernels = sorted(glob("csrc/cpu/isa/*.cpp"))
     for path in sorted(set(glob("csrc/cpu/**/*.cpp", recursive=True)) - set(kernels)):
         parts = path.split(os.sep)
-        folders.setdefault(parts[2] if len(parts) > 3 else "cpu", []).append("/".join(parts))
+        folder = parts[2] if len(parts) > 3 else "cpu"
+        folders.setdefault("grid" if folder == "prepared" else folder, []).append("/".join(parts))
     made = []
     os.makedirs("build/units", exist_ok=True)
     for folder, paths in folders.items():
