@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from ... import constants
 from ...constants import HALF_LOG2E, LN2, ROOT
+from .compiler import EntryCompiler, PartCompiler
 
 __all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
 
@@ -34,8 +35,16 @@ DIGEST = hashlib.sha256(
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
 # Only entry points get the wrappers by which Python calls a function: they cost about a fifth of the compile time.
 # Constants in the arguments of an inner function make a version of it for each (Numba's literal types), as do variables
-# that begin as constants: where such a function is large, they begin as int64(0) instead.
-_INSIDE = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# that begin as constants: where such a function is large, they begin as int64(0) instead. Rewrites are for array
+# expressions, which are loops here.
+_INSIDE = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "no_rewrites": True,
+    "pipeline_class": PartCompiler,
+}
 EXACT = {**_INSIDE, "fastmath": {"nsz", "contract"}}
 SUMS = {**_INSIDE, "fastmath": {"nsz", "contract", "reassoc"}}
 
@@ -97,7 +106,7 @@ def entry(function: Callable) -> Callable:
 
     Cached on disk where a place for that can be written.
     """
-    compiled = njit(**(EXACT | {"no_cpython_wrapper": False}))(function)
+    compiled = njit(**(EXACT | {"no_cpython_wrapper": False, "pipeline_class": EntryCompiler}))(function)
     try:
         compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written
@@ -107,7 +116,7 @@ def entry(function: Callable) -> Callable:
 
 @intrinsic
 def pointer(typingctx, address, example):
-    """The address as a pointer to the dtype of the array `example`."""
+    """The address as a pointer to the dtype of `example`, an array or a dtype."""
     result = types.CPointer(example.dtype)
 
     def codegen(context, builder, signature, args):
@@ -152,11 +161,11 @@ def inputs_of(example, about, b):
         pointer(about[VALUE], example),
         pointer(about[WEIGHT], example),
         pointer(about[W], example),
-        offset(about, b, 0),
-        offset(about, b, 1),
-        offset(about, b, 2),
-        offset(about, b, 3),
-        offset(about, b, 4),
+        offset(about, b, int64(0)),
+        offset(about, b, int64(1)),
+        offset(about, b, int64(2)),
+        offset(about, b, int64(3)),
+        offset(about, b, int64(4)),
     )
 
 

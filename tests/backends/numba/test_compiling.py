@@ -1,10 +1,12 @@
 """A user hears that Numba compiles, where that takes long, and nothing otherwise."""
 
+import gc
 import io
 import time
 from types import SimpleNamespace
 
 import fresh
+import numpy as np
 import pytest
 
 from nwfast.backends import compiling
@@ -91,3 +93,38 @@ assert seen == ["nwfast.of_a_test"] * 2, seen  # one beginning, one end
 """
     done = fresh.run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_functions_inside_an_entry_point_are_assembled_with_it_alone(monkeypatch):
+    numba = pytest.importorskip("numba")
+    from numba.core.codegen import JITCodeLibrary
+
+    from nwfast.backends.numba import base
+
+    assembled, real = [], JITCodeLibrary._finalize_final_module
+
+    def recorded(self):
+        assembled.append(self.name.rsplit(".")[-1])
+        real(self)
+
+    monkeypatch.setattr(JITCodeLibrary, "_finalize_final_module", recorded)
+
+    @numba.njit(**base.SUMS)
+    def total_of_test(x):
+        found = 0.0
+        for i in range(len(x)):
+            found += x[i]
+        return found
+
+    @numba.njit(**base.EXACT)
+    def twice_of_test(x):
+        return 2.0 * total_of_test(x)
+
+    @base.entry
+    def whole_of_test(x):
+        return twice_of_test(x) + 1.0
+
+    assert gc.isenabled()
+    assert whole_of_test(np.arange(100.0)) == 9901.0
+    assert gc.isenabled()
+    assert [name for name in assembled if name.endswith("_of_test")] == ["whole_of_test"]
