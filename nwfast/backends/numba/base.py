@@ -5,6 +5,7 @@ One small array costs less per call than a dozen array arguments, and one compil
 dimensions and every layout. float32 and float64 data are told apart by `example`, an empty array of that dtype.
 """
 
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, types
 from numba.core.caching import FunctionCache
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from ... import constants
 from ...constants import HALF_LOG2E, LN2, ROOT
-from .compiler import EntryCompiler, PartCompiler
 
 __all__ = ["HALF_LOG2E", "LN2", "ROOT"]  # handed on to the kernels, with what stands here
 
@@ -43,7 +44,6 @@ _INSIDE = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
     "no_rewrites": True,
-    "pipeline_class": PartCompiler,
 }
 EXACT = {**_INSIDE, "fastmath": {"nsz", "contract"}}
 SUMS = {**_INSIDE, "fastmath": {"nsz", "contract", "reassoc"}}
@@ -101,12 +101,25 @@ class _Cache(FunctionCache):
             _say_once(str(error), _SAID)
 
 
+class _Compiler(Compiler):
+    """Numba's, without searches for cyclic garbage: they would go through all that it holds again and again."""
+
+    def compile_extra(self, func: Callable) -> Any:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return super().compile_extra(func)
+        finally:
+            if collects:
+                gc.enable()
+
+
 def entry(function: Callable) -> Callable:
     """Compile an entry point, which takes the units first .. last of a call; all else is compiled into these.
 
     Cached on disk where a place for that can be written.
     """
-    compiled = njit(**(EXACT | {"no_cpython_wrapper": False, "pipeline_class": EntryCompiler}))(function)
+    compiled = njit(**(EXACT | {"no_cpython_wrapper": False, "pipeline_class": _Compiler}))(function)
     try:
         compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written

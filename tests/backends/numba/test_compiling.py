@@ -6,7 +6,6 @@ import time
 from types import SimpleNamespace
 
 import fresh
-import numpy as np
 import pytest
 
 from nwfast.backends import compiling
@@ -95,36 +94,28 @@ assert seen == ["nwfast.of_a_test"] * 2, seen  # one beginning, one end
     assert done.returncode == 0, done.stderr
 
 
-def test_functions_inside_an_entry_point_are_assembled_with_it_alone(monkeypatch):
-    numba = pytest.importorskip("numba")
-    from numba.core.codegen import JITCodeLibrary
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_an_entry_point_compiles(enabled):
+    pytest.importorskip("numba")
+    from numba.extending import intrinsic
 
     from nwfast.backends.numba import base
 
-    assembled, real = [], JITCodeLibrary._finalize_final_module
+    seen = []
 
-    def recorded(self):
-        assembled.append(self.name.rsplit(".")[-1])
-        real(self)
-
-    monkeypatch.setattr(JITCodeLibrary, "_finalize_final_module", recorded)
-
-    @numba.njit(**base.SUMS)
-    def total_of_test(x):
-        found = 0.0
-        for i in range(len(x)):
-            found += x[i]
-        return found
-
-    @numba.njit(**base.EXACT)
-    def twice_of_test(x):
-        return 2.0 * total_of_test(x)
+    @intrinsic
+    def looked_at(typingctx, x):
+        seen.append(gc.isenabled())
+        return x(x), lambda context, builder, signature, args: args[0]
 
     @base.entry
-    def whole_of_test(x):
-        return twice_of_test(x) + 1.0
+    def of_a_test(x):
+        return looked_at(x)
 
-    assert gc.isenabled()
-    assert whole_of_test(np.arange(100.0)) == 9901.0
-    assert gc.isenabled()
-    assert [name for name in assembled if name.endswith("_of_test")] == ["whole_of_test"]
+    try:
+        gc.enable() if enabled else gc.disable()
+        assert of_a_test(3.0) == 3.0
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen and not any(seen)
