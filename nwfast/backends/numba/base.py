@@ -5,6 +5,7 @@ One small array costs less per call than a dozen array arguments, and one compil
 dimensions and every layout. float32 and float64 data are told apart by `example`, an empty array of that dtype.
 """
 
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, types
 from numba.core.caching import FunctionCache
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from ... import constants
@@ -34,8 +36,15 @@ DIGEST = hashlib.sha256(
 # so a difference q - k is written in a function without reassoc (EXACT) and only sums are free to be reordered (SUMS).
 # Only entry points get the wrappers by which Python calls a function: they cost about a fifth of the compile time.
 # Constants in the arguments of an inner function make a version of it for each (Numba's literal types), as do variables
-# that begin as constants: where such a function is large, they begin as int64(0) instead.
-_INSIDE = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# that begin as constants: where such a function is large, they begin as int64(0) instead. Rewrites are for array
+# expressions, which are loops here.
+_INSIDE = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "no_rewrites": True,
+}
 EXACT = {**_INSIDE, "fastmath": {"nsz", "contract"}}
 SUMS = {**_INSIDE, "fastmath": {"nsz", "contract", "reassoc"}}
 
@@ -92,12 +101,25 @@ class _Cache(FunctionCache):
             _say_once(str(error), _SAID)
 
 
+class _Compiler(Compiler):
+    """Numba's, without searches for cyclic garbage: they would go through all that it holds again and again."""
+
+    def compile_extra(self, func: Callable) -> Any:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return super().compile_extra(func)
+        finally:
+            if collects:
+                gc.enable()
+
+
 def entry(function: Callable) -> Callable:
     """Compile an entry point, which takes the units first .. last of a call; all else is compiled into these.
 
     Cached on disk where a place for that can be written.
     """
-    compiled = njit(**(EXACT | {"no_cpython_wrapper": False}))(function)
+    compiled = njit(**(EXACT | {"no_cpython_wrapper": False, "pipeline_class": _Compiler}))(function)
     try:
         compiled._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # no folder that can be written
@@ -107,7 +129,7 @@ def entry(function: Callable) -> Callable:
 
 @intrinsic
 def pointer(typingctx, address, example):
-    """The address as a pointer to the dtype of the array `example`."""
+    """The address as a pointer to the dtype of `example`, an array or a dtype."""
     result = types.CPointer(example.dtype)
 
     def codegen(context, builder, signature, args):
@@ -152,11 +174,11 @@ def inputs_of(example, about, b):
         pointer(about[VALUE], example),
         pointer(about[WEIGHT], example),
         pointer(about[W], example),
-        offset(about, b, 0),
-        offset(about, b, 1),
-        offset(about, b, 2),
-        offset(about, b, 3),
-        offset(about, b, 4),
+        offset(about, b, int64(0)),
+        offset(about, b, int64(1)),
+        offset(about, b, int64(2)),
+        offset(about, b, int64(3)),
+        offset(about, b, int64(4)),
     )
 
 

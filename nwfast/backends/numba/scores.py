@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numba import njit
 
-from .base import EXACT, KEY_D, KEY_N, LN2, SUMS, WEIGHT, WEIGHT_N, N, double
+from .base import EXACT, KEY_D, KEY_N, LN2, SUMS, WEIGHT, WEIGHT_N, N, double, int64
 from .exp2 import exp2_double
 
 MOST = 1.7976931348623157e308  # the largest finite number: what overflows is taken for this much
@@ -103,7 +103,7 @@ def relative_score(q, key, place, key_d, reference, origin, reference_d, w):
         score += part_of_score(q[f], k, k0, w[f])
     if abs(score) < HUGE:
         return score
-    score, exponent = 0.0, 0
+    score, exponent = 0.0, int64(0)
     for f in range(len(q)):
         k, k0 = double(key[place + f * key_d]), double(reference[origin + f * reference_d])
         score, exponent = add_wide_part(score, exponent, q[f], k, k0, w[f])
@@ -156,7 +156,7 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
     if skip >= 0:
         terms[skip] = np.inf
     copy(terms, scratch)
-    best = fold(scratch, n, False)
+    best = fold(scratch, n, np.bool_(False))
     origin = 0
     while terms[origin] != best:
         origin += 1
@@ -166,7 +166,7 @@ def one_feature_terms(q, w, k, skip, terms, scratch):
         if skip >= 0:
             terms[skip] = -np.inf
         copy(terms, scratch)
-        top = fold(scratch, n, True)
+        top = fold(scratch, n, np.bool_(True))
         if top > 0.0:
             before, origin = origin, 0
             while terms[origin] != top:

@@ -1,5 +1,6 @@
 """A user hears that Numba compiles, where that takes long, and nothing otherwise."""
 
+import gc
 import io
 import time
 from types import SimpleNamespace
@@ -91,3 +92,30 @@ assert seen == ["nwfast.of_a_test"] * 2, seen  # one beginning, one end
 """
     done = fresh.run(code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_an_entry_point_compiles(enabled):
+    pytest.importorskip("numba")
+    from numba.extending import intrinsic
+
+    from nwfast.backends.numba import base
+
+    seen = []
+
+    @intrinsic
+    def looked_at(typingctx, x):
+        seen.append(gc.isenabled())
+        return x(x), lambda context, builder, signature, args: args[0]
+
+    @base.entry
+    def of_a_test(x):
+        return looked_at(x)
+
+    try:
+        gc.enable() if enabled else gc.disable()
+        assert of_a_test(3.0) == 3.0
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen and not any(seen)

@@ -108,7 +108,7 @@ def forward_rows(example, about, unit, first, last):
     value, at_value = given.value, given.at_value
     key, at_key = given.key, given.at_key
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
-    state = pointer(about[STATE], np.empty(0))
+    state = pointer(about[STATE], double)
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
     q = np.empty(n_features)
     plain, w = bandwidths(about, given)

@@ -26,6 +26,7 @@ from ..base import (
     double,
     entry,
     inputs_of,
+    int64,
     lse_gradient,
     pointer,
 )  # fmt: skip
@@ -116,10 +117,10 @@ def add_near(example, about, given, b, start, stop, exponent, bounds, kinds, who
     skip = 180.0 if example.itemsize == 4 else 500.0
     low, high = bounds.low[start // TILE], bounds.high[start // TILE]
     grad_out = pointer(about[GRAD_OUT], example)
-    out, state = pointer(about[OUT], example), pointer(about[STATE], np.empty(0))
+    out, state = pointer(about[OUT], example), pointer(about[STATE], double)
     tile, terms = tile_for(example, about, n), terms_for(example, n)
     keys, values, s, p = tile.keys, tile.values, terms.s, terms.p
-    part, block = gradients_for(about, n, dtype), block_for(example, about, ROWS_AT_ONCE)
+    part, block = gradients_for(about, n, dtype), block_for(example, about, int64(ROWS_AT_ONCE))
     grad_key, grad_value, grad_weight = part.key, part.value, part.weight
     w, gradients, projected = block.w, np.empty(n_channels, dtype), np.empty(n, dtype)
     pack(about, given, start, n, bounds.centre, exponent, tile)
@@ -206,13 +207,13 @@ def rows_of_kind(about, b, kinds, kind):
 def backward_keys(example, about, first, last):
     """Gradients of keys, values and weights."""
     bounds, found, surveyed = bounds_for(example, about), no_survey(), -1
-    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-    kinds = pointer(about[KINDS], np.empty(0, np.int8))
+    rows, means = pointer(about[ROWS], double), pointer(about[MEANS], double)
+    kinds = pointer(about[KINDS], np.int8)
     n, n_features, n_channels = about[N], about[D], about[C]
     grad_key, grad_value = pointer(about[GRAD_KEY], example), pointer(about[GRAD_VALUE], example)
     grad_weight = pointer(about[GRAD_WEIGHT], example)
     for unit in range(first, last):
-        b, start, stop = block_of(unit, n, TILE)
+        b, start, stop = block_of(unit, n, int64(TILE))
         given = inputs_of(example, about, b)
         if b != surveyed:
             found, surveyed = survey(example, about, given, bounds), b

@@ -34,6 +34,7 @@ from ..base import (
     double,
     entry,
     inputs_of,
+    int64,
     lse_gradient,
     pointer,
 )  # fmt: skip
@@ -305,11 +306,11 @@ def forward_rows(example, about, first, last):
     sums, tops = np.empty((count, 1 + n_channels + (4 if offset_sums else 0))), np.empty(count)
     row_sums = RowSums(sums, tops, offset_sums)
     out, lse = pointer(about[OUT], example), pointer(about[LSE], example)
-    state = pointer(about[STATE], np.empty(0))
+    state = pointer(about[STATE], double)
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
     no_pull = Pull(np.empty((0, 0), example.dtype), np.empty(0, example.dtype))
     for unit in range(first, last):
-        b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
+        b, start, stop = block_of(unit, about[M], int64(QUERY_BLOCK))
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
             found, surveyed = survey(example, about, given, bounds), b
@@ -352,18 +353,18 @@ def backward_rows(example, about, first, last):
     gradients, levels = np.empty((count, n_channels), example.dtype), np.empty(count, example.dtype)
     pull = Pull(gradients, levels)
     grad_out = pointer(about[GRAD_OUT], example)
-    state = pointer(about[STATE], np.empty(0))
+    state = pointer(about[STATE], double)
     grad_query, out = pointer(about[GRAD_QUERY], example), pointer(about[OUT], example)
     sums, tops = (
         np.empty((count if offset_sums else 0, 2 + 4 * n_features)),
         np.empty(count if offset_sums else 0),
     )
     row_sums = RowSums(sums, tops, offset_sums)
-    rows, means = pointer(about[ROWS], np.empty(0)), pointer(about[MEANS], np.empty(0))
-    kinds = pointer(about[KINDS], np.empty(0, np.int8))
-    unit_sums, grad_w = pointer(about[GRAD_W], np.empty(0)), np.empty(n_features)
+    rows, means = pointer(about[ROWS], double), pointer(about[MEANS], double)
+    kinds = pointer(about[KINDS], np.int8)
+    unit_sums, grad_w = pointer(about[GRAD_W], double), np.empty(n_features)
     for unit in range(first, last):
-        b, start, stop = block_of(unit, about[M], QUERY_BLOCK)
+        b, start, stop = block_of(unit, about[M], int64(QUERY_BLOCK))
         count, given = stop - start, inputs_of(example, about, b)
         if b != surveyed:
             found, surveyed = survey(example, about, given, bounds), b
@@ -429,7 +430,7 @@ def backward_tangents(example, about):
     """grad_query and the sum for w of each batch element, as products with the tangents (D = C = 1)."""
     grad_out, grad_query = pointer(about[GRAD_OUT], example), pointer(about[GRAD_QUERY], example)
     tangent_w, tangent_q = pointer(about[TANGENT_W], example), pointer(about[TANGENT_Q], example)
-    state, sums = pointer(about[STATE], np.empty(0)), pointer(about[GRAD_W], np.empty(0))
+    state, sums = pointer(about[STATE], double), pointer(about[GRAD_W], double)
     for b in range(about[BATCH]):
         by_w = 0.0
         for row in range(b * about[M], (b + 1) * about[M]):
