@@ -18,7 +18,7 @@ GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py 
     validation.py left_out.py) \
     $(addprefix tests/backends/test_,reference.py dispatch.py constants.py)
 
-.PHONY: help setup demo info test test-full fuzz lint format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
+.PHONY: help setup demo info test test-full fuzz lint style format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \
     gpu-bench report regression docs
 .DEFAULT_GOAL := help
 
@@ -39,9 +39,8 @@ test test-full: export OMP_WAIT_POLICY = passive
 
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint  ## lint, the suite, the doctests and one run of every benchmark, untimed
-	$(PYTEST) $(ARGS)
-	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
+test: style  ## lint, the suite, the doctests and one run of every benchmark, untimed
+	$(PYTEST) -o testpaths='tests nwfast README.md benchmarks' --benchmark-disable $(ARGS)
 
 test-full: test  ## make test, then its long studies: all instruction sets, GPU targets and planted errors
 	$(PYTEST) -m full $(ARGS)
@@ -49,10 +48,13 @@ test-full: test  ## make test, then its long studies: all instruction sets, GPU 
 fuzz: setup  ## random input against an oracle in longer precision, as make fuzz ARGS="--minutes 10 --seed 7"
 	$(BIN)/python tests/fuzz $(ARGS)
 
-lint: setup  ## ruff, mypy, clang-format
+lint: style  ## ruff, mypy, clang-format
+	$(BIN)/mypy
+
+# Lint without mypy, which tests/tools/test_types.py runs beside other tests.
+style: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: setup  ## rewrite the sources as lint wants them, and the header of constants

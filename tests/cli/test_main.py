@@ -2,6 +2,7 @@ import importlib.util
 import subprocess
 import sys
 
+import fresh
 import pandas
 import pytest
 
@@ -78,9 +79,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 def test_what_commands_do_not_import(data, tmp_path):
     code = """
-import sys
 from nwfast import cli
-data, folder = sys.argv[1:]
 model = f"{folder}/m"
 assert cli.main(["fit", data, "--x", "age", "--y", "wage", "-o", model, "--plot", f"{folder}/f.png"]) == 0
 print("pandas" in sys.modules, "scipy.optimize" in sys.modules)
@@ -90,8 +89,9 @@ print("sklearn" in sys.modules)
 import nwfast.estimators.regressor
 print("sklearn" in sys.modules)
 """
-    process = [sys.executable, "-c", code, str(data), str(tmp_path)]
-    told = subprocess.run(process, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = fresh.run(f"import sys\ndata, folder = {str(data)!r}, {str(tmp_path)!r}\n{code}")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
     assert told[-2:] == ["False", "True"]
     if importlib.util.find_spec("pyarrow"):
         assert told[-3] == "False False"

@@ -1,9 +1,8 @@
 """Figures of fitted estimators: what they show is what the estimator says."""
 
 import os
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pandas
 import pytest
@@ -249,19 +248,16 @@ def test_weights_of_rows_sum_to_one(n):
 
 
 def test_figures_of_estimators_leave_pyplot_alone():
-    code = (
-        "import sys, numpy, nwfast; from nwfast import plotting; assert 'matplotlib' not in sys.modules; "
-        "x = numpy.linspace(0, 1, 20)[:, None]; model = nwfast.LocalLinearRegressor(0.2).fit(x, x[:, 0]); "
-        "plotting.fit(model).figure.savefig(sys.argv[1]); print('matplotlib.pyplot' in sys.modules)"
-    )
-    environment = {**os.environ, "MPLBACKEND": "TkAgg", "DISPLAY": ":99"}
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        code,
-        os.devnull + ".png" if os.name == "nt" else "/dev/null",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+import numpy, nwfast
+from nwfast import plotting
+assert "matplotlib" not in sys.modules
+x = numpy.linspace(0, 1, 20)[:, None]
+model = nwfast.LocalLinearRegressor(0.2).fit(x, x[:, 0])
+plotting.fit(model).figure.savefig("/dev/null")
+print("matplotlib.pyplot" in sys.modules)
+"""
+    done = fresh.run(code, environment={**os.environ, "MPLBACKEND": "TkAgg", "DISPLAY": ":99"})
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import every_other
 from oracle import textbook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -59,7 +60,7 @@ def nodes(graph_module):
     return [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("return_lse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_fullgraph_with_dynamic_shapes(backend, return_lse):
     """One compilation serves all sizes, forward and backward, and holds the operators."""
     function = op(backend, return_lse=return_lse)
@@ -119,6 +120,7 @@ def test_inductor(backend):
     assert_same(*(torch.autograd.grad(own, (query, w), cotangents) for own in outputs), 1e-4)
 
 
+@pytest.mark.shared
 def test_options_and_number_w(backend):
     def function(x, y, w):
         return nwfast.nadaraya_watson(x, x, y, w, exclude_self=True, backend=backend)
@@ -146,7 +148,10 @@ def test_options_and_number_w(backend):
         lambda f: (
             lambda *x: torch.vmap(f, (None, None, None, 0, None))(x[0], x[1], x[2], x[3].expand(2, 1), x[4])
         ),
-        lambda f: torch.func.hessian(lambda q, k, v, w, a: f(q, k, v, w, a).sum(), 3),
+        pytest.param(
+            lambda f: torch.func.hessian(lambda q, k, v, w, a: f(q, k, v, w, a).sum(), 3),
+            marks=pytest.mark.full,
+        ),
         lambda f: (
             lambda q, k, v, w, a: torch.vmap(
                 torch.func.grad(lambda q, w: f(q[None], k, v, w, a).square().sum(), 1), (0, None)
@@ -185,7 +190,7 @@ def test_transforms_of_compiled(backend):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [pytest.param(False, marks=pytest.mark.full), True])
 def test_compiled_with_dual_tensors(backend, requires_grad):
     function = op(backend)
     leaves = [tensor.detach().requires_grad_(requires_grad) for tensor in make()]
@@ -262,10 +267,10 @@ def test_export(backend, strict):
         assert_same(program.module()(*arguments), module(*arguments))
 
 
-@pytest.mark.parametrize("numbers", [[0.5 + 0.3 * i for i in range(12)], range(1, 13)], ids=["float", "int"])
-@pytest.mark.parametrize("what", ["op", "attention_weights"])
-def test_one_program_for_all_numbers(native, numbers, what):
+@every_other("what, kind", ["op", "attention_weights"], ["float", "int"])
+def test_one_program_for_all_numbers(native, kind, what):
     """The first is taken for a constant, the second for any: no more than two, as for the textbook lines."""
+    numbers = [0.5 + 0.3 * i for i in range(12)] if kind == "float" else range(1, 13)
     programs = []
 
     def record(graph, example):

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from oracle import ROUNDING
 
 import nwfast
@@ -121,9 +122,7 @@ def in_order(order, key, value):
     return key[places], value[places]
 
 
-@DTYPES
-@pytest.mark.parametrize("order", ["sorted", "unsorted"])
-@pytest.mark.parametrize("queries", [1, 4, 16, 130])
+@every_other("queries, order, dtype", [1, 4, 16, 130], ["sorted", "unsorted"], [torch.float32, torch.float64])
 def test_distances_that_round_to_ties(backend, queries, order, dtype):
     """Beyond all keys, where w^2 |q| ulp(q) is large: rounded distances cannot tell which key is the nearest."""
     key, value = in_order(order, torch.linspace(0, 5, 301, dtype=dtype), torch.randn(301, dtype=dtype))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import every_other
 from oracle import ROUNDING
 from precise import NAMES, precise
 
@@ -21,10 +22,8 @@ def random_data(features, channels, dtype, seed=0, queries=12, keys=70):
     return query, key, 2 * rand(keys, channels) - 1, rand(queries, channels) - 0.5, rand(queries) - 0.5
 
 
-@DTYPES
-@pytest.mark.parametrize("per_feature", [False, True], ids=["one w", "w per feature"])
-@pytest.mark.parametrize(
-    ("features", "w"),
+@every_other(
+    "features_and_w, per_feature, dtype",
     [
         (16, 2.0),
         (17, 2.0),
@@ -34,11 +33,14 @@ def random_data(features, channels, dtype, seed=0, queries=12, keys=70):
         (1000, 1.0),
         (1000, 5.0),
         (4096, 0.3),
-        pytest.param(4096, 2.0, marks=pytest.mark.full),
+        (4096, 2.0),
     ],
+    [False, True],
+    [torch.float32, torch.float64],
 )
-def test_accuracy(native, features, w, per_feature, dtype):
+def test_accuracy(native, features_and_w, per_feature, dtype):
     """Errors relative to the sums of absolute terms: a few roundings, and half of one of the scores."""
+    features, w = features_and_w
     query, key, value, grad, grad_lse = random_data(features, 3, dtype)
     w = torch.full((features,) if per_feature else (), w, dtype=dtype)
     if per_feature:

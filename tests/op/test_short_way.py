@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import every_other
 
 import nwfast
 from nwfast import backends, validation
@@ -58,23 +59,22 @@ def test_same_bits_as_canonical(form, dtype):
             assert torch.equal(mine.flatten(), other.flatten())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_derivatives(form):
+@every_other("form, return_lse", list(FORMS), (False, True))
+def test_derivatives(form, return_lse):
     """First, batched and second derivatives of calls on the short way, with and without lse."""
     query, key, value, weight = make(form, torch.float64)
     cut = [tensor[tuple(slice(3) for _ in tensor.shape)] for tensor in (query, key, value)]
     weight = None if weight is None else weight[tuple(slice(3) for _ in weight.shape)]
     w = torch.tensor(2.0, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for x in (*cut, w, *([] if weight is None else [weight]))]
-    for return_lse in (False, True):
 
-        def regress(query, key, value, w, weight=None, return_lse=return_lse):
-            return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
+    def regress(query, key, value, w, weight=None):
+        return nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, return_lse=return_lse)
 
-        given = *inputs[:4], inputs[4] if weight is not None else None
-        assert call.short_way("auto", *given, False, "auto", return_lse) is not None
-        assert torch.autograd.gradcheck(regress, inputs, check_batched_grad=True)
-        assert torch.autograd.gradgradcheck(regress, inputs, fast_mode=True)
+    given = *inputs[:4], inputs[4] if weight is not None else None
+    assert call.short_way("auto", *given, False, "auto", return_lse) is not None
+    assert torch.autograd.gradcheck(regress, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(regress, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -121,6 +121,7 @@ def test_a_build_that_was_to_go_without_it_is_silent(tmp_path):
     assert run(CALLS, tmp_path).stderr == ""
 
 
+@pytest.mark.full
 def test_the_warning_does_not_break_a_graph(tmp_path):
     copy(tmp_path, {"_C": "no compiler, say"})
     code = CALLS.replace("nwfast.nadaraya_watson(x, x, x)", "compiled(x)").replace(

@@ -135,6 +135,15 @@ def test_same_options_give_the_same_figures_and_numbers(chapter_run, tmp_path):
         assert (tmp_path / name).read_bytes() == (chapter_run[0] / name).read_bytes()
 
 
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures are made, and not painted, which takes longer than all else: for tests of what the text says."""
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"png")
+    )
+
+
+@pytest.mark.usefixtures("unpainted")
 def test_start_of_w_is_drawn_from_the_seed(tmp_path):
     options = Options(out=tmp_path, n=5, epochs=0, flights=False)
     state = torch.random.get_rng_state()
@@ -146,6 +155,7 @@ def test_start_of_w_is_drawn_from_the_seed(tmp_path):
     assert not (tmp_path / "loss.png").exists()  # nothing to draw without an epoch
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_many_examples_are_scaled_and_thinned(tmp_path):
     text = chapter.run(Options(n=3000, out=tmp_path, flights=False), quiet=True)
     assert "50/n = 0.0166667" in text
@@ -157,6 +167,7 @@ def test_many_examples_are_scaled_and_thinned(tmp_path):
     assert errors[0] < 0.02
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("n", [2, 3])
 def test_few_examples(tmp_path, n):
     text = chapter.run(Options(n=n, out=tmp_path, flights=False), quiet=True)
@@ -206,6 +217,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
         chapter.run(Options(out=tmp_path, flights=False), quiet=True)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_reference_and_missing_data_leave_the_flights_out(tmp_path, monkeypatch):
     text = chapter.run(Options(n=5, out=tmp_path, backend="reference"), quiet=True)
     assert "builds the matrix of all pairs, 857 GB" in text

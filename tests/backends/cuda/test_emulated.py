@@ -33,6 +33,7 @@ LEFT_OUT = [
 ]
 # Long to emulate: by `make test-full`.
 LONG = ["test_many_features", "test_long_sums_have_two_levels", "test_tiny_weights_of_tiny_values"]
+LONG += ["test_attention_weights_are_the_softmax", "test_what_the_own_key_holds"]
 
 # Errors planted in a source, and the case of small_case.py that finds each: that the tests can find what they look for.
 MUTATIONS = {

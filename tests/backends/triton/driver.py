@@ -162,8 +162,8 @@ def test_batch_of_shared_queries():
     check(make(((1, 5, 1), (3, 33, 1), (3, 33, 1), (1,), None), torch.float32), "triton")
 
 
-@every_other("features, dtype", (1, 2), (SINGLE, DOUBLE))
-def test_gradients_of_far_rows(features, dtype):
+@every_other("features, dtype, into_lse", (1, 2), (SINGLE, DOUBLE), (True, False))
+def test_gradients_of_far_rows(features, dtype, into_lse):
     """Some queries thousands of bandwidths away, beside near ones: the weights are still those of the last keys."""
     spacing = 2.0**-12
     key = torch.arange(40, dtype=torch.float64)[:, None] * spacing * torch.tensor([1.0, 0.5])[:features]
@@ -171,25 +171,20 @@ def test_gradients_of_far_rows(features, dtype):
     inputs = query, key, torch.randn(40, 1), torch.ones(1), torch.rand(40) + 0.5
     inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
     wide = [tensor.detach().double() for tensor in inputs]
-    for into_lse in (False, True):
-        results = nwfast.nadaraya_watson(
-            *inputs[:4], key_weight=inputs[4], backend="triton", return_lse=into_lse
-        )
-        outputs = list(results) if into_lse else [results]
-        grads = [torch.randn_like(output) for output in outputs]
-        if into_lse:
-            grads[1][3:] *= 1e-3  # the distance itself, squared, would drown the rest
-        found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
-        expected = by_reference.gradients(
-            grads[0].double(), grads[1].double() if into_lse else None, *wide, False, 31
-        )
-        for name, a, b in zip(("query", "key", "value", "w", "key_weight"), found, expected, strict=True):
-            scale = b.abs().max()
-            error = (a.double() - b).abs().max()
-            tolerance = 2e-4 if dtype == torch.float32 else 1e-7  # of the expected: scores of 1e7 in float64
-            assert error <= tolerance * scale, (
-                f"{name}, into lse {into_lse}: error {error:.3g} of {scale:.3g}"
-            )
+    results = nwfast.nadaraya_watson(*inputs[:4], key_weight=inputs[4], backend="triton", return_lse=into_lse)
+    outputs = list(results) if into_lse else [results]
+    grads = [torch.randn_like(output) for output in outputs]
+    if into_lse:
+        grads[1][3:] *= 1e-3  # the distance itself, squared, would drown the rest
+    found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+    expected = by_reference.gradients(
+        grads[0].double(), grads[1].double() if into_lse else None, *wide, False, 31
+    )
+    for name, a, b in zip(("query", "key", "value", "w", "key_weight"), found, expected, strict=True):
+        scale = b.abs().max()
+        error = (a.double() - b).abs().max()
+        tolerance = 2e-4 if dtype == torch.float32 else 1e-7  # of the expected: scores of 1e7 in float64
+        assert error <= tolerance * scale, f"{name}, into lse {into_lse}: error {error:.3g} of {scale:.3g}"
 
 
 @DTYPES
