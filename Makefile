@@ -14,8 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # What the machine with the GPU has: python with torch, pytest and a compiler. No .venv is made there.
 GPU_PYTHON ?= python3
 GPU_JOBS ?= 12
-GPU_TESTS := $(addprefix tests/op/test_,functional.py extremes.py properties.py ops.py compile.py nn.py \
-    validation.py left_out.py) \
+GPU_TESTS := $(addprefix tests/op/test_,functional.py properties.py ops.py compile.py nn.py validation.py) \
+    $(addprefix tests/op/edges/test_,extremes.py zero_weights.py) \
     $(addprefix tests/backends/test_,reference.py dispatch.py constants.py)
 
 .PHONY: help setup demo info test test-full fuzz lint style format bench wheel clean kernels gpu gpu-build gpu-test gpu-checks gpu-suite \

@@ -16,10 +16,10 @@ EMULATION = ROOT / "tests" / "backends" / "cuda" / "emulation"
 # show, is left to the other backends.
 TESTS = [
     "tests/op/test_functional.py",
-    "tests/op/test_extremes.py",
+    "tests/op/edges/test_extremes.py",
     "tests/backends/cuda/emulation/emulated_cases.py",
 ]
-TESTS += ["tests/backends/cuda/emulation/emulated_kinds.py", "tests/op/test_left_out.py"]
+TESTS += ["tests/backends/cuda/emulation/emulated_kinds.py", "tests/op/edges/test_zero_weights.py"]
 TESTS += ["tests/op/test_properties.py::test_constant_values_return_the_constant"]
 TESTS += ["tests/op/test_properties.py::test_concatenating_keys_is_merging_by_lse"]
 TESTS += ["tests/op/test_local_linear.py::test_few_points", "tests/op/test_local_linear.py::test_gradcheck"]

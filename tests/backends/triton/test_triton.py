@@ -18,31 +18,31 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 TESTS = Path(__file__).resolve().parents[2]
 ROOT = TESTS.parent
 
-LEFT_OUT = "op/test_left_out.py::test_"
+ZERO_WEIGHTS = "op/edges/test_zero_weights.py::test_"
 GROUPS = {
     "its own, extremes, left-out keys": [
         "backends/triton/driver.py",
-        "op/test_extremes.py",
+        "op/edges/test_extremes.py",
         "op/test_functional.py",
-        f"{LEFT_OUT}what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
-        f"{LEFT_OUT}a_key_of_weight_zero_nearer_than_all_others[triton-60.0-2-torch.float32]",
-        f"{LEFT_OUT}terms_of_either_sign_that_overflow[triton-2-torch.float32]",
-        f"{LEFT_OUT}the_gradient_of_a_weight_of_zero_up_to_the_largest_number[triton-2-1.0-310-0.001]",
-        f"{LEFT_OUT}what_the_own_key_holds[triton-key-nan-()-1-1-torch.float32]",
-        f"{LEFT_OUT}rows_that_nobody_uses[triton-nan-()-2-1-torch.float32]",
+        f"{ZERO_WEIGHTS}what_keys_of_weight_zero_hold[triton-False-()-1-1-torch.float32]",
+        f"{ZERO_WEIGHTS}a_key_of_weight_zero_nearer_than_all_others[triton-60.0-2-torch.float32]",
+        f"{ZERO_WEIGHTS}terms_of_either_sign_that_overflow[triton-2-torch.float32]",
+        f"{ZERO_WEIGHTS}the_gradient_of_a_weight_of_zero_up_to_the_largest_number[triton-2-1.0-310-0.001]",
+        f"{ZERO_WEIGHTS}what_the_own_key_holds[triton-key-nan-()-1-1-torch.float32]",
+        f"{ZERO_WEIGHTS}rows_that_nobody_uses[triton-nan-()-2-1-torch.float32]",
         "-k",
-        "driver or test_left_out"
+        "driver or test_zero_weights"
         " or (far_queries or ties_share or across_a_gap and 1e+38 or weight_zero) and float32"
         " or w_of_zero and float64"
         " or no_queries or lse_alone or any_unit and (1e-34 or 1e+24 or 1e-300 or 1e+290) and not triton-1-2",
     ],
     "the rest of its own": ["backends/triton/driver.py", "-m", "full"],
     "more left-out keys": [
-        f"{LEFT_OUT}terms_of_either_sign_that_overflow[triton-1-torch.float64]",
-        f"{LEFT_OUT}what_the_own_key_holds[triton-value-nan-(2,)-3-4-torch.float32]",
+        f"{ZERO_WEIGHTS}terms_of_either_sign_that_overflow[triton-1-torch.float64]",
+        f"{ZERO_WEIGHTS}what_the_own_key_holds[triton-value-nan-(2,)-3-4-torch.float32]",
     ],
     "more extremes": [
-        "op/test_extremes.py",
+        "op/edges/test_extremes.py",
         "-k",
         "across_a_gap and float32 and not 1e+38 or test_offsets[triton-1]"
         " or any_unit and (1e-24 or 1e-12 or 1000000000000.0 or 1e+160 or triton-1-2)",

@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from conftest import every_other
-from op.test_extremes import assert_relative
-from op.test_extremes import exact as exact_row
+from op.edges.test_extremes import assert_relative
+from op.edges.test_extremes import exact as exact_row
 from op.test_functional import call, check, make
 from oracle import textbook
 
