@@ -140,12 +140,12 @@ clean:  ## remove everything that was made, .venv included
 	    if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(STEP) "making .venv" build/venv.log $(PYTHON) -m venv .venv
 	@mkdir -p build; sed -n '/^torch==\|^numpy==/p; /^# build/,/^$$/p' requirements-dev.txt > build/requirements.txt
-	@$(STEP) "installing torch" build/torch.log $(BIN)/python -m pip install -r build/requirements.txt
+	@$(STEP) "installing torch" build/torch.log $(BIN)/python -m pip install --no-compile -r build/requirements.txt
 	@touch $@
 
 .venv/requirements: .venv/build
 	@$(STEP) "installing what requirements-dev.txt lists" build/requirements.log \
-	    $(BIN)/python -m pip install -r requirements-dev.txt
+	    $(BIN)/python -m pip install --no-compile -r requirements-dev.txt
 	@touch $@
 
 # The peers of the benchmarks; where one does not install, the rest is measured and the report says which is absent.
