@@ -261,8 +261,10 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
     )
     query, key, dw = np.zeros((m, d), Real), np.zeros((n, d), Real), np.zeros(d, Real)
     query_bound, key_bound, dw_bound = (np.zeros(shape, bound) for shape in ((m, d), (n, d), d))
-    # A slope of out among the least numbers is rounded to one before it meets its cotangent.
-    slopes = 2 * unit * tiny * gm.sum(1)
+    # A slope of out among the least numbers is rounded to one before it meets its cotangent, and a length in bandwidths
+    # or its product with a term before it meets the other w.
+    last = 2 * unit * tiny
+    slopes = last * gm.sum(1)
     row_error, key_side_error = error + unit * grow * size, error + unit * grow_m * size
     both_errors = error + unit * (grow + grow_m) * size
     for f in range(d):
@@ -285,9 +287,10 @@ def _rows(q, k, v, w, a, g, gl, kept, seen, unit, tiny, far, boxes, share, halve
         query_error = (row_error * (step + near + box)).sum(1)
         query_error += 8 * unit * glm * nearest
         query_bound[moved, f] = wf * (query_error * wf + _ends(ended, step * wf).sum(1)) + slopes
+        query_bound[moved, f] += wf * last * (n + size.sum(1) + glm)
         # The reference has this distance as that to the nearest key and the step from there.
         key_error = (key_side_error * ((both if plain else to_key) + box)).sum(0)
-        key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0))
+        key_bound[:, f] = wf * (key_error * wf + _ends(ended, to_key * wf).sum(0) + last * (m + size.sum(0)))
         dw_error = (both_errors * (step * both + near**2 + box**2)).sum()
         dw_error += 8 * unit * (glm * nearest**2).sum()
         dw_bound[f] = (

@@ -419,6 +419,22 @@ def test_coordinates_in_any_unit(backend, features, channels, dtype, unit):
             assert_accurate(found, right[name], name)
 
 
+@pytest.mark.parametrize("w", [3e3, 2.4e9, 1e13])
+@pytest.mark.parametrize(("features", "channels"), [(1, 1), (2, 1), (1, 2)])
+def test_wide_bandwidths_of_subnormal_coordinates(backend, features, channels, w):
+    """w times a coordinate may be subnormal where w squared times it, the gradient of a query, is not."""
+    query, key = (2e-321 * torch.rand(n, features, dtype=torch.float64) for n in (5, 7))
+    value = torch.randn(7, channels, dtype=torch.float64)
+    inputs = query, key, value, torch.full((features,), w, dtype=torch.float64), torch.rand(7).double() + 0.5
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    results = nwfast.nadaraya_watson(*leaves[:4], key_weight=leaves[4], return_lse=True, backend=backend)
+    grads = torch.randn(5, channels, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    right = solve(*inputs, *grads, plain=backend == "reference")
+    found = torch.autograd.grad(results, leaves, grads)
+    for name, gradient in zip(("query", "key", "value", "w", "key_weight"), found, strict=True):
+        assert_accurate(gradient, right[name], name)
+
+
 # A bandwidth at either end of the dtype, and the unit of coordinates: as far at the other end, or at neither.
 ENDS = {
     "largest w": (0.9, 1.0, 0.0),
