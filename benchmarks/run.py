@@ -4,14 +4,16 @@
     python benchmarks/run.py --quick             small and short: only shows that it works, writes quick.json
     python benchmarks/run.py --only dense        files whose name contains the word; to the terminal only, unless named
 
-The exit status is 1 if a result is wrong or not accurate enough, whatever the timings; a bar that is missed is printed
-and does not change it.
+Each file runs in a process of its own. The exit status is 1 if a result is wrong or not accurate enough, whatever the
+timings; a bar that is missed is printed and does not change it.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # measure this checkout, wherever called from
@@ -71,16 +73,21 @@ class Progress:
         self.bar.close()
 
 
-def run(only: str, quick: bool, progress: bool) -> tuple[Session | None, list[str]]:
-    """The session and the failures; the session is None if pytest could not start."""
-    files = sorted(str(path) for path in HERE.glob("test_*.py") if only in path.stem)
+def files_of(only: str) -> list[Path]:
+    """The files whose names contain a word."""
+    files = sorted(path for path in HERE.glob("test_*.py") if only in path.stem)
     if not files:
         raise SystemExit(f"no file test_*{only}*.py in {HERE}")
+    return files
+
+
+def run(file: Path, quick: bool, progress: bool) -> tuple[Session | None, list[str]]:
+    """The session and the failures; the session is None if pytest could not start."""
     plugin = Progress(progress)
     options = ["-q", "-q", "-s", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-W", "ignore"]
     options += ["--benchmark-only", "--benchmark-quiet", "--rootdir", str(HERE.parent)]
     try:
-        pytest.main([*files, *options, *(["--quick"] if quick else [])], plugins=[plugin])
+        pytest.main([str(file), *options, *(["--quick"] if quick else [])], plugins=[plugin])
     finally:
         plugin.close()
     return plugin.session, plugin.failed
@@ -103,6 +110,45 @@ def content(session: Session, found: list[Bar], failed: list[str], place: dict) 
         "wrong": list(dict.fromkeys(session.wrong + failed)),
         "cores_used_elsewhere": session.cores_used_elsewhere,
     }
+
+
+def one_file(file: Path, quick: bool, progress: bool) -> dict:
+    """The content of a result of one file of benchmarks, measured in this process."""
+    from benchmarks.measure import machine
+    from benchmarks.peers import PEERS
+
+    session, failed = run(file, quick, progress)
+    if session is None:
+        raise SystemExit("\n".join(failed) or "pytest did not get to run")
+    place = machine.fingerprint({peer.package for peer in PEERS.values() if peer.package})
+    return content(session, bars(session), failed, place)
+
+
+def apart(files: list[Path], quick: bool, progress: bool) -> dict:
+    """The content of a result, each file in a process of its own: what peers keep in memory is gone after it."""
+    merged: dict = {}
+    for file in files:
+        with tempfile.NamedTemporaryFile(suffix=".json") as written:
+            command = [sys.executable, __file__, "--file", file.name, "--to", written.name]
+            command += ["--quick"] * quick + ["--no-progress"] * (not progress)
+            done = subprocess.run(command)
+            if done.returncode != 0:
+                raise SystemExit(f"{file.name} ended with status {done.returncode}")
+            merged = add(merged, json.loads(Path(written.name).read_text()))
+    return merged
+
+
+def add(file: dict, more: dict) -> dict:
+    """Two results as one: what both list is listed once, groups by their names and bars by what they are of."""
+    joined = {**file, **more}
+    for name in file.keys() & more.keys():
+        if isinstance(file[name], list):
+            listed = [*file[name], *more[name]]
+            key = {"groups": "name", "bars": "what"}.get(name)
+            joined[name] = list({one[key]: one for one in reversed(listed)}.values())[::-1] if key else listed
+        elif name == "cores_used_elsewhere":
+            joined[name] = {**file[name], **more[name]}
+    return joined
 
 
 def renew(file: dict, newer: dict) -> dict:
@@ -164,22 +210,21 @@ def main() -> int:
         "--renew", type=Path, help="put what is run in its place in this result of the same commit"
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    parser.add_argument("--file", help=argparse.SUPPRESS)  # the one that a process is for
     options = parser.parse_args()
+    how = options.quick, not options.no_progress
+    if options.file:
+        options.to.write_text(json.dumps(one_file(HERE / options.file, *how)))
+        return 0
 
     from benchmarks.measure import ceiling, machine
-    from benchmarks.peers import PEERS
 
-    place = machine.fingerprint({peer.package for peer in PEERS.values() if peer.package})
+    place = machine.fingerprint()
     if not place["extension_is_current"]:
         print("warning: C++ sources are younger than the extension: run make setup first", file=sys.stderr)
     peak = ceiling.measure()
-    session, failed = run(options.only, options.quick, not options.no_progress)
-    if session is None:
-        print("\n".join(failed) or "pytest did not get to run", file=sys.stderr)
-        return 1
-    session.records["ceiling"] = [peak]
-    found = bars(session)
-    file = content(session, found, failed, place)
+    file = apart(files_of(options.only), *how) | {"ceiling": [peak]}
+    found = [Bar(**{name: own for name, own in bar.items() if name != "passed"}) for bar in file["bars"]]
     print(as_text(file["groups"], found))
     for name, reason in file["absent"].items():
         print(f"absent: {name}: {reason}")

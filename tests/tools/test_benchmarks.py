@@ -136,6 +136,23 @@ def test_a_later_run_of_some_files_takes_their_place_in_a_result_of_the_same_com
         run.renew(renewed, result("b", 0.0, second=3.0))
 
 
+def test_results_of_files_become_one():
+    def result(names, **records):
+        groups, bars = [{"name": name} for name in names], [{"what": name} for name in names]
+        busy = dict.fromkeys(names, 0.0)
+        return {"commit": "a", "groups": groups, "bars": bars, "cores_used_elsewhere": busy, **records}
+
+    one = run.add({}, result(["first", "both"], memory=[1], wrong=["w"], skipping=[4]))
+    one = run.add(one, result(["both", "last"], memory=[2], wrong=[], choice=[3]))
+    assert [group["name"] for group in one["groups"]] == ["first", "both", "last"]
+    assert [bar["what"] for bar in one["bars"]] == ["first", "both", "last"]
+    assert (
+        one["memory"] == [1, 2] and one["choice"] == [3] and one["wrong"] == ["w"] and one["skipping"] == [4]
+    )
+    assert list(one["cores_used_elsewhere"]) == ["first", "both", "last"]
+    assert one["commit"] == "a"
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(nwfast, "nadaraya_watson", lambda query, *_, **__: torch.zeros_like(query))
     session = Session(scale.QUICK)
