@@ -58,7 +58,7 @@ def test_pipeline_search_and_scores(estimator, data):
         cv=3,
     ).fit(x, y)
     assert search.best_params_[f"{estimator.__name__.lower()}__bandwidth"] in (0.1, 0.3, "scott")
-    assert cross_val_score(estimator(bandwidth=0.1), x, y, cv=3).min() > 0.8
+    assert cross_val_score(estimator(bandwidth=0.1), x, y, cv=3).mean() > 0.5  # of 1, and 0 is the mean of y
     assert clone(estimator(bandwidth=[0.1, 0.2])).get_params()["bandwidth"] == [0.1, 0.2]
     log = TransformedTargetRegressor(estimator(), func=np.log, inverse_func=np.exp).fit(x, y)
     assert log.score(x, y) > 0.9
