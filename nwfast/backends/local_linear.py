@@ -4,8 +4,9 @@
 
 with the weights p of `nwfast.backends.reference`. Moments are taken about the middle of all keys, and S is judged in
 units of u_f, the bandwidth or what keys extend over if that is less: sums of weights are known to some 1e-14, so that
-an eigenvalue below `_tolerance` may be noise. Such directions are faded out, by eigenvalue^2 / (eigenvalue^2 +
-tolerance^2), which is continuous, and get the slope of least norm in bandwidths. In float64, all of it.
+an eigenvalue below `_tolerance` may be noise. Such directions are faded out, by eigenvalue^6 / (eigenvalue^6 +
+tolerance^6), which is continuous, and get the slope of least norm in bandwidths. In float64, all of it. The power is
+so high that the inverse of what is noise, some 1e-3 of a tolerance, is far below 1: with 2 it is 1e-3 / tolerance.
 """
 
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from . import is_captured, reference
 
-# Eigenvalues above this many tolerances are not faded at all.
-_CLEAR = 1e6
+# Eigenvalues above this many tolerances are not faded at all, to rounding.
+_CLEAR = 1e3
 # Binary exponents of u up to which products of four coordinates are numbers.
 _MOST_EXPONENT = 200
 
@@ -91,7 +92,7 @@ def inverse_of(frame: Frame, offset: Tensor, spread: Tensor) -> Tensor:
     penalty = frame.penalty.expand(offset.shape)
     by_row = scaled.movedim((0, 1), (-2, -1))
     if spread.shape[-1] == 1:
-        inverse = (scaled / (scaled**2 + tolerance**2)).movedim((0, 1), (-2, -1))
+        inverse = _inverse(scaled, tolerance).movedim((0, 1), (-2, -1))
     elif is_captured() or torch._C._are_functorch_transforms_active():
         inverse = _faded(by_row, tolerance, penalty)
     else:
@@ -127,11 +128,17 @@ def _swept(matrix: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, clear
 
 
+def _inverse(eigenvalue: Tensor, tolerance: Tensor) -> Tensor:
+    """1 / eigenvalue, faded out where that is noise; a variance is not negative."""
+    share = (eigenvalue / tolerance).clamp(0.0, _CLEAR)
+    return torch.where(share < _CLEAR, share**5 / (1 + share**6) / tolerance, 1 / eigenvalue)
+
+
 def _faded(matrix: Tensor, tolerance: Tensor, penalty: Tensor) -> Tensor:
     """The pseudo-inverse of semi-definite matrices without their noise, of least norm with the penalty."""
     values, vectors = torch.linalg.eigh(matrix)
     tolerance = tolerance.unsqueeze(-1)
-    inverse = (vectors * (values / (values**2 + tolerance**2)).unsqueeze(-2)) @ vectors.mT
+    inverse = (vectors * _inverse(values, tolerance).unsqueeze(-2)) @ vectors.mT
     null = vectors * (values < tolerance).unsqueeze(-2)
     null = null @ null.mT
     squares = penalty.unsqueeze(-1) ** 2

@@ -82,6 +82,7 @@ def select(
         return unsearched(upper, loss, "all observations have the same y: every bandwidth fits it")
     if len(sites.x) <= MOST_WIDENED:
         sites = sites.double()
+    observed = sites
     sites, unit = in_own_unit(sites)
     search = Search(sites, criterion, degree, lower, upper, np.flatnonzero(varies), _bar(progress))
     try:
@@ -96,7 +97,8 @@ def select(
     order = np.argsort([value for _, value in search.known], kind="stable")
     values = np.array([in_unit_of(criterion, search.known[k][1], unit) for k in order])
     path = np.exp([search.known[k][0] for k in order]), values
-    loss = in_unit_of(criterion, loss, unit)
+    # Of the bandwidth as it is given back: where a row of a local line hangs on one key, the next number has another.
+    loss = value_of(criterion, observed, torch.from_numpy(1 / bandwidth).to(sites.x), degree)
     return BandwidthSelection(
         bandwidth, loss, criterion, degree, lower, upper, at_bound, note, search.evaluations, path
     )

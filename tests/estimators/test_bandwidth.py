@@ -89,6 +89,16 @@ def test_the_least_of_a_fine_grid(problem, criterion, degree):
     )
 
 
+@pytest.mark.parametrize("apart", [8.8, 9.5, 30.0])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_rounding_does_not_decide(criterion, apart):
+    """Pairs so far from each other that a pair's keys have a line together with others only by rounding."""
+    random = np.random.default_rng(4)
+    x = (np.arange(50.0)[:, None] * apart + random.uniform(0, 0.6, (50, 2))).ravel()
+    found = values(x, np.sin(x), 1 + np.arange(-10, 10) * 2.0**-50, criterion, 1)
+    np.testing.assert_allclose(found, found[0], rtol=1e-4)
+
+
 def test_the_loss_is_that_of_the_op():
     for problem in ("sine", "ties"):
         x, y = PROBLEMS[problem](1)
