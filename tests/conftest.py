@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -128,6 +130,20 @@ def pairwise(names: str, *axes: Sequence) -> pytest.MarkDecorator:
 def missing_toolchain() -> Callable[[], str]:
     """setup.py's own check: why no extension can be built here, or the empty string."""
     return runpy.run_path(str(ROOT / "setup.py"))["missing_toolchain"]
+
+
+def build(folder: Path, compile_flags: str, link_flags: str = "") -> Path:
+    """A folder that holds the package, its extension compiled with more flags, which takes minutes."""
+    process = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-temp", folder / "temp", "--build-lib", folder / "lib"],
+        cwd=ROOT,
+        env={**os.environ, "NWFAST_EXT": "1", "CXXFLAGS": compile_flags, "LDFLAGS": link_flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    return folder / "lib"
 
 
 def require(name: str, missing_toolchain: Callable[[], str]) -> str:

@@ -38,11 +38,15 @@ Level detect() {
   __builtin_cpu_init();
   const char* limit = std::getenv("NWFAST_CPU_CAPABILITY");  // for tests and comparisons
   const bool baseline = limit && !std::strcmp(limit, "baseline"), avx2 = limit && !std::strcmp(limit, "avx2");
-  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
-    return Level::kAvx512;
-  }
-  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef NWFAST_EMULATED_AVX512
+  const bool has_avx512 = has_avx2;
+#else
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+#endif
+  if (!baseline && !avx2 && has_avx512) return Level::kAvx512;
+  if (!baseline && has_avx2) return Level::kAvx2;
 #endif
   return Level::kBaseline;
 }

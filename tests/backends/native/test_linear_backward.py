@@ -29,13 +29,18 @@ def linear_gradients(tensors, grad_out, grad_lse=None, **options):
 
 
 def exact_gradients(query, key, value, w, grad):
-    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision, and |grad| at a key at most."""
+    """Gradients of sum_i grad_i out_i by query, key, value and w in extended precision.
+
+    And what a key's sums take at most: of |grad|, and of |grad| times the distance in bandwidths.
+    """
     expected = exact(query, key, value, w)
     q, k, v, g = (tensor.double().numpy().astype(np.longdouble) for tensor in (query, key, value, grad))
     used = expected.p * g[:, None]
-    by_key = w**2 * (used * (v - expected.out) * (q[:, None] - k)).sum(0)
+    distances = w * (q[:, None] - k)
+    by_key = w * (used * (v - expected.out) * distances).sum(0)
     by_w = (g * expected.tangent_w[:, 0]).sum()
-    return (g * expected.tangent_q[:, 0], by_key, used.sum(0), by_w), float(np.abs(used).sum(0).max())
+    most = [float(np.abs(terms).sum(0).max()) for terms in (used, used * distances)]
+    return (g * expected.tangent_q[:, 0], by_key, used.sum(0), by_w), *most
 
 
 def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
@@ -43,10 +48,15 @@ def assert_backward(query, key, value, w, bound=None, ordered=True) -> None:
     grad = torch.randn(len(query), dtype=query.dtype)
     bandwidth = torch.tensor(w, dtype=query.dtype)
     found = linear_gradients((query, key, value, bandwidth), grad)
-    wanted, crowd = exact_gradients(query, key, value, float(bandwidth), grad)
+    wanted, crowd, pull = exact_gradients(query, key, value, float(bandwidth), grad)
     most, largest = float(grad.abs().max()), float(value.abs().max())
     crowd = max(crowd, most)
-    scales = most * largest * w, crowd * largest * w, crowd, most * largest * len(query) ** 0.5 / max(w, 1e-3)
+    scales = (
+        most * largest * w,
+        max(crowd, pull) * largest * w,
+        crowd,
+        most * largest * len(query) ** 0.5 / max(w, 1e-3),
+    )
     for name, actual, exactly, scale in zip(
         ("query", "key", "value", "w"), found, wanted, scales, strict=True
     ):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, require
+from conftest import build, require
 
 pytestmark = pytest.mark.full
 
@@ -20,31 +20,17 @@ pytestmark = pytest.mark.full
 FLAGS = "-O0 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
-def build(folder: Path, flags: str) -> Path:
-    """A folder that holds the package with a sanitized extension."""
-    process = subprocess.run(
-        [sys.executable, "setup.py", "build", "--build-temp", folder / "temp", "--build-lib", folder / "lib"],
-        cwd=ROOT,
-        env={**os.environ, "NWFAST_EXT": "1", "CXXFLAGS": flags, "LDFLAGS": FLAGS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout
-    return folder / "lib"
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory, missing_toolchain) -> Path:
     """With the kernels for any processor alone: half of what there is to compile."""
     require("native", missing_toolchain)
-    return build(tmp_path_factory.mktemp("sanitized"), f"{FLAGS} -DNWFAST_BASELINE_ONLY")
+    return build(tmp_path_factory.mktemp("sanitized"), f"{FLAGS} -DNWFAST_BASELINE_ONLY", FLAGS)
 
 
 @pytest.fixture(scope="module")
 def full_package(tmp_path_factory, missing_toolchain) -> Path:
     require("native", missing_toolchain)
-    return build(tmp_path_factory.mktemp("sanitized-full"), FLAGS)
+    return build(tmp_path_factory.mktemp("sanitized-full"), FLAGS, FLAGS)
 
 
 def compiler() -> list[str]:
