@@ -63,10 +63,11 @@ def interpret(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        "--durations=12",
+        "-p",
+        "backends.triton.interpreter",
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     return subprocess.run(
         [*command, "-c", str(ROOT / "pyproject.toml"), "--backend", "triton", *files],
         cwd=directory,
