@@ -10,6 +10,8 @@ EXTENSION := nwfast/_C.abi3.so
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Bytecode is kept, wherever it is not by default: else each of the many processes compiles all that torch imports.
+export PYTHONDONTWRITEBYTECODE =
 
 # What the machine with the GPU has: python with torch, pytest and a compiler. No .venv is made there.
 GPU_PYTHON ?= python3

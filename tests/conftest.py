@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import functools
+import gc
 import importlib.util
 import itertools
 import os
@@ -55,6 +56,13 @@ if importlib.util.find_spec(
 
 # Budgets must hold whatever is drawn: NWFAST_TEST_SEED=1 (2, ...) gives every test other data.
 SEED = int(os.environ.get("NWFAST_TEST_SEED", "0"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_what_came_before() -> None:
+    """Collections of garbage pass over what other files have left, compilers and their caches: most of their time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
