@@ -44,7 +44,7 @@ FORMS = {
     "per-query keys, bandwidths": ((2,), (2, 29), (2, 29), (2, 1), None, False, DOUBLE),
     "features": ((5, 3), (18, 3), (18, 4), (3,), (18,), False, SINGLE),
     "features, one channel": ((5, 2), (5, 2), (5, 1), (1,), (5,), True, DOUBLE),
-    "chunks": ((3, 17), (18, 17), (18, 33), (), None, False, SINGLE),
+    "chunks": ((2, 17), (17, 17), (17, 33), (), None, False, SINGLE),
     "crossed": ((2, 1, 5, 1), (1, 2, 17, 1), (2, 2, 17, 1), (2, 1), (1, 2, 17), False, DOUBLE),
     "float16": ((5,), (40,), (40,), (), (40,), False, HALF),
     "heads, bfloat16": ((2, 2, 3, 2), (2, 1, 9, 2), (2, 1, 9, 3), (2, 2), None, False, BRAIN),
