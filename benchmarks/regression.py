@@ -14,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +97,14 @@ def committed(name: str) -> dict:
 
 
 def measured(questions: Iterable[str]) -> dict:
-    """A run of some questions, in a process of its own each."""
-    merged: dict = {}
-    for question in questions:
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, str(HERE / "run.py"), "--only", question, "--to", file.name]
-            if subprocess.run(command).returncode != 0:
-                raise SystemExit(f"the benchmarks of {question} have failed")
-            content = json.loads(Path(file.name).read_text())
-        merged = {**content, "groups": merged.get("groups", []) + content["groups"]}
-    return merged
+    """A run of some questions."""
+    from benchmarks import run
+
+    content = run.apart([HERE / f"test_{question}.py" for question in questions], quick=False, progress=True)
+    if content["wrong"]:
+        raise SystemExit("wrong results: " + "; ".join(content["wrong"]))
+    print(run.as_text(content["groups"], run.bars_of(content)))
+    return content
 
 
 def as_text(found: list[Change]) -> str:

@@ -172,6 +172,11 @@ def renew(file: dict, newer: dict) -> dict:
     }
 
 
+def bars_of(file: dict) -> list[Bar]:
+    """The bars of a result."""
+    return [Bar(**{name: own for name, own in bar.items() if name != "passed"}) for bar in file["bars"]]
+
+
 def as_text(groups: list[dict], found: list[Bar]) -> str:
     """Times, rates and ratios by group, then the bars."""
     lines = []
@@ -224,7 +229,7 @@ def main() -> int:
         print("warning: C++ sources are younger than the extension: run make setup first", file=sys.stderr)
     peak = ceiling.measure()
     file = apart(files_of(options.only), *how) | {"ceiling": [peak]}
-    found = [Bar(**{name: own for name, own in bar.items() if name != "passed"}) for bar in file["bars"]]
+    found = bars_of(file)
     print(as_text(file["groups"], found))
     for name, reason in file["absent"].items():
         print(f"absent: {name}: {reason}")

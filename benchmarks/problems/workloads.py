@@ -81,14 +81,15 @@ def oracle(given: Data, gradients: bool = False) -> tuple[Tensor, ...]:
     """The two lines in float64: out and, asked for, the gradients of query, key, value, w. A few rows at a time."""
     query, key, value, w = (tensor.double().requires_grad_(gradients) for tensor in given.inputs)
     rows = max(1, 2**21 // (key.shape[0] * given.features))
-    outs = []
-    for part, cotangent in zip(query.split(rows), given.cotangent.double().split(rows), strict=True):
+    cotangents = given.cotangent.double()
+    # Allocated once: a small result of each part, kept where a large matrix has been, would leave no room for the next.
+    found = torch.empty_like(cotangents)
+    for part, cotangent, place in zip(*(x.split(rows) for x in (query, cotangents, found)), strict=True):
         out = two_lines(part, key, value, w)
         if gradients:
             (out * cotangent).sum().backward(retain_graph=True)  # the graph of split, which all parts share
-        outs.append(out.detach())
-    found = (torch.cat(outs),)
-    return (*found, query.grad, key.grad, value.grad, w.grad) if gradients else found
+        place.copy_(out.detach())
+    return (found, query.grad, key.grad, value.grad, w.grad) if gradients else (found,)
 
 
 def some_rows(given: Data, most: int = 32) -> tuple[Tensor, Tensor]:
