@@ -93,6 +93,11 @@ class _Replace(torch.autograd.Function):
         return grad, None
 
 
+def _at_most(tensor: Tensor, bound: float) -> Tensor:
+    """The tensor cut off; the derivative is 1 at the bound, where nearest keys are: clamp of torch 2.14 has 0."""
+    return torch.where(tensor > bound, bound, tensor)
+
+
 class _Weighted(torch.autograd.Function):
     """lift weight exp(score) for weights (*B, N) and scores (*B, M, N), at most 0 where the weight is not 0.
 
@@ -116,7 +121,7 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx, grad):
         weight, scores, lift = ctx.saved_tensors
         weight, lift = weight.unsqueeze(-2), lift.unsqueeze(-2)
-        by_score = grad * (weight * lift) * scores.clamp(max=0.0).exp()
+        by_score = grad * (weight * lift) * _at_most(scores, 0.0).exp()
         if not ctx.needs_input_grad[0] or 0 in grad.shape:
             return torch.zeros_like(weight).squeeze(-2), by_score, None, None
         most = torch.finfo(grad.dtype).max
@@ -126,7 +131,7 @@ class _Weighted(torch.autograd.Function):
                 highest = highest.amax(dim, keepdim=True)
         highest = highest.clamp(0.0, most)
         scale = 2.0 ** -(math.prod(grad.shape).bit_length() + 1)  # no partial sum overflows
-        total = grad.clamp(-most, most) * (scores - highest).clamp(max=0.0).exp() * scale
+        total = grad.clamp(-most, most) * _at_most(scores - highest, 0.0).exp() * scale
         half = (highest / 2).clamp(max=_LARGEST_EXPONENT).exp()
         total = (total.sum_to_size(weight.shape) * half).clamp(-most, most) * lift * half
         total = total.clamp(-ctx.largest * scale, ctx.largest * scale) / scale
@@ -240,14 +245,14 @@ def _unnormalised(
     top = -(to_nearest * (to_nearest / 2)).sum(-1, keepdim=True) - log_lift + above
     empty = ~keep.any(-1, keepdim=True) | away
     if key_weight is None or weight is None:
-        terms = torch.where(keep, scores.clamp(max=0.0).exp(), 0.0)
+        terms = torch.where(keep, _at_most(scores, 0.0).exp(), 0.0)
     else:
         # Left-out keys stay in, with weight 0, for the gradient of that weight.
         present = counted | left_out.unsqueeze(-2)
         present = (present & others if exclude_self else present) & ~no_weight.unsqueeze(-2)
         scores = torch.where(present, scores, -torch.inf)
         if _plain():
-            terms = (weight * lift).unsqueeze(-2) * scores.clamp(max=_LARGEST_EXPONENT).exp()
+            terms = (weight * lift).unsqueeze(-2) * _at_most(scores, _LARGEST_EXPONENT).exp()
         else:
             terms = _Weighted.apply(weight, scores, lift, torch.finfo(key_weight.dtype).max)
     return _Terms(terms, terms.sum(-1, keepdim=True), top, poisoned, empty, counted, value)
