@@ -101,9 +101,10 @@ def measured(questions: Iterable[str]) -> dict:
     from benchmarks import run
 
     content = run.apart([HERE / f"test_{question}.py" for question in questions], quick=False, progress=True)
+    run.show(content)
+    run.warn(content)
     if content["wrong"]:
-        raise SystemExit("wrong results: " + "; ".join(content["wrong"]))
-    print(run.as_text(content["groups"], run.bars_of(content)))
+        raise SystemExit("no comparison of wrong results")
     return content
 
 

@@ -126,6 +126,10 @@ def one_file(file: Path, quick: bool, progress: bool) -> dict:
 
 def apart(files: list[Path], quick: bool, progress: bool) -> dict:
     """The content of a result, each file in a process of its own: what peers keep in memory is gone after it."""
+    from benchmarks.measure import machine
+
+    if not machine.extension_is_current():
+        print("warning: C++ sources are younger than the extension: run make setup first", file=sys.stderr)
     merged: dict = {}
     for file in files:
         with tempfile.NamedTemporaryFile(suffix=".json") as written:
@@ -172,11 +176,6 @@ def renew(file: dict, newer: dict) -> dict:
     }
 
 
-def bars_of(file: dict) -> list[Bar]:
-    """The bars of a result."""
-    return [Bar(**{name: own for name, own in bar.items() if name != "passed"}) for bar in file["bars"]]
-
-
 def as_text(groups: list[dict], found: list[Bar]) -> str:
     """Times, rates and ratios by group, then the bars."""
     lines = []
@@ -205,6 +204,23 @@ def as_text(groups: list[dict], found: list[Bar]) -> str:
     return "\n".join(lines)
 
 
+def show(file: dict) -> list[Bar]:
+    """Print a result; returns its bars."""
+    found = [Bar(**{name: own for name, own in bar.items() if name != "passed"}) for bar in file["bars"]]
+    print(as_text(file["groups"], found))
+    for name, reason in file["absent"].items():
+        print(f"absent: {name}: {reason}")
+    return found
+
+
+def warn(file: dict) -> None:
+    """Say what speaks against a result."""
+    if names := busy(file["cores_used_elsewhere"]):
+        print(f"warning: not to be trusted, other processes ran during: {'; '.join(names)}", file=sys.stderr)
+    for line in file["wrong"]:
+        print(f"WRONG: {line}", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the benchmarks.")
     parser.add_argument("--quick", action="store_true", help="small and short: only shows that it works")
@@ -224,17 +240,13 @@ def main() -> int:
 
     from benchmarks.measure import ceiling, machine
 
-    place = machine.fingerprint()
-    if not place["extension_is_current"]:
-        print("warning: C++ sources are younger than the extension: run make setup first", file=sys.stderr)
     peak = ceiling.measure()
     file = apart(files_of(options.only), *how) | {"ceiling": [peak]}
-    found = bars_of(file)
-    print(as_text(file["groups"], found))
-    for name, reason in file["absent"].items():
-        print(f"absent: {name}: {reason}")
+    found = show(file)
 
-    name = options.name or ("quick" if options.quick else "" if options.only else machine.name(place))
+    name = options.name or (
+        "quick" if options.quick else "" if options.only else machine.name(file["machine"])
+    )
     path = options.to or options.renew or (RESULTS / f"{name}.json" if name else None)
     if path:
         if options.renew:
@@ -243,10 +255,7 @@ def main() -> int:
         path.write_text(json.dumps(file, indent=1) + "\n")
         print(f"\nwritten to {path}")
     print(f"{sum(bar.passed for bar in found)} of {len(found)} bars met")
-    if names := busy(file["cores_used_elsewhere"]):
-        print(f"warning: not to be trusted, other processes ran during: {'; '.join(names)}", file=sys.stderr)
-    for line in file["wrong"]:
-        print(f"WRONG: {line}", file=sys.stderr)
+    warn(file)
     return 1 if file["wrong"] else 0
 
 

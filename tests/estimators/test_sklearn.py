@@ -26,10 +26,11 @@ def every_check():
     for estimator in ESTIMATORS:
         for options in OPTIONS:
             # Both classes share what options change, and a search takes most of the time, among lines ten times what
-            # it takes among means: of lines those with the bandwidth given, and every other one with a search.
-            given = estimator is nwfast.NadarayaWatsonRegressor or options == dict(bandwidth=0.8)
+            # it takes among means: of lines those with the bandwidth given, of means every other one with a search.
+            lines = estimator is nwfast.LocalLinearRegressor
             for i, (instance, check) in enumerate(estimator_checks_generator(estimator(**options))):
-                marks = [pytest.mark.full] * (not given or (not options and i % 2))
+                long = options != dict(bandwidth=0.8) if lines else not options and i % 2
+                marks = [pytest.mark.full] * bool(long)
                 name = "-".join(map(str, (estimator.__name__, *options.values(), check.func.__name__)))
                 yield pytest.param(instance, check, id=name, marks=marks)
 

@@ -31,8 +31,8 @@ template <typename Wide>
 inline Wide scalef(unsigned mask, Wide x, Wide t) {
   return each_lane<Wide>(mask, [&](unsigned i) {
     if (std::isnan(t[i])) return t[i];
-    const auto bounded = t[i] < -9999 ? decltype(x[i] + 0)(-9999) : t[i] > 9999 ? decltype(x[i] + 0)(9999) : t[i];
-    return decltype(bounded)(std::ldexp(x[i], static_cast<int>(std::floor(bounded))));
+    const int power = t[i] < -9999 ? -9999 : t[i] > 9999 ? 9999 : static_cast<int>(std::floor(t[i]));
+    return std::ldexp(x[i], power);
   });
 }
 inline __m512d to_double(unsigned mask, __m256 x) {

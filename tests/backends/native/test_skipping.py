@@ -219,9 +219,10 @@ def test_large_calls_agree_with_the_textbook(d, dtype):
         p = (score - lse[:, None]).exp()
         terms = p * ((value.T - out).abs() * given[0].abs() + given[1].abs()[:, None])
         lengths = torch.cdist(x, u)
+        pulls = terms * lengths
         sums = [
-            out, lse, (terms * lengths).sum(1) * w.max(), (terms * lengths).sum(0) * w.max(), p.T @ given[0].abs(),
-            (terms * lengths**2).sum() / w.min(), terms.sum(0) / weight,
+            out, lse, pulls.sum(1) * w.max(), pulls.sum(0) * w.max(), p.T @ given[0].abs(),
+            (pulls * lengths).sum() / w.min(), terms.sum(0) / weight,
         ]  # fmt: skip
     for name, right, scale in zip(RESULTS, (out, lse, *gradients), sums, strict=True):
         error = float((found[name].double() - right).detach().abs().max() / scale.detach().abs().max())
