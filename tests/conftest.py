@@ -17,6 +17,8 @@ import torch
 
 import nwfast
 
+gc.disable()  # until all tests are collected: what imports and that make stays
+
 # Run in processes of their own.
 collect_ignore = ["backends/cuda/emulation/plugin.py", "backends/cuda/emulation/small_case.py", "fuzz"]
 
@@ -184,6 +186,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, file in enumerate(FIRST) if name.endswith(file)), len(FIRST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
