@@ -37,7 +37,8 @@ DIGEST = hashlib.sha256(
 # Only entry points get the wrappers by which Python calls a function: they cost about a fifth of the compile time.
 # Constants in the arguments of an inner function make a version of it for each (Numba's literal types), as do variables
 # that begin as constants: where such a function is large, they begin as int64(0) instead. Rewrites are for array
-# expressions, which are loops here.
+# expressions, which are loops here. Large functions of one caller are inlined by Numba: else they would be optimised
+# and assembled alone first, and then again within it.
 _INSIDE = {
     "nogil": True,
     "error_model": "numpy",

@@ -100,7 +100,7 @@ def bandwidths(about, given):
     return plain, w
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def forward_rows(example, about, unit, first, last):
     """Rows first..last of batch element `unit`: out, lse, state and the tangents wanted."""
     n, n_features, n_channels = about[N], about[D], about[C]
@@ -149,7 +149,7 @@ def forward_rows(example, about, unit, first, last):
                     tangent_q[row] = -plain_w * by_q
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def query_side(example, about, unit, first, last, rows, means, grad_w):
     """Gradients of the rows first..last for query and w (added to grad_w), and what key_side needs of each row.
 
@@ -201,7 +201,7 @@ def query_side(example, about, unit, first, last, rows, means, grad_w):
             grad_w[f] -= 8.0 * by_w
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def key_side(example, about, unit, first, last, rows, means, far, gradients):
     """Add the gradients of the keys first..last from the rows listed in `far`.
 

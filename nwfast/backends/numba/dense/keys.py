@@ -109,7 +109,7 @@ def add_block(part, whole):
         whole.weight[j] += double(part.weight[j])
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def add_near(example, about, given, b, start, stop, exponent, bounds, kinds, whole):
     """Add what near rows give to the gradients of the keys start .. stop."""
     n, n_features, n_channels, dtype = stop - start, about[D], about[C], example.dtype

@@ -141,7 +141,7 @@ def load_block(example, about, given, start, stop, block):
         block.w[f] = given.w[given.at_w + f * about[W_D]]
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def terms_of_tile(q, w, tile, n, mine, top, terms):
     """Terms p of one tile relative to the lower of `top` and the tile's least score, which is returned."""
     keys, weights, s, p = tile.keys, tile.weights, terms.s, terms.p

@@ -244,7 +244,7 @@ def to_marks(x, centre, scale, marks):
         marks[i] = (x[i] - centre) * scale
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def load_charges(charges, at, n, loaded):
     """Charges (columns, points) of n points from `at` on."""
     value, weight = charges.value, charges.weight
@@ -311,7 +311,7 @@ def piece_moments(x, charges, pieces, scale, result, first, last):
                             moments_of_one(doubled, p, q, u, size, to_u, k)
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def collect(moments, c, number, first, base, orders, given, present):
     """Moments of column c of the boxes from number base on, (order, term, lane), zeros where there is no box.
 
@@ -334,7 +334,7 @@ def collect(moments, c, number, first, base, orders, given, present):
         place += 1
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def fold(given, order, o, reach, even, odd):
     """What the even and the odd powers of target boxes take from the sources o boxes lower and higher.
 
@@ -381,7 +381,7 @@ def multiply(matrix, parity, folded, local):
                 local[m2, i] += (b0 * p + b1 * q) + (b2 * r + b3 * s)
 
 
-@njit(**EXACT)
+@njit(**EXACT, inline="always")
 def translate(boxes, reaches, number, moments, matrices, orders, series):
     """Power series (target, column, term) of ascending boxes, from the moments of the source boxes around them.
 
