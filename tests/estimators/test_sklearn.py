@@ -25,11 +25,11 @@ OPTIONS = [
 def every_check():
     for estimator in ESTIMATORS:
         for options in OPTIONS:
-            # Both classes share what options change, and a search takes most of the time, among lines ten times what
-            # it takes among means: of lines those with the bandwidth given, of means every other one with a search.
-            lines = estimator is nwfast.LocalLinearRegressor
+            # All with the bandwidth given. Both classes share what options change, and a search among lines takes ten
+            # times what it takes among means: of means every other one with other options, in turns.
+            lines, given = estimator is nwfast.LocalLinearRegressor, options == dict(bandwidth=0.8)
             for i, (instance, check) in enumerate(estimator_checks_generator(estimator(**options))):
-                long = options != dict(bandwidth=0.8) if lines else not options and i % 2
+                long = not given and (lines or (i + OPTIONS.index(options) // 3) % 2)
                 marks = [pytest.mark.full] * bool(long)
                 name = "-".join(map(str, (estimator.__name__, *options.values(), check.func.__name__)))
                 yield pytest.param(instance, check, id=name, marks=marks)
