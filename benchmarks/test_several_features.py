@@ -69,6 +69,8 @@ def test_bandwidths(benchmark, session, scale, features, clustered):
 @needs_native
 @pytest.mark.parametrize("features", FEATURES)
 def test_memory(benchmark, session, scale, features):
+    if scale.name == "smoke" and features > 2:
+        pytest.skip("each case starts a process: one is enough for a smoke run")
     n = scale.several[-1]
     found = benchmark.pedantic(fresh.working_memory, ("native fgt", n, "", features), rounds=1)
     session.records.setdefault("memory of several", []).append({"features": features, "n": n, **found})
