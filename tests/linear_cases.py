@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from exact import exp
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def exact(
     left_out = left_out | (weight == 0)
     nearest = k[np.where(left_out, np.inf, distance).argmin(1)][:, None]
     square = (nearest - k) * (2 * q[:, None] - k - nearest)  # d^2 - d*^2
-    terms = weight * np.exp(np.where(left_out, -np.inf, -square * np.longdouble(w) ** 2 / 2))
+    terms = weight * exp(np.where(left_out, -np.inf, -square * np.longdouble(w) ** 2 / 2))
     total = terms.sum(1, keepdims=True)
     p = terms / total
     out = p @ v
