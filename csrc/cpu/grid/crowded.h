@@ -18,7 +18,9 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
   for (const Axis& axis : plan.axis) {
     if (axis.terms > 1) sides += static_cast<double>(std::min(2 * axis.reach + 1, axis.cells) * axis.terms);
   }
-  const double translation = sides * size, evaluation = plan.point_work() * columns * kMultiply * (1 + order);
+  // Of a box; a mesh is one for all.
+  const double translation = plan.one_mesh ? kMeshCopyWork * size : sides * size,
+               evaluation = plan.point_work() * columns * kMultiply * (1 + order);
   const double pair = pair_time<R>(columns, order);
   // Told by a sample first.
   constexpr int64_t kSample = 64;
@@ -35,7 +37,8 @@ std::vector<int64_t> choose_boxes(const Plan& plan, const Points<R>& sources, co
     }
   }
   const double moments = plan.point_work() * columns * kMultiply * static_cast<double>(sources.n) +
-                         translation * static_cast<double>(sources.boxes.size());
+                         (plan.one_mesh ? plan.translation * columns * kMultiply
+                                        : translation * static_cast<double>(sources.boxes.size()));
   const double rows = static_cast<double>(targets.n);
   const double by_pairs = direct / std::fmax(points, 1) * rows * pair;
   const double by_series = moments + evaluation * rows;

@@ -4,7 +4,8 @@
 // along the middle one to all places of the plane from which a target can be reached; what a target needs then is a sum
 // over the planes around it, made where its series is evaluated. Planes are kept as long as targets need them, and
 // handled in groups that fit into the memory that is set aside. Beside each tensor goes a number: the charges that it
-// is made of, each times exp(-gap^2 / 4), which bounds the error.
+// is made of, each times exp(-gap^2 / 4), which bounds the error. Where the meshes of boxes
+// are one, nothing of this is needed (mesh/sums.h).
 
 #pragma once
 
@@ -21,6 +22,24 @@ constexpr double kPlaneBytes = 150e6, kMomentBytes = 64e6;  // of tensors that a
 constexpr int64_t kBoxGroup = 32, kRowsTogether = 24;       // boxes of a task, and rows of their tensors, at once
 constexpr size_t kSeriesTogether = 4;
 constexpr int64_t kSeriesPoints = 256;  // whose sums are handed on together
+
+// Of the task of a kernel: the box and its points from `begin` on.
+template <typename Task>
+void set_box(Task& task, const Plan& plan, int64_t cell) {
+  const Place place = place_of(plan, cell);
+  for (int axis = 0; axis < kAxes; ++axis) {
+    task.centre[axis] = plan.axis[axis].centre(place.at[axis]);
+    task.scale[axis] = plan.axis[axis].to_local();
+    task.terms[axis] = plan.axis[axis].terms;
+  }
+}
+template <typename Task, typename R>
+void set_points(Task& task, const Plan& plan, const Points<R>& points, int64_t begin) {
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const R* const x = points.axis(plan, axis);
+    task.x[axis] = x ? x + begin : nullptr;
+  }
+}
 
 // What to expand.
 template <typename R>
@@ -49,6 +68,7 @@ struct Expansion {
   double *kept_series = nullptr, *kept_bound = nullptr;
 
   void run(bool serial);
+  int slots() const { return order == 0 ? 1 : order == 1 ? 4 : 7; }
   // The points [first, last) of a box of targets, by its series.
   void evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const;
 
@@ -64,6 +84,8 @@ struct Expansion {
     int64_t offset;              // of its tensors
   };
 
+  void run_series(bool serial);
+  void evaluate_squares(GridEvaluate<R> rows) const;
   int64_t tensor() const { return columns * plan.size(); }
   std::vector<Plane> planes_of(const std::vector<Box>& boxes, const std::vector<int64_t>* some) const;
   void find_places(const Plane& plane, const std::vector<Plane>& target_planes, std::vector<int64_t>& place) const;
@@ -194,7 +216,7 @@ std::vector<typename Expansion<R>::Row> Expansion<R>::rows_of(const Plane& plane
 }
 
 template <typename R>
-void Expansion<R>::run(bool serial) {
+void Expansion<R>::run_series(bool serial) {
   const std::vector<Plane> source_planes = planes_of(sources.boxes, nullptr);
   const std::vector<Plane> target_planes = planes_of(targets.boxes, &expanded);
   const int64_t reach = plan.axis[0].reach;

@@ -2,6 +2,7 @@
 
 #include "plan.h"
 
+#include <climits>
 #include <numbers>
 #include <numeric>
 
@@ -61,6 +62,7 @@ bool set_mesh_axis(const Extent& extent, int f, int spacings, Axis& axis) {
     if (axis.single && axis.width() <= fewer * spacing) axis.spacings = std::min(axis.spacings, fewer);
   }
   axis.terms = axis.spacings + kWindowNodes - 1;
+  axis.node_reach = std::min(node_reach(axis.width() / axis.spacings), axis.single ? axis.terms - 1 : INT_MAX);
   return !axis.single || axis.half >= kLeastMeshHalf;
 }
 
@@ -112,6 +114,37 @@ double window_work(const Extent& extent, const Axis (&axes)[kAxes], double radiu
       std::fmin(pairs * window.volume() / ball[window.crossed], static_cast<double>(extent.keys) * queries);
   return found * pair_time<R>(extent.columns, extent.order) +
          windows * (kWindow + kWindowRange * window.ranges + kWindowKey * found / queries);
+}
+
+// The features by their numbers of cells, most first.
+void by_cells(const Extent& extent, const Axis (&axes)[kAxes], int* order) {
+  double cells[kAxes] = {};
+  for (int f = 0; f < kAxes; ++f) {
+    order[f] = f;
+    if (f < extent.features) cells[f] = axes[f].single ? 1 : (extent.high[f] - extent.low[f]) / axes[f].side + 2;
+  }
+  std::stable_sort(order, order + extent.features, [&](int a, int b) { return cells[a] > cells[b]; });
+}
+
+// How much of the volume lies within a box and a half of any key, told by a sample.
+double reached_share(const Extent& extent, const Axis (&axes)[kAxes]) {
+  constexpr int kPlaces = 64;
+  constexpr double kStep[kAxes] = {0.8191725133961644, 0.6710436067037893, 0.5497004779019702};  // fills a cube evenly
+  const int64_t count = static_cast<int64_t>(extent.sample[0].size()), step = std::max<int64_t>(1, count / 256);
+  int reached = 0;
+  for (int i = 0; i < kPlaces; ++i) {
+    bool any = false;
+    for (int64_t j = 0; j < count && !any; j += step) {
+      any = true;
+      for (int f = 0; f < extent.features && any; ++f) {
+        const double share = (i + 0.5) * kStep[f], spread = extent.high[f] - extent.low[f];
+        const double place = extent.low[f] + (share - std::floor(share)) * spread;
+        any = std::fabs(place - extent.sample[f][j]) * extent.scale[f] <= axes[f].width() / 2 + kFadeTo;
+      }
+    }
+    reached += any;
+  }
+  return (reached + 0.5) / (kPlaces + 0.5);
 }
 
 // Numbers of occupied boxes, told by a sample.
@@ -180,6 +213,28 @@ bool make_plan(const Extent& extent, Plan& plan) {
     boxes = occupied(extent, axes);
     return boxes * size * sides;
   };
+  // Of a mesh: its nodes but for those that lie too far from all keys; INFINITY where planes of it are too large.
+  const MeshKinds kinds = mesh_kinds(extent.order);
+  const auto convolution = [&](const Axis(&axes)[kAxes], double& boxes) {
+    int order[kAxes];
+    double nodes[kAxes], all = 1, rows = 1, size = 1;
+    by_cells(extent, axes, order);
+    boxes = occupied(extent, axes);
+    for (int f = 0; f < extent.features; ++f) {
+      const Axis& axis = axes[f];
+      const double spread = axis.single ? 1 : std::floor((extent.high[f] - extent.low[f]) / axis.side) + 2;
+      nodes[f] = spread * axis.spacings + kWindowNodes;
+      all *= nodes[f];
+      size *= axis.terms;
+      if (f != order[extent.features - 1]) rows *= nodes[f];
+    }
+    const Axis& first = axes[order[0]];
+    const double planes = static_cast<double>(mesh_planes(kinds, 1, first.spacings, first.node_reach));
+    if (!(planes * all / nodes[order[0]] * 8 * extent.columns < kMostMeshBytes)) return double{INFINITY};
+    const double passes = extent.features + 1.5 * (kinds.sums + kinds.across - 2);
+    return all * reached_share(extent, axes) * passes * kMeshNodeWork + rows * kMeshRowWork +
+           boxes * size * kMeshCopyWork * (1 + kinds.sums) / 2;
+  };
   for (const int terms : kTerms) {
     if (terms == 4) continue;
     const double half = std::min(linear::half_width(terms, truncation_of<R>(extent.features, terms, extent.order)),
@@ -191,30 +246,38 @@ bool make_plan(const Extent& extent, Plan& plan) {
       set_axis<R>(extent, f, half, terms, axes[f]);
       size *= axes[f].terms;
     }
-    const double cost = multiply * (points * size * (1 + 2.0 / terms) + translation(axes, boxes));
+    const double between = translation(axes, boxes), cost = multiply * (points * size * (1 + 2.0 / terms) + between);
     if (!(cost < best)) continue;
     best = cost;
+    plan.translation = between;
     plan.boxes = boxes;
     plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
   }
   plan.order = extent.order;
-  plan.mesh = false;
+  plan.mesh = plan.one_mesh = false;
   for (const int spacings : kMeshSpacings) {
-    if (sizeof(R) == 8 || extent.order == 2) break;
+    if (sizeof(R) == 8) break;
     Axis axes[kAxes];
     bool fits = true;
     double boxes;
     for (int f = 0; f < extent.features; ++f) fits &= set_mesh_axis<R>(extent, f, spacings, axes[f]);
     if (!fits) continue;
-    const double cost = multiply * (points * mesh_point_work(extent.features) +
-                                    translation(axes, boxes) * mesh_translation(extent.features));
-    if (!(cost < best)) continue;
-    best = cost;
-    plan.mesh = true;
-    plan.boxes = boxes;
-    plan.work = cost;
-    std::copy(axes, axes + kAxes, chosen);
+    for (const bool one : {false, true}) {
+      // Second derivatives of a mesh are not good enough: one mesh has others for them.
+      if (one ? extent.features < 3 : extent.order == 2) continue;
+      const double between =
+          one ? convolution(axes, boxes) : translation(axes, boxes) * mesh_translation(extent.features);
+      const double cost = multiply * (points * mesh_point_work(extent.features) + between);
+      if (!(cost < best)) continue;
+      best = cost;
+      plan.translation = between;
+      plan.mesh = true;
+      plan.one_mesh = one;
+      plan.boxes = boxes;
+      plan.work = cost;
+      std::copy(axes, axes + kAxes, chosen);
+    }
   }
   plan.direct = false;
   for (const double cells : kWindowCells) {
@@ -229,27 +292,22 @@ bool make_plan(const Extent& extent, Plan& plan) {
     const double cost = window_work<R>(extent, axes, near, boxes);
     if (!(cost < best)) continue;
     best = cost;
-    plan.mesh = false;
+    plan.mesh = plan.one_mesh = false;
     plan.direct = true;
     plan.boxes = boxes;
     plan.work = cost;
     std::copy(axes, axes + kAxes, chosen);
   }
   plan.near = near_radius<R>(extent, chosen, plan.radius);
-  // Most cells first; without a third feature the axis in the middle is empty.
-  double cells[kAxes] = {};
-  for (int f = 0; f < extent.features; ++f) {
-    const Axis& axis = chosen[f];
-    cells[f] = axis.single ? 1 : (extent.high[f] - extent.low[f]) / axis.side + 2;
-  }
-  int by_cells[kAxes] = {0, 1, 2};
-  std::stable_sort(by_cells, by_cells + extent.features, [&](int a, int b) { return cells[a] > cells[b]; });
+  // Without a third feature the axis in the middle is empty.
+  int order[kAxes];
+  by_cells(extent, chosen, order);
   const int places[2][kAxes] = {{0, 2, 1}, {0, 1, 2}};
   double all = 1;
   plan.truncation = 0;
   for (int a = 0; a < kAxes; ++a) plan.axis[a] = Axis();
   for (int i = 0; i < extent.features; ++i) {
-    const int f = by_cells[i];
+    const int f = order[i];
     Axis& axis = plan.axis[places[extent.features - 2][i]];
     axis = chosen[f];
     plan.truncation +=
@@ -319,19 +377,30 @@ void fill_matrix(const Axis& axis, int64_t apart, double* matrix) {
 void fill_matrices(Plan& plan) {
   for (Axis& axis : plan.axis) {
     const int terms = axis.terms;
-    axis.matrices.assign((axis.reach + 1) * terms * terms + kMatrixPadding, 0);
     axis.decay.assign(axis.reach + 1, 1);
+    for (int64_t apart = 0; apart <= axis.reach; ++apart) {
+      const double gap = axis.gap_of(apart);
+      axis.decay[apart] = std::exp(-gap * gap / (axis.spacings > 0 ? 8 : 4));
+    }
+    if (plan.one_mesh) {
+      for (const bool squares : {false, true}) {
+        if (squares && plan.order < 2) break;
+        axis.taps_[squares] = mesh_taps(plan.order, axis.width() / axis.spacings, axis.node_reach, squares);
+      }
+      continue;
+    }
+    axis.matrices.assign((axis.reach + 1) * terms * terms + kMatrixPadding, 0);
     if (terms == 1) {
       axis.matrices[0] = 1;
       continue;
     }
-    for (int64_t apart = 0; apart <= axis.reach; ++apart) {
-      const double gap = axis.gap_of(apart);
-      axis.decay[apart] = std::exp(-gap * gap / (axis.spacings > 0 ? 8 : 4));
-      if (axis.spacings == 0) fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
+    if (plan.mesh) {
+      fill_mesh_matrices(plan.order, axis.spacings, axis.width() / axis.spacings, axis.reach, axis.matrices.data());
+      continue;
     }
-    if (axis.spacings == 0) continue;
-    fill_mesh_matrices(plan.order, axis.spacings, axis.width() / axis.spacings, axis.reach, axis.matrices.data());
+    for (int64_t apart = 0; apart <= axis.reach; ++apart) {
+      fill_matrix(axis, apart, axis.matrices.data() + apart * terms * terms);
+    }
   }
 }
 

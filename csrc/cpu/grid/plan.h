@@ -15,8 +15,8 @@
 // `truncation` exp(-z^2 / 4) (see expansion_error of linear/plan.h; errors of the features add up), and each box of
 // queries adds up the bounds of its sources.
 //
-// Meshes (mesh/mesh.h). Data in float32 that is not narrow beside the bandwidth has the values at the nodes of a mesh
-// in the place of moments and series; all else is the same.
+// Meshes (mesh/mesh.h). Data in float32 that is not narrow beside the bandwidth has the nodes of a mesh in the place of
+// moments and series; all else is the same.
 //
 // Direct sums (direct.h). Queries of other boxes meet the keys of all cells within a radius one by one, in the dense
 // kernels. Which way is less work is told by counts. The radius is that beyond which all keys add too little wherever
@@ -83,13 +83,14 @@ struct Axis {
   bool single = true;
   double half = 0;  // of a cell, in bandwidths
   int terms = 1;
-  int spacings = 0;         // of the mesh in a cell; 0 for a Chebyshev series
-  double from = 0, to = 0;  // points beyond these are outside of the grid
-  int64_t low = 0;          // the first cell of the grid
-  int64_t cells = 1;        // of the grid, with those around the keys that are empty
-  int64_t reach = 0;        // boxes that count for expansions lie at most so many cells apart
-  std::vector<double>
-      matrices;  // (2 reach + 1, terms, terms) from the source's term to the target's, by target - source
+  int spacings = 0;              // of the mesh in a cell; 0 for a Chebyshev series
+  double from = 0, to = 0;       // points beyond these are outside of the grid
+  int64_t low = 0;               // the first cell of the grid
+  int64_t cells = 1;             // of the grid, with those around the keys that are empty
+  int64_t reach = 0;             // boxes that count for expansions lie at most so many cells apart
+  std::vector<double> matrices;  // (reach + 1, terms, terms) from the source's term to the target's, by target - source
+  int node_reach = 0;            // nodes of a mesh further apart than this do not count for one another
+  std::vector<double> taps_[2];  // (kTapPadding + 2 node_reach + 1 + kTapPadding) by target - source, see taps
   std::vector<double>
       decay;  // (reach + 1) bounds of what the error of a charge is in boxes so far apart, over `truncation`
 
@@ -110,6 +111,8 @@ struct Axis {
   }
   // Between points of cells so many apart, at the least; in bandwidths.
   double gap_of(int64_t apart) const { return apart > 1 ? static_cast<double>(apart - 1) * width() : 0; }
+  // Of the kernel between nodes, or of z^2 times the kernel.
+  const double* taps(bool squares) const { return taps_[squares].data(); }
   const double* matrix(int64_t apart) const { return matrices.data() + apart * terms * terms; }
 };
 
@@ -118,13 +121,15 @@ struct Plan {
   Axis axis[kAxes];
   int order = 0;          // of the derivatives that are asked for
   bool mesh = false;      // whether boxes have meshes rather than series
+  bool one_mesh = false;  // whether these are parts of one, in three features
   bool direct = false;    // whether cells are as wide as suits direct sums, and no box is expanded
   double truncation = 0;  // of the sums of values, relative to Axis::decay of a source's charge
   double log_span = 0;    // log of the ratio of all charges to what may be left out of a row near a key
   double radius = 0;      // keys further from a row near a key are left out
   double near = 0;        // nor do those further than this count, if they are not many times what is within: see beyond
   double boxes = 0;       // that are occupied, told by a sample
-  double work = 0;        // the time that it is expected to take, in nanoseconds
+  double translation = 0;  // of all boxes, in multiply-adds of a column
+  double work = 0;         // the time that it is expected to take, in nanoseconds
 
   int64_t size() const { return static_cast<int64_t>(axis[0].terms) * axis[1].terms * axis[2].terms; }
   const GridWindow* window() const { return mesh ? &grid_window(order) : nullptr; }

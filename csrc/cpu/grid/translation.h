@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "expansion.h"
+#include "mesh/sums.h"
 
 namespace nwfast {
 namespace grid {
@@ -43,17 +43,12 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
   std::vector<double> mass(slots);
   parallel_blocks(static_cast<int64_t>(parts.size()), serial, [&](int64_t i) {
     const Part& part = parts[i];
-    const Place place = place_of(plan, sources.boxes[part.box].cell);
     double* const to = moments.get() + part.slot * size;
     std::fill(to, to + size, 0.0);
     constexpr int64_t kBlock = 512;
     Buffer<double> charge(columns * kBlock);
     GridMoments<R> task;
-    for (int axis = 0; axis < kAxes; ++axis) {
-      task.centre[axis] = plan.axis[axis].centre(place.at[axis]);
-      task.scale[axis] = plan.axis[axis].to_local();
-      task.terms[axis] = plan.axis[axis].terms;
-    }
+    set_box(task, plan, sources.boxes[part.box].cell);
     task.window = plan.window();
     task.charge = charge.get();
     task.pitch = kBlock;
@@ -63,10 +58,7 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
     for (int64_t begin = part.begin; begin < part.end; begin += kBlock) {
       task.n = std::min(kBlock, part.end - begin);
       load(begin, task.n, charge.get(), kBlock);
-      for (int axis = 0; axis < kAxes; ++axis) {
-        const R* const x = sources.axis(plan, axis);
-        task.x[axis] = x ? x + begin : nullptr;
-      }
+      set_points(task, plan, sources, begin);
       plan.mesh ? table.spread(task) : table.moments(task);
       for (int64_t k = 0; k < task.n; ++k) size_sum += std::fabs(charge[k]);
     }
@@ -275,30 +267,53 @@ void Expansion<R>::evaluate(const std::vector<Plane>& target_planes, size_t firs
 template <typename R>
 void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const {
   const GridKernels<R>& table = grid_kernels<R>();
-  const Place place = place_of(plan, box.cell);
   GridEvaluate<R> rows;
-  for (int axis = 0; axis < kAxes; ++axis) {
-    rows.centre[axis] = plan.axis[axis].centre(place.at[axis]);
-    rows.scale[axis] = plan.axis[axis].to_local();
-    rows.terms[axis] = plan.axis[axis].terms;
-  }
+  set_box(rows, plan, box.cell);
+  // Series are (columns, c, b, a), the nodes of one mesh (columns, a, b, c).
+  const auto reverse = [&](auto* of_axes) {
+    if (plan.one_mesh) std::swap(of_axes[0], of_axes[2]);
+  };
+  reverse(rows.centre);
+  reverse(rows.scale);
+  reverse(rows.terms);
   rows.window = plan.window();
-  rows.order = order;
+  rows.order = plan.mesh ? std::min(order, 1) : order;
   rows.series = series;
   rows.columns = columns;
   rows.sums_pitch = kSeriesPoints;
-  const int slots = order == 0 ? 1 : order == 1 ? 4 : 7;
-  Buffer<double> sums(slots * columns * kSeriesPoints);
+  const int64_t slot = columns * kSeriesPoints;
+  Buffer<double> sums(slots() * slot);
   rows.sums = sums.get();
   for (int64_t begin = first; begin < last; begin += kSeriesPoints) {
     rows.n = std::min(kSeriesPoints, last - begin);
-    for (int axis = 0; axis < kAxes; ++axis) {
-      const R* const x = targets.axis(plan, axis);
-      rows.x[axis] = x ? x + begin : nullptr;
-    }
+    set_points(rows, plan, targets, begin);
+    reverse(rows.x);
     plan.mesh ? table.interpolate(rows) : table.evaluate(rows);
+    if (plan.one_mesh && order > 0) {
+      std::swap_ranges(sums.get() + slot, sums.get() + 2 * slot, sums.get() + 3 * slot);
+    }
+    if (plan.one_mesh && order == 2) evaluate_squares(rows);
     finish(begin, rows.n, sums.get(), kSeriesPoints, bound);
   }
+}
+
+// Second derivatives by the meshes that come after that of values: see MeshSums.
+template <typename R>
+void Expansion<R>::evaluate_squares(GridEvaluate<R> rows) const {
+  double* const values = rows.sums;
+  rows.order = 0;
+  for (int axis = 0; axis < kAxes; ++axis) {
+    double* const second = rows.sums = values + (4 + axis) * columns * kSeriesPoints;
+    rows.series += tensor();
+    grid_kernels<R>().interpolate(rows);
+    const double half = plan.axis[axis].half;
+    for (int64_t i = 0; i < columns * kSeriesPoints; ++i) second[i] = (second[i] - values[i]) * (half * half);
+  }
+}
+
+template <typename R>
+void Expansion<R>::run(bool serial) {
+  plan.one_mesh ? MeshSums<R>(*this).run(serial) : run_series(serial);
 }
 
 }  // namespace grid

@@ -11,6 +11,7 @@
 #include "../dense/single_rows.h"
 #include "../dense/skipping/select.h"
 #include "../dense/tiled_kernels.h"
+#include "../grid/kernels/convolve.h"
 #include "../grid/kernels/mesh.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
@@ -40,7 +41,8 @@ extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<doubl
 
 template <typename T>
 constexpr GridKernels<T> grid_table() {
-  return {grid_product, grid_moments<T>, grid_evaluate<T>, grid_spread<T>, grid_interpolate<T>, grid_fold};
+  return {grid_product,        grid_moments<T>, grid_evaluate<T>, grid_spread<T>,
+          grid_interpolate<T>, grid_fold,       grid_convolve,    grid_convolve_rows};
 }
 extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
 extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();

@@ -14,7 +14,7 @@ namespace {
 constexpr double kMostNumbers = 32;  // of the series of a column, for each key
 
 // Places in PreparedKeys::numbers; axes and channels follow.
-enum Number { kFeatures, kChannels, kTruncation, kLogSpan, kRadius, kMass, kUnit, kMesh, kNumbers };
+enum Number { kFeatures, kChannels, kTruncation, kLogSpan, kRadius, kMass, kUnit, kMesh, kOneMesh, kNumbers };
 constexpr int kAxisNumbers = 12, kChannelNumbers = 3;
 
 void write_axis(const Axis& axis, std::vector<double>& numbers) {
@@ -76,7 +76,8 @@ bool compress(const Problem& problem, PreparedKeys& prepared) {
                       plan.radius,
                       element.mass,
                       element.batch.weight_unit,
-                      plan.mesh ? 1.0 : 0.0};
+                      plan.mesh ? 1.0 : 0.0,
+                      plan.one_mesh ? 1.0 : 0.0};
   for (const Axis& axis : plan.axis) write_axis(axis, prepared.numbers);
   for (int64_t c = 0; c < problem.channels; ++c) {
     const Range& range = element.batch.values[c];
@@ -96,6 +97,7 @@ std::vector<int64_t> predict(const PreparedKeysView& prepared, const R* query, i
   plan.log_span = numbers[kLogSpan];
   plan.radius = numbers[kRadius];
   plan.mesh = numbers[kMesh] != 0;
+  plan.one_mesh = numbers[kOneMesh] != 0;
   for (int a = 0; a < kAxes; ++a) read_axis(numbers + kNumbers + a * kAxisNumbers, plan.axis[a]);
   const int64_t channels = static_cast<int64_t>(numbers[kChannels]);
   const int columns = static_cast<int>(channels) + 1;

@@ -46,6 +46,8 @@ def places(kind: str, n: int, features: int, generator: np.random.Generator) -> 
         return u * np.array([1e-6, 1e6, 1.0])[:features]
     if kind == "one place":
         return np.full_like(u, u[0, 0])
+    if kind == "two cubes":
+        return u + 1.5 * generator.integers(0, 2, (n, 1))
     if kind == "offset":
         return u + 1000
     return u
@@ -296,6 +298,7 @@ def test_more_features_are_refused():
     (True, False),
     [
         ("uniform", 3, 20000, 15.0),
+        ("two cubes", 3, 60000, 25.0),  # one mesh for all boxes, with nothing in its corners
         ("uniform", 2, 8000, 20.0),
         ("clusters", 2, 20000, 60.0),
         ("circle", 2, 8000, 20.0),
@@ -313,7 +316,7 @@ def test_meshes_agree_with_series(exclude_self, data):
     for dtype in (torch.float32, torch.float64):
         inputs = [x.to(dtype).requires_grad_() for x in (query, key, value, torch.full((features,), w))]
         found = []
-        # By all inputs, and by the query alone: w asks for second derivatives, which are those of series.
+        # By all inputs, and by the query alone: w asks for second derivatives.
         for leaves in (inputs, inputs[:1]):
             others = [x.detach() for x in inputs[len(leaves) :]]
             out = nwfast.nadaraya_watson(

@@ -8,6 +8,7 @@ namespace nwfast {
 
 constexpr int kGridTerms = 32;            // of the series of one feature, at most
 constexpr int kTensorTerms = 40;          // of those and of the nodes of a mesh
+constexpr int kTapPadding = 3;            // zeros before and behind the taps of a convolution
 constexpr int kWindowNodes = 12;          // of a mesh that a point adds to, along one feature
 constexpr int kWindowDegree = 14;         // of the polynomials that a window is made of
 constexpr int kMostSlots = 7;             // values, first and second derivatives in three features
@@ -36,6 +37,26 @@ struct GridProduct {
   int64_t pairs;
   const double *const *lower, *const *higher;  // (pairs) either may be null
   const double* const* matrix;                 // (pairs)
+};
+
+// to_i = sum_k taps_k from_(i + k) for i < n rounded up to a vector, and |k| <= reach: `from` starts `reach` before
+// what belongs to the first sum, and kernels may read a vector more than the last one needs.
+struct GridConvolution {
+  const double* from;
+  double* to;
+  int64_t n;
+  const double* taps;  // (kTapPadding + 2 reach + 1 + kTapPadding)
+  int reach;
+};
+
+// The same for rows, which begin at multiples of the alignment: to (rows) of from (2 reach + rows), null where they are
+// zero or not needed.
+struct GridRowConvolution {
+  const double* const* from;
+  double* const* to;
+  int64_t rows, n;
+  const double* taps;
+  int reach;
 };
 
 // moments (columns, terms[0], terms[1], terms[2]) += sum_i charge_ci T_a(t_i0) T_b(t_i1) T_c(t_i2), with Chebyshev
@@ -81,6 +102,9 @@ struct GridKernels {
   // Values at nodes that mirror each other become sums and differences, in the places of both, and back but for a
   // factor of 2 a feature: what a translation reads and writes of a mesh.
   void (*fold)(double* tensor, const int* terms);
+  // Of one mesh for all boxes.
+  void (*convolve)(const GridConvolution&);
+  void (*convolve_rows)(const GridRowConvolution&);
 };
 
 template <typename R>

@@ -1,4 +1,4 @@
-// The window of meshes, and the matrices between their boxes.
+// The window of meshes, and the kernel between their nodes.
 
 #include "mesh.h"
 
@@ -75,6 +75,27 @@ GridWindow make_window(int order) {
   return window;
 }
 
+// K' at so many spacings from 0 on, or, if `squares`, what z^2 times the Gaussian has in its place.
+std::vector<Real> half_of_taps(int order, double spacing, int64_t count, bool squares) {
+  const Kaiser kaiser(order);
+  std::vector<Real> half(count, 0);
+  for (int i = 0; i < kTapNodes; ++i) {
+    const Real angle = std::numbers::pi_v<Real> * (i + 0.5L) / kTapNodes, wave = angle / spacing,
+               transform = kaiser.transform(angle);
+    const Real factor = std::sqrt(2 * std::numbers::pi_v<Real>) / spacing * std::exp(-wave * wave / 2) /
+                        (transform * transform) / kTapNodes * (squares ? 1 - wave * wave : 1);
+    const Real twice = 2 * std::cos(angle);
+    Real last = twice / 2, now = 1;
+    for (Real& sum : half) {
+      sum += factor * now;
+      const Real next = twice * now - last;
+      last = now;
+      now = next;
+    }
+  }
+  return half;
+}
+
 }  // namespace
 
 const GridWindow& grid_window(int order) {
@@ -82,26 +103,20 @@ const GridWindow& grid_window(int order) {
   return windows[order > 0];
 }
 
-void fill_mesh_matrices(int order, int spacings, double spacing, int64_t reach, double* matrices) {
-  const Kaiser kaiser(order);
-  const int terms = spacings + kWindowNodes - 1;
-  // K' between nodes.
-  std::vector<Real> tap(reach * spacings + terms, 0);
-  for (int i = 0; i < kTapNodes; ++i) {
-    const Real angle = std::numbers::pi_v<Real> * (i + 0.5L) / kTapNodes, wave = angle / spacing,
-               transform = kaiser.transform(angle);
-    const Real factor = std::sqrt(2 * std::numbers::pi_v<Real>) / spacing * std::exp(-wave * wave / 2) /
-                        (transform * transform) / kTapNodes;
-    if (factor < 1e-26L) break;
-    const Real twice = 2 * std::cos(angle);
-    Real last = twice / 2, now = 1;
-    for (Real& sum : tap) {
-      sum += factor * now;
-      const Real next = twice * now - last;
-      last = now;
-      now = next;
-    }
+std::vector<double> mesh_taps(int order, double spacing, int reach, bool squares) {
+  const std::vector<Real> half = half_of_taps(order, spacing, reach + 1, squares);
+  std::vector<double> taps(2 * (kTapPadding + reach) + 1, 0);
+  for (int k = -reach; k <= reach; ++k) {
+    const Real faded = (std::abs(k) * spacing - kFadeFrom) / (kFadeTo - kFadeFrom);
+    const Real left = faded <= 0 ? 1 : faded >= 1 ? 0 : std::cos(std::numbers::pi_v<Real> / 2 * faded);
+    taps[kTapPadding + reach + k] = static_cast<double>(half[std::abs(k)] * left * left);
   }
+  return taps;
+}
+
+void fill_mesh_matrices(int order, int spacings, double spacing, int64_t reach, double* matrices) {
+  const int terms = spacings + kWindowNodes - 1;
+  const std::vector<Real> tap = half_of_taps(order, spacing, reach * spacings + terms, false);
   for (int64_t apart = 0; apart <= reach; ++apart, matrices += terms * terms) {
     const auto entry = [&](int target, int source) { return tap[std::abs(apart * spacings + target - source)]; };
     for (int source = 0; source < terms; ++source) {
