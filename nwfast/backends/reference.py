@@ -213,8 +213,8 @@ def _unnormalised(
         counted = counted & ~left_out
         odd = ~key.isfinite().all(-1) | ~value.isfinite().all(-1)
         value = torch.where(left_out.unsqueeze(-1), torch.where(value.isfinite(), value, 0.0).detach(), value)
-        weight = torch.where(bad_weight, 0.0, weight)
         no_weight = (left_out & odd) | bad_weight
+        weight = torch.where(no_weight, 0.0, weight)  # and no gradient, in a row that is NaN either
         key = torch.where(left_out.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
     key = torch.where(far_key.unsqueeze(-1), torch.where(key.isfinite(), key, 0.0).detach(), key)
 

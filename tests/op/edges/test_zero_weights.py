@@ -95,6 +95,20 @@ def test_keys_of_weight_zero_are_as_if_absent(backend, batch, features, channels
 
 
 @DTYPES
+@pytest.mark.parametrize("held", HELD[:3])
+@pytest.mark.parametrize("features", [1, 2])
+def test_weights_of_broken_keys_beside_one_that_counts(backend, features, held, dtype):
+    """Rows are NaN by a key that counts: the weight of 0 of another broken key has the gradient 0 all the same."""
+    query, key, value, w, weight = draw((), features, 1, dtype)
+    key[1], key[0], value[-1] = math.nan, held, held
+    weight.requires_grad_()
+    out = nwfast.nadaraya_watson(query, key, value, w, key_weight=weight, backend=backend)
+    assert out.isnan().all()
+    (found,) = torch.autograd.grad(out.sum(), weight)
+    assert (found[[0, -1]] == 0).all()
+
+
+@DTYPES
 @pytest.mark.parametrize("features", [1, 2])
 def test_the_gradient_of_a_weight_of_zero(backend, features, dtype):
     """It is the true one: what the key would do if it counted a little; finite where it would be beyond the dtype."""
