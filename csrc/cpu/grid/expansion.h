@@ -4,8 +4,8 @@
 // along the middle one to all places of the plane from which a target can be reached; what a target needs then is a sum
 // over the planes around it, made where its series is evaluated. Planes are kept as long as targets need them, and
 // handled in groups that fit into the memory that is set aside. Beside each tensor goes a number: the charges that it
-// is made of, each times exp(-gap^2 / 4), which bounds the error. Where the meshes of boxes
-// are one, nothing of this is needed (mesh/sums.h).
+// is made of, each times exp(-gap^2 / 4), which bounds the error. Where the
+// meshes of boxes are one, nothing of this is needed (mesh/sums.h).
 
 #pragma once
 
@@ -69,6 +69,9 @@ struct Expansion {
 
   void run(bool serial);
   int slots() const { return order == 0 ? 1 : order == 1 ? 4 : 7; }
+  // The sources [begin, end) of a box, as moments or among its nodes, (columns, a, b, c). Returns the sum of their
+  // sizes.
+  double sum_points(const Box& box, int64_t begin, int64_t end, double* to) const;
   // The points [first, last) of a box of targets, by its series.
   void evaluate_box(const Box& box, int64_t first, int64_t last, const double* series, double bound) const;
 

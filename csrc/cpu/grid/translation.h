@@ -7,6 +7,29 @@
 namespace nwfast {
 namespace grid {
 
+template <typename R>
+double Expansion<R>::sum_points(const Box& box, int64_t begin, int64_t end, double* to) const {
+  constexpr int64_t kBlock = 512;
+  std::fill_n(to, tensor(), 0.0);
+  Buffer<double> charge(columns * kBlock);
+  GridMoments<R> task;
+  set_box(task, plan, box.cell);
+  task.window = plan.window();
+  task.charge = charge.get();
+  task.pitch = kBlock;
+  task.columns = columns;
+  task.moments = to;
+  double mass = 0;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    task.n = std::min(kBlock, end - first);
+    load(first, task.n, charge.get(), kBlock);
+    set_points(task, plan, sources, first);
+    plan.mesh ? grid_kernels<R>().spread(task) : grid_kernels<R>().moments(task);
+    for (int64_t k = 0; k < task.n; ++k) mass += std::fabs(charge[k]);
+  }
+  return mass;
+}
+
 // Moments of the boxes of some planes, and their translation within each plane.
 template <typename R>
 void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std::vector<Translated*>& results,
@@ -44,28 +67,11 @@ void Expansion<R>::translate(const std::vector<const Plane*>& planes, const std:
   parallel_blocks(static_cast<int64_t>(parts.size()), serial, [&](int64_t i) {
     const Part& part = parts[i];
     double* const to = moments.get() + part.slot * size;
-    std::fill(to, to + size, 0.0);
-    constexpr int64_t kBlock = 512;
-    Buffer<double> charge(columns * kBlock);
-    GridMoments<R> task;
-    set_box(task, plan, sources.boxes[part.box].cell);
-    task.window = plan.window();
-    task.charge = charge.get();
-    task.pitch = kBlock;
-    task.columns = columns;
-    task.moments = to;
-    double size_sum = 0;
-    for (int64_t begin = part.begin; begin < part.end; begin += kBlock) {
-      task.n = std::min(kBlock, part.end - begin);
-      load(begin, task.n, charge.get(), kBlock);
-      set_points(task, plan, sources, begin);
-      plan.mesh ? table.spread(task) : table.moments(task);
-      for (int64_t k = 0; k < task.n; ++k) size_sum += std::fabs(charge[k]);
-    }
+    mass[part.slot] = sum_points(sources.boxes[part.box], part.begin, part.end, to);
     if (plan.mesh) {
-      for (int column = 0; column < columns; ++column) table.fold(to + column * plan.size(), task.terms);
+      const int terms[kAxes] = {a.terms, b.terms, c.terms};
+      for (int column = 0; column < columns; ++column) table.fold(to + column * plan.size(), terms);
     }
-    mass[part.slot] = size_sum;
   });
   parallel_blocks(boxes, serial || sums.empty(), [&](int64_t i) {
     const auto range = std::equal_range(sums.begin(), sums.end(), std::make_pair(i, int64_t{0}),

@@ -168,29 +168,6 @@ class MeshSums {
     return {from(first), from(last)};
   }
 
-  // The sources [begin, end) of a box among its nodes, (columns, a, b, c). Returns the sum of their sizes.
-  double spread_points(const Box& box, int64_t begin, int64_t end, double* nodes) const {
-    constexpr int64_t kBlock = 512;
-    std::fill_n(nodes, task_.columns * size(), 0.0);
-    Buffer<double> charge(task_.columns * kBlock);
-    GridMoments<R> work;
-    set_box(work, plan_, box.cell);
-    work.window = plan_.window();
-    work.charge = charge.get();
-    work.pitch = kBlock;
-    work.columns = task_.columns;
-    work.moments = nodes;
-    double mass = 0;
-    for (int64_t first = begin; first < end; first += kBlock) {
-      work.n = std::min(kBlock, end - first);
-      task_.load(first, work.n, charge.get(), kBlock);
-      set_points(work, plan_, task_.sources, first);
-      grid_kernels<R>().spread(work);
-      for (int64_t k = 0; k < work.n; ++k) mass += std::fabs(charge[k]);
-    }
-    return mass;
-  }
-
   // Spreads the sources of some layers, and convolves the planes that are complete with them.
   void add_layers(int64_t first, int64_t last, bool serial) {
     const int64_t begin = first * spacings_[0], end = last == cells_[0] ? nodes_[0] : last * spacings_[0];
@@ -256,7 +233,7 @@ class MeshSums {
     Buffer<double> part_sums(static_cast<int64_t>(parts.size()) * all);
     parallel_blocks(static_cast<int64_t>(parts.size()), serial, [&](int64_t i) {
       Part& part = parts[i];
-      part.mass = spread_points(boxes[part.box], part.begin, part.end, part_sums.get() + i * all);
+      part.mass = task_.sum_points(boxes[part.box], part.begin, part.end, part_sums.get() + i * all);
     });
     for (const std::vector<int64_t>& colour : colours) {
       parallel_blocks(static_cast<int64_t>(colour.size()), serial, [&](int64_t i) {
@@ -270,7 +247,7 @@ class MeshSums {
         }
         if (from < to) return;
         Buffer<double> nodes(all);
-        mass = spread_points(box, box.begin, box.end, nodes.get());
+        mass = task_.sum_points(box, box.begin, box.end, nodes.get());
         add_box(at, nodes.get());
       });
     }
