@@ -73,9 +73,10 @@ def leave_one_out_loss(
     Notes
     -----
     Rows that have no other example of a weight other than 0 are left out: they add 0, and to the mean's denominator
-    nothing. If that leaves none, the mean is NaN and has no gradient. With one feature and one channel, where no
-    gradient but that of w is needed, the native backend computes loss and derivative in one pass, and `backward` is one
-    multiplication. Differentiable in x, y, w and key_weight, twice; the second derivative builds (N, N) matrices.
+    nothing. If that leaves none, the mean is NaN and has no gradient. With one channel and no leading dimensions, where
+    no gradient but that of w is needed, the native backend computes the derivative with the loss (in linear time, and
+    with one feature, in one pass), and `backward` is one multiplication. Differentiable in x, y, w and key_weight,
+    twice; the second derivative builds (N, N) matrices.
     With ``degree=1`` the fit is computed in float64; time, memory and derivatives are those of `local_linear`.
 
     References
@@ -172,7 +173,8 @@ class _OfW(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return grad * ctx.slope, None
         w, x, y, key_weight = ctx.saved_tensors
-        by_reference.require_memory("second derivative", x[:, None], x[:, None], y[:, None])
+        points = x if x.ndim == 2 else x[:, None]
+        by_reference.require_memory("second derivative", points, points, y if y.ndim == 2 else y[:, None])
         reduction = "mean" if ctx.mean else "sum"
 
         def loss(w):
@@ -184,14 +186,15 @@ class _OfW(torch.autograd.Function):
 
 def _short_way(x: Any, y: Any, w: Any, key_weight: Any, mean: bool, method: str) -> Tensor | None:
     """The loss of a call that the native operator takes as it is and that needs no gradient but that of w."""
-    if not call.goes_short(x, x, y, w, key_weight) or backends._why_not("native"):
+    if not call.goes_short(x, x, y, w, key_weight, 2) or backends._why_not("native"):
         return None
     differentiate = torch.is_grad_enabled()
     if differentiate and (
         x.requires_grad or y.requires_grad or (key_weight is not None and key_weight.requires_grad)
     ):
         return None
-    operator = LEAVE_ONE_OUT[call.choose_kernel("native", method, 1, x.numel() ** 2)]
+    features = x.shape[1] if x.ndim == 2 else 1
+    operator = LEAVE_ONE_OUT[call.choose_kernel("native", method, features, x.shape[0] ** 2)]
     try:
         if differentiate and w.requires_grad:
             return _OfW.apply(w, (operator, x, y, key_weight, mean))

@@ -52,6 +52,8 @@ struct BackwardTask {
   const T *tangent_w, *tangent_q;  // null where not saved
   T *grad_query, *grad_key, *grad_value, *grad_key_weight;
   double* grad_w;  // (batches, features), to be summed over what w was broadcast over
+  // (batches, queries, features) what each row adds to that; with several features, where no products serve.
+  T* rows_grad_w = nullptr;
 };
 
 // A product that is beyond all numbers, or 0, only if it is so in exact arithmetic: the largest factor times the least

@@ -153,11 +153,11 @@ bool run_forward(const Problem& problem, const Gradients& outputs, bool linear) 
   return false;
 }
 
-// The linear method has tangents of the query, (features, channels) for each row, for any number of channels; with
-// several features in float64.
+// With one feature and channel, both; where the linear method serves, of the query (features, channels) for each row
+// for any number of channels, and of w (features) for one channel and several features.
 bool may_have_tangents(const Problem& problem, bool tangent_w, bool tangent_q) {
   if (problem.single() || !(tangent_w || tangent_q)) return true;
-  return !tangent_w && (problem.features == 1 || (problem.features <= 3 && problem.query.dtype == Dtype::kDouble));
+  return problem.features <= 3 && (!tangent_w || (problem.features > 1 && problem.channels == 1));
 }
 
 // Which results of a forward pass are wanted, beside out.
@@ -171,14 +171,18 @@ Gradients run_forward(const Call& call, Method method, const Wanted& wanted) {
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t m = call.query_rows(), channels = problem.channels;
-  Gradients outputs{call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype, wanted.lse),
-                    call.allocate(m, 2, true, ScalarType::Double, wanted.state),
-                    call.allocate(m, channels, call.channels, dtype, wanted.tangent_w),
-                    call.allocate(m, problem.features * channels, call.channels, dtype, wanted.tangent_q)};
-  const bool linear = is_linear(method, problem);
+  const bool linear = is_linear(method, problem), has_tangents = linear || problem.single();
+  Gradients outputs{
+      call.allocate(m, channels, call.channels, dtype), call.allocate(m, 0, false, dtype, wanted.lse),
+      call.allocate(m, 2, true, ScalarType::Double, wanted.state),
+      call.allocate(m, problem.single() ? channels : problem.features, call.channels, dtype,
+                    wanted.tangent_w && has_tangents),
+      call.allocate(m, problem.features * channels, call.channels, dtype, wanted.tangent_q && has_tangents)};
   const bool served =
       wide ? run_forward<double>(problem, outputs, linear) : run_forward<float>(problem, outputs, linear);
-  if (!served && !problem.single() && wanted.tangent_q) std::get<4>(outputs) = call.allocate(m, 0, false, dtype, false);
+  if (!served && !problem.single() && has_tangents) {
+    std::get<3>(outputs) = std::get<4>(outputs) = call.allocate(m, 0, false, dtype, false);
+  }
   call.weights.restore_lse(wide ? data<double>(std::get<1>(outputs)) : nullptr, problem.queries);
   return outputs;
 }
@@ -187,9 +191,8 @@ template <Method method>
 Gradients forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                   const std::optional<Tensor>& key_weight, bool exclude_self, bool tangent_w, bool tangent_q) {
   const Call call = call_of(query, key, value, w, key_weight, exclude_self);
-  STD_TORCH_CHECK(
-      may_have_tangents(call.problem, tangent_w, tangent_q),
-      "nwfast: tangents are for one feature and, of the query, in float64 three; those of w for one channel");
+  STD_TORCH_CHECK(may_have_tangents(call.problem, tangent_w, tangent_q),
+                  "nwfast: tangents are for up to three features; those of w for one channel");
   return run_forward(call, method, {true, true, tangent_w, tangent_q});
 }
 
@@ -261,8 +264,8 @@ void run_backward(const Problem& problem, const WithoutLeftOut& kept, BackwardTa
   const bool of_keys = problem.batch.count > 0 && (needs & (kNeedKey | kNeedValue | kNeedKeyWeight));
   bool both = false;
   if (problem.batch.count > 0 && (needs & (kNeedQuery | kNeedW)) && problem.queries > 0) {
-    const bool tangents =
-        !task.grad_lse.data && (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
+    const bool tangents = !task.grad_lse.data && problem.channels == 1 && problem.features <= 3 &&
+                          (task.tangent_q || !task.grad_query) && (task.tangent_w || !task.grad_w);
     check(tangents || task.state);
     // Without a state the dense way alone serves.
     if (!tangents || !apply_tangents(problem, task)) {
@@ -329,6 +332,8 @@ Gradients backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse
     task.state = data<double>(whole[1]);
     task.tangent_w = data<T>(whole[2]);
     task.tangent_q = data<T>(whole[3]);
+    const int64_t tangents = problem.batch.count * problem.queries * problem.features;
+    for (int i : {2, 3}) check(whole[i].numel() == 0 || problem.channels > 1 || whole[i].numel() == tangents);
     run_backward(problem, kept, task, w, needs, gradients, linear);
   };
   wide ? run(double()) : run(float());

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -96,6 +98,34 @@ NWFAST_INLINE IntVec<T> lane_numbers() {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
   return v;
 }
+// The score below which exp2 of it times a factor is taken for 0: no product of that with what is not tiny itself is
+// then subnormal. Some processors take a hundred times as long for such a number as for others.
+template <typename T>
+NWFAST_INLINE T least_score(T factor) {
+  typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type bits;
+  std::memcpy(&bits, &factor, sizeof bits);
+  constexpr int kRoom = 17;
+  const int exponent = static_cast<int>(bits >> Simd<T>::kMantissa) - Simd<T>::kBias;
+  return static_cast<T>(1 - Simd<T>::kBias + kRoom - exponent);
+}
+// The same for a row of the backward pass, of the inverse of its total and the gradients that its pairs are multiplied
+// by: but for weights of at least 2^-70 or so, which count however small these are.
+template <typename T>
+NWFAST_INLINE T least_score(T inverse_total, const T* grad, int64_t n, T other) {
+  constexpr T kLeast = T(0x1p-40);
+  T most = other < 0 ? -other : other;
+  for (int64_t c = 0; c < n; ++c) {
+    const T size = grad[c] < 0 ? -grad[c] : grad[c];
+    most = size > most ? size : most;
+  }
+  most = most < 1 ? most : T(1);
+  return least_score(inverse_total * (most > kLeast ? most : kLeast));
+}
+template <typename T>
+NWFAST_INLINE Vec<T> drop_below(Vec<T> score, T least) {
+  return select<T>(score < splat<T>(least), splat<T>(-std::numeric_limits<T>::infinity()), score);
+}
+
 // Lanes are added in a fixed order, pairwise, in double.
 template <typename T>
 NWFAST_INLINE double horizontal_sum(Vec<T> v) {
@@ -125,15 +155,19 @@ template <typename T>
 NWFAST_INLINE Vec<T> exp2(Vec<T> t);
 
 #if NWFAST_LEVEL == 512
+// Where 2^t would be subnormal it is 0, as everywhere (see least_score). Of an infinity the instructions make 0 without
+// a subnormal on the way.
 template <>
 NWFAST_INLINE Vec<float> exp2<float>(Vec<float> t) {
   constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  t = drop_below<float>(t, 1 - Simd<float>::kBias);
   const Vec<float> fraction = _mm512_maskz_reduce_ps(0xffff, t, kFloor);
   return _mm512_maskz_scalef_ps(0xffff, exp2_polynomial<float>(fraction), t);
 }
 template <>
 NWFAST_INLINE Vec<double> exp2<double>(Vec<double> t) {
   constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  t = drop_below<double>(t, 1 - Simd<double>::kBias);
   const Vec<double> fraction = _mm512_maskz_reduce_pd(0xff, t, kFloor);
   return _mm512_maskz_scalef_pd(0xff, exp2_polynomial<double>(fraction), t);
 }

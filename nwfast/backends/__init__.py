@@ -23,9 +23,9 @@ size 1 or that of the batch *B, so nothing is ever expanded in memory):
 * state (*B, M, 2) float64 is what the backward pass needs to know of each row's normaliser, as
   (shift, total): lse = ln 2 * (log2(total) - shift). Apart, since a single lse of 1e8 cannot hold both.
 * tangents: d out / d w and d out / d query, for one feature and one channel (D = C = 1), where asked for; they make
-  the backward pass for w and query a product. Not asked for: an empty tensor of shape (0,). The native linear method
-  gives d out / d query for any number of channels, with two and three features in float64, as (*B, M, D * C), where it
-  serves; else it is of shape (*B, M).
+  the backward pass for w and query a product. Not asked for: an empty tensor of shape (0,). Where the native linear
+  method serves, it gives d out / d query, (*B, M, D * C), for any number of channels, and with two and three features
+  d out / d w, (*B, M, D), for one; where it does not, both are of shape (0,).
 * grad_lse may be None. needs is a sum of NEEDS flags; a gradient not asked for is an empty tensor of shape (0,).
   backward uses the tangents it is given unless grad_lse is not None, which they do not cover.
 * linear kernels (see `operators`) take up to FGT_FEATURES features.

@@ -107,11 +107,12 @@ def _gradients_need_rules() -> bool:
 
 
 def functions_around(
-    forward_kernel: Callable, backward_kernel: Callable, stateless: Callable | None
+    forward_kernel: Callable, backward_kernel: Callable, stateless: Callable | None, most_features: int = 1
 ) -> tuple[Any, Any, Any]:
     """The autograd.Functions around a kernel's operators, for eager calls.
 
-    Outside functorch transforms, inside, and inside where nothing is differentiated.
+    Outside functorch transforms, inside, and inside where nothing is differentiated. `most_features`: up to which the
+    kernel may have tangents.
     """
 
     def run_backward(*args):
@@ -131,13 +132,16 @@ def functions_around(
         @staticmethod
         def forward(ctx, query, key, value, w, key_weight, exclude_self, return_lse, drop):
             need_query, need_key, need_value, need_w, need_weight, *_ = ctx.needs_input_grad
-            tangents = not return_lse and is_single(query, key, value)
+            single = is_single(query, key, value)
+            tangents = not return_lse and (
+                single or (query.ndim > 1 and query.shape[-1] <= most_features and value.shape[-1] == 1)
+            )
             inputs = query, key, value, w, key_weight, exclude_self
             with torch._C._AutoDispatchBelowAutograd():
-                if stateless and tangents and not (need_key or need_value or need_weight):
+                if stateless and tangents and single and not (need_key or need_value or need_weight):
                     # lse is not wanted, and empty as the state is to be.
                     out, *computed = stateless(*inputs, False, need_w, need_query)
-                else:
+                else:  # with the state: whether a call of several features has tangents depends on its data
                     out, lse, *computed = forward_kernel(
                         *inputs, tangents and need_w, tangents and need_query
                     )
@@ -288,9 +292,9 @@ def drop_last(result: Tensor, dims: int) -> Tensor:
 
 
 def is_single(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Tangents have a value for each feature and channel: worth their memory for one of each.
+    """Of one feature and one channel, for which all kernels have tangents.
 
-    They are derivatives of out alone, so a call that returns lse too goes without.
+    These are derivatives of out alone, so a call that returns lse too goes without.
     """
     if query.ndim == 1:  # of a call on the short way
         return value.ndim == key.ndim

@@ -135,15 +135,15 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _REFUSED = "nwfast: operators take"
 
 
-def goes_short(query: Any, key: Any, value: Any, w: Any, key_weight: Any) -> bool:
-    """Whether these are plain CPU tensors of an eager call in a form of one feature, outside of all transforms."""
+def goes_short(query: Any, key: Any, value: Any, w: Any, key_weight: Any, most: int = 1) -> bool:
+    """Whether these are plain CPU tensors of an eager call, outside of all transforms; query of `most` dimensions."""
     return (
         type(query) in _PLAIN
         and type(key) in _PLAIN
         and type(value) in _PLAIN
         and type(w) in _PLAIN
         and (key_weight is None or type(key_weight) in _PLAIN)
-        and query.ndim == 1
+        and 0 < query.ndim <= most
         and query.is_cpu
         and key.is_cpu
         and value.is_cpu

@@ -111,8 +111,11 @@ class _Kernels:
             return self.direct
         if name not in ("eager", "transformable", "mapped"):
             raise AttributeError(name)
-        stateless = self.stateless if self.name.startswith("native") else None
-        self.eager, self.transformable, self.mapped = functions_around(self.forward, self.backward, stateless)
+        native = self.name.startswith("native")
+        features = backends.FGT_FEATURES["native"] if self.name.startswith("native_") else 1
+        self.eager, self.transformable, self.mapped = functions_around(
+            self.forward, self.backward, self.stateless if native else None, features
+        )
         return self.__dict__[name]
 
 

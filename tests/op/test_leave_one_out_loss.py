@@ -86,6 +86,42 @@ def test_methods_and_large_data(native, method):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("method", ["dense", "fgt", "auto"])
+@pytest.mark.parametrize("features", [2, 3, 5])
+def test_several_features_are_one_operator_too(native, features, method, weighted, dtype):
+    if method == "fgt" and features > 3:
+        method = "auto"
+    x, y = torch.rand(3000, features, dtype=dtype), torch.randn(3000, 1, dtype=dtype)
+    x[:5] += 3  # with others far away alone
+    weight = torch.rand(3000, dtype=dtype) if weighted else None
+    if weighted:
+        weight[::7] = 0
+        x[7] = torch.nan
+    for w in (torch.linspace(5, 9, features, dtype=dtype), torch.tensor(6.0, dtype=dtype)):
+        w.requires_grad_()
+        for reduction in ("mean", "sum"):
+            options = dict(key_weight=weight, reduction=reduction, method=method, backend=native)
+            one = nwfast.leave_one_out_loss(x, y, w, **options)
+            assert one.grad_fn.name() == "_OfWBackward"
+            alone = nwfast.leave_one_out_loss(x, y[:, 0], w.detach(), **options)
+            torch.testing.assert_close(
+                alone, one.detach(), rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0
+            )
+            exact = w.detach().double().requires_grad_()
+            options["key_weight"] = None if weight is None else weight.double()
+            other = nwfast.leave_one_out_loss(x.double(), y.double().expand(-1, 2), exact, **options) / (
+                1 if reduction == "mean" else 2
+            )
+            bound = 2e-6 if dtype == torch.float32 else 1e-11
+            torch.testing.assert_close(one.double(), other, rtol=bound, atol=0)
+            ours, right = torch.autograd.grad(one, w)[0], torch.autograd.grad(other, exact)[0]
+            assert ours.dtype == dtype and ours.shape == w.shape
+            scale = other.detach() / exact.detach().min()  # of the terms of the sum
+            assert (ours - right).abs().max() <= 10 * bound * scale
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_examples_of_weight_0_are_as_if_not_there(backend, reduction):
     x, y, w, weight = draw(1, 1, True)

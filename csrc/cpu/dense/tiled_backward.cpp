@@ -82,6 +82,10 @@ void query_side(const Problem& problem, const BackwardTask<R>& task, int64_t b, 
           task.grad_query[(b * problem.queries + batch->row_of[begin + i]) * features + f] =
               static_cast<R>(-w * ((w / unit) * first[i * features + f]));
         }
+        if (task.rows_grad_w) {
+          task.rows_grad_w[(b * problem.queries + batch->row_of[begin + i]) * features + f] =
+              static_cast<R>(w_gradient(w, unit, second[i * features + f]));
+        }
         sum += second[i * features + f];
       }
       if (!grad_w) continue;
@@ -106,6 +110,9 @@ void far_query_side(const Problem& problem, const BackwardTask<R>& task, int64_t
     for (int64_t f = 0; task.grad_query && f < features; ++f) {
       task.grad_query[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(grad_query[f]);
     }
+    for (int64_t f = 0; task.rows_grad_w && f < features; ++f) {
+      task.rows_grad_w[(b * problem.queries + rows[i]) * features + f] = static_cast<R>(partial[i * features + f]);
+    }
   });
   for (int64_t f = 0; grad_w && f < features; ++f) {
     FarBatch::Real sum = 0;  // of terms that may overflow in double where their sum does not
@@ -127,6 +134,9 @@ void finish_queries(const Problem& problem, const BackwardTask<R>& task, int64_t
     if (task.grad_query) {
       std::fill_n(task.grad_query + (b * problem.queries + i) * features, features, static_cast<R>(NAN));
     }
+    if (task.rows_grad_w) {
+      std::fill_n(task.rows_grad_w + (b * problem.queries + i) * features, features, static_cast<R>(NAN));
+    }
     if (grad_w) std::fill_n(grad_w, features, NAN);
   }
 }
@@ -138,6 +148,7 @@ double* clear_queries(const Problem& problem, const BackwardTask<R>& task, int64
   double* const grad_w = task.grad_w ? task.grad_w + b * problem.features : nullptr;
   if (grad_w) std::fill_n(grad_w, problem.features, 0.0);
   if (task.grad_query) std::fill_n(task.grad_query + b * size, size, R(0));
+  if (task.rows_grad_w) std::fill_n(task.rows_grad_w + b * size, size, R(0));
   return grad_w;
 }
 

@@ -144,7 +144,7 @@ void tiled_rows(const TiledRows<T>& task) {
 template <typename T>
 struct GradRows {
   const T *query[kQ], *value_grad[kQ];
-  T inverse_total[kQ], offset_grad[kQ], lse_grad[kQ];
+  T inverse_total[kQ], offset_grad[kQ], lse_grad[kQ], least[kQ];
   double shift[kQ];
   const int64_t* excluded;
   int rows;
@@ -160,6 +160,7 @@ struct GradRows {
       inverse_total[r] = task.inverse_total[row];
       offset_grad[r] = task.offset_grad[row];
       lse_grad[r] = task.lse_grad[row];
+      least[r] = least_score(inverse_total[r], value_grad[r], task.data.channels, lse_grad[r]);
     }
     excluded = task.excluded ? task.excluded + first : nullptr;
   }
@@ -184,6 +185,7 @@ NWFAST_INLINE void weigh(const TiledData<T>& data, const GradRows<T>& block, con
       T* const place = weights + r * pitch + v * kLanes<T>;
       Vec<T> score = load(place);
       if (!kShifted) score += static_cast<T>(block.shift[r]);
+      score = drop_below<T>(score, block.least[r]);
       // A key of weight 0 (whose log is not part of the score here) may lie so much nearer than all that count that no
       // number holds what it weighs.
       const Vec<T> infinite = splat<T>(std::numeric_limits<T>::infinity());

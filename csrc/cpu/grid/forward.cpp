@@ -1,9 +1,10 @@
 // The forward pass of the linear method in two and three features, with tangents of the query for any number of
-// channels.
+// channels, and of w for one: with them the gradients of both are a product (../tangents.h), and no second pass.
 
 #include <optional>
 
 #include "crowded.h"
+#include "derivatives.h"
 #include "tangents.h"
 
 namespace nwfast {
@@ -17,8 +18,7 @@ class Forward {
       : problem_(problem), result_(result), b_(b), serial_(serial) {}
 
   bool run() {
-    const int columns = static_cast<int>(problem_.channels) + 1;
-    const int order = result_.tangent_q ? 1 : 0;
+    const int order = result_.tangent_w ? 2 : result_.tangent_q ? 1 : 0;
     // Products are made of values in columns.
     if (!element_.prepare(problem_, b_, order, order > 0 ? Values::kBackward : Values::kForward, true, serial_)) {
       return false;
@@ -27,8 +27,12 @@ class Forward {
     std::vector<int64_t> left_over = element_.outside;
     left_.assign(m, 1);
     std::vector<int64_t> expanded;
-    if (m > 0) expanded = choose_boxes(element_.plan, element_.keys, element_.queries, columns, order, serial_);
-    if (!expanded.empty()) expand(std::move(expanded), columns, order);
+    const Derivatives<R> derivatives(element_, order);
+    if (m > 0) {
+      expanded =
+          choose_boxes(element_.plan, element_.keys, element_.queries, derivatives.columns, derivatives.order, serial_);
+    }
+    if (!expanded.empty()) expand(std::move(expanded), derivatives);
     for (int level = 0; level < kLevels; ++level) {
       std::vector<int64_t> rows;
       for (int64_t i = 0; i < m; ++i) {
@@ -52,16 +56,15 @@ class Forward {
               batch.values.get(), shift, total, batch.weight_unit, values, stride);
   }
 
-  // (features, channels) of a row.
-  R* tangent_of(int64_t i) const {
-    const int64_t row = b_ * problem_.queries + element_.queries.order[i];
-    return result_.tangent_q + row * problem_.features * problem_.channels;
-  }
+  int64_t result_row(int64_t i) const { return b_ * problem_.queries + element_.queries.order[i]; }
+  // Of a row: tangents of the query (features, channels), and of w (features).
+  R* by_query(int64_t i) const { return result_.tangent_q + result_row(i) * problem_.features * problem_.channels; }
+  R* by_w(int64_t i) const { return result_.tangent_w + result_row(i) * problem_.features; }
 
-  void expand(std::vector<int64_t> boxes, int columns, int order) {
+  void expand(std::vector<int64_t> boxes, const Derivatives<R>& derivatives) {
     fill_matrices(element_.plan);
     const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
-    const int slots = order > 0 ? 4 : 1;
+    const int columns = derivatives.columns, order = derivatives.order, slots = derivatives.slots();
     Expansion<R> expansion{
         element_.plan,
         element_.keys,
@@ -69,41 +72,44 @@ class Forward {
         std::move(boxes),
         columns,
         order,
-        [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { element_.load(begin, n, charge, pitch); },
+        [&](int64_t begin, int64_t n, double* charge, int64_t pitch) { derivatives.load(begin, n, charge, pitch); },
         [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
           const double error = error_of(element_.plan, bound) + tail;
           std::vector<double> row(slots * columns), own(columns);
           for (int64_t k = 0; k < n; ++k) {
             const double* from = sums + k;
             int64_t stride = pitch;
-            if (problem_.exclude_self) {
+            if (problem_.exclude_self || order > 0) {
               for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
-              element_.load(element_.own[begin + k], 1, own.data(), 1);
-              if (!element_.subtract_own(begin + k, own.data(), columns, order, row.data())) continue;
               from = row.data();
               stride = 1;
             }
+            if (problem_.exclude_self) {
+              derivatives.load(element_.own[begin + k], 1, own.data(), 1);
+              if (!element_.subtract_own(begin + k, own.data(), columns, order, row.data())) continue;
+            }
             if (!(from[0] * Accuracy<R>::kAccept >= error)) continue;
             write(begin + k, 0, from[0], from + stride, stride);
-            if (order > 0) differentiate(begin + k, from, columns, stride);
+            if (order > 0) differentiate(begin + k, derivatives, row.data());
             left_[begin + k] = 0;
           }
         }};
     expansion.run(serial_);
   }
 
-  // sums (slots, columns) with a stride: see GridEvaluate.
-  void differentiate(int64_t i, const double* sums, int columns, int64_t stride) const {
+  // row (slots, columns): see GridEvaluate.
+  void differentiate(int64_t i, const Derivatives<R>& derivatives, const double* row) const {
+    const int64_t channels = problem_.channels;
     for (int a = 0; a < kAxes; ++a) {
       const Axis& axis = element_.plan.axis[a];
       if (axis.feature < 0) continue;
-      R* const tangent = tangent_of(i) + axis.feature * problem_.channels;
-      const double* const first = sums + (1 + a) * columns * stride;
-      const double factor = axis.scale == 0 ? 0 : axis.to_local() / sums[0];
-      for (int c = 1; c < columns; ++c) {
-        const double mean = sums[c * stride] / sums[0];
-        tangent[c - 1] = static_cast<R>((first[c * stride] - mean * first[0]) * factor);
+      const bool constant = axis.scale == 0;  // out depends on the square of w
+      for (int64_t c = 0; c < channels && result_.tangent_q; ++c) {
+        const double tangent = constant ? 0 : derivatives.by_query(a, row, c + 1);
+        by_query(i)[axis.feature * channels + c] = static_cast<R>(tangent);
       }
+      if (!result_.tangent_w) continue;
+      by_w(i)[axis.feature] = static_cast<R>(constant ? 0 : derivatives.by_w(a, row, 1, i));
     }
   }
 
@@ -116,7 +122,7 @@ class Forward {
           double total[kItemRows], shift[kItemRows];
           int64_t excluded[kItemRows];
           std::optional<WindowProducts<R>> products;
-          if (result_.tangent_q) products.emplace(window);
+          if (result_.tangent_q && !result_.tangent_w) products.emplace(window);
           TiledRows<R> task;
           task.data = products ? products->data : window;
           const int64_t columns = task.data.channels;
@@ -144,14 +150,57 @@ class Forward {
               for (int64_t f = 0; f < features; ++f) {
                 const double w = element_.batch.w[f], factor = w * (w / element_.batch.unit[f]);
                 for (int64_t c = 0; c < channels; ++c) {
-                  tangent_of(i)[f * channels + c] = static_cast<R>(factor * covariance[f * channels + c]);
+                  by_query(i)[f * channels + c] = static_cast<R>(factor * covariance[f * channels + c]);
                 }
               }
             }
             write(i, shift[k], total[k], sums, 1);
             left_[i] = 0;
           }
+          if (result_.tangent_w) differentiate_directly(rows.data() + run.begin, task, window);
         });
+  }
+
+  // Tangents of the rows that a window has served, by a second look at it: the gradients for a cotangent of 1.
+  void differentiate_directly(const int64_t* rows, const TiledRows<R>& sums, const TiledData<R>& window) const {
+    const int64_t features = problem_.features;
+    Buffer<double> first(kItemRows * features), second(kItemRows * features);
+    Buffer<R> one(kItemRows * window.channel_pitch), query(kItemRows * features);
+    R inverse[kItemRows], mean[kItemRows], zero[kItemRows] = {};
+    double shift[kItemRows];
+    int64_t excluded[kItemRows], served[kItemRows], n = 0;
+    for (int64_t k = 0; k < sums.rows; ++k) {
+      if (left_[rows[k]]) continue;
+      inverse[n] = static_cast<R>(1 / sums.total[k]);
+      shift[n] = sums.shift[k];
+      mean[n] = result_.out[result_row(rows[k])] - element_.batch.centre[0];
+      if (sums.excluded) excluded[n] = sums.excluded[k];
+      std::copy_n(sums.query + k * features, features, &query[n * features]);
+      std::fill_n(&one[n * window.channel_pitch], window.channel_pitch, R(0));
+      one[n * window.channel_pitch] = 1;
+      served[n++] = rows[k];
+    }
+    if (n == 0) return;
+    TiledQueryGrad<R> task;
+    task.data = window;
+    task.rows = n;
+    task.query = query.get();
+    task.excluded = sums.excluded ? excluded : nullptr;
+    task.shift = shift;
+    task.inverse_total = inverse;
+    task.offset_grad = mean;
+    task.lse_grad = zero;
+    task.value_grad = one.get();
+    task.first = first.get();
+    task.second = second.get();
+    kernels<R>().tiled_query_grad(task);
+    for (int64_t k = 0; k < n; ++k) {
+      for (int64_t f = 0; f < features; ++f) {
+        const double w = element_.batch.w[f], unit = element_.batch.unit[f];
+        if (result_.tangent_q) by_query(served[k])[f] = static_cast<R>(-w * ((w / unit) * first[k * features + f]));
+        by_w(served[k])[f] = static_cast<R>(-(w / unit) * (second[k * features + f] / unit));
+      }
+    }
   }
 
   void sum_left_over(std::vector<int64_t> rows) {
@@ -168,11 +217,11 @@ class Forward {
       if (result_.lse) result_.lse[row] = lse[i];
       if (result_.state) std::copy_n(state.get() + 2 * i, 2, result_.state + 2 * row);
     }
-    if (!result_.tangent_q) return;
+    if (!result_.tangent_q && !result_.tangent_w) return;
     // Channel by channel: the gradient of the query is the derivative of what its cotangent picks.
     const int64_t features = problem_.features;
     Buffer<double> picked(channels);
-    Buffer<R> grad(count * features);
+    Buffer<R> by_query(count * features), by_w(count * features);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t other = 0; other < channels; ++other) picked[other] = other == c;
       BackwardTask<R> task{};
@@ -181,11 +230,16 @@ class Forward {
       task.grad_out.column_stride = 1;
       task.out = out.get();
       task.state = state.get();
-      task.grad_query = grad.get();
+      task.grad_query = by_query.get();
+      if (result_.tangent_w) task.rows_grad_w = by_w.get();
       tiled_query_backward<R>(left_over.problem, task);
       for (int64_t i = 0; i < count; ++i) {
-        R* const tangent = result_.tangent_q + (b_ * problem_.queries + left_over.rows[i]) * features * channels;
-        for (int64_t f = 0; f < features; ++f) tangent[f * channels + c] = grad[i * features + f];
+        const int64_t row = b_ * problem_.queries + left_over.rows[i];
+        for (int64_t f = 0; f < features; ++f) {
+          const int64_t from = i * features + f, to = row * features + f;
+          if (result_.tangent_q) result_.tangent_q[to * channels + c] = by_query[from];
+          if (result_.tangent_w) result_.tangent_w[to] = by_w[from];
+        }
       }
     }
   }

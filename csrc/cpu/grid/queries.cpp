@@ -1,19 +1,14 @@
-// Gradients of queries and w: derivatives of the same series by the place in a box.
-//
-// With S and N the total of a row and its sum for a channel, out = N / S and d out / d x = (dN / dx - out dS / dx) / S.
-// By w, since z^2 K = d^2 K / dz^2 + K for the kernel K, d out / d w = -(d^2 N / dz^2 - out d^2 S / dz^2) / (w S) with
-// z in bandwidths. Where all distances along a feature are small beside the bandwidth, the second derivative is -1 but
-// for little: there sum c (s - t)^2 K is what the first derivatives of two sums differ by, that of charges c times s
-// and that of charges c t, with places t of the keys.
+// Gradients of queries and w (derivatives.h), where the forward pass left no tangents.
+
+#include <optional>
 
 #include "crowded.h"
+#include "derivatives.h"
 #include "row_gradients.h"
 
 namespace nwfast {
 namespace grid {
 namespace {
-
-constexpr double kFlatHalf = 0.5;  // half width of an axis of one cell, in bandwidths, below which distances are small
 
 template <typename R>
 class QueryBackward {
@@ -22,7 +17,7 @@ class QueryBackward {
       : problem_(problem), task_(task), b_(b), serial_(serial) {}
 
   bool run() {
-    const int64_t m = problem_.queries, features = problem_.features, channels = problem_.channels;
+    const int64_t m = problem_.queries, features = problem_.features;
     const int order = task_.grad_w ? 2 : 1;
     if (!element_.prepare(problem_, b_, order, Values::kBackward, true, serial_)) {
       return false;
@@ -32,20 +27,10 @@ class QueryBackward {
     const int64_t rows = element_.queries.n;
     by_w_.allocate(task_.grad_w ? rows * features : 0);
     for (int64_t i = 0; task_.grad_w && i < rows * features; ++i) by_w_[i] = 0;
-    columns_ = static_cast<int>(channels) + 1;
-    order_ = 1;
-    for (int a = 0; a < kAxes; ++a) {
-      const Axis& axis = element_.plan.axis[a];
-      flat_[a] = axis.single && axis.half < kFlatHalf;
-      if (axis.feature >= 0 && task_.grad_w && flat_[a]) {
-        flat_column_[a] = columns_;
-        columns_ += static_cast<int>(channels) + 1;
-      }
-      if (axis.feature >= 0 && task_.grad_w && !flat_[a]) order_ = 2;
-    }
+    derivatives_.emplace(element_, order);
     if (rows > 0) {
-      std::vector<int64_t> boxes =
-          choose_boxes(element_.plan, element_.keys, element_.queries, columns_, order_, serial_);
+      std::vector<int64_t> boxes = choose_boxes(element_.plan, element_.keys, element_.queries, derivatives_->columns,
+                                                derivatives_->order, serial_);
       if (!boxes.empty()) expand(std::move(boxes));
       for (int level = 0; level < kLevels; ++level) sum_directly(level);
     }
@@ -64,86 +49,57 @@ class QueryBackward {
  private:
   int64_t result_row(int64_t i) const { return b_ * problem_.queries + element_.queries.order[i]; }
 
-  void load(int64_t begin, int64_t n, double* charge, int64_t pitch) const {
-    element_.load(begin, n, charge, pitch);
-    const int channels = static_cast<int>(problem_.channels);
-    for (int a = 0; a < kAxes; ++a) {
-      if (flat_column_[a] == 0) continue;
-      for (int64_t j = 0; j < n; ++j) {
-        const double place = key_place(a, begin + j);
-        for (int c = 0; c <= channels; ++c) {
-          charge[(flat_column_[a] + c) * pitch + j] = charge[c * pitch + j] * place;
-        }
-      }
-    }
-  }
-  double key_place(int a, int64_t j) const {
-    const Axis& axis = element_.plan.axis[a];
-    return (static_cast<double>(element_.keys.axis(element_.plan, a)[j]) - axis.middle) * axis.to_local();
-  }
-  double query_place(int a, int64_t i) const {
-    const Axis& axis = element_.plan.axis[a];
-    return (static_cast<double>(element_.queries.axis(element_.plan, a)[i]) - axis.middle) * axis.to_local();
-  }
-
   void expand(std::vector<int64_t> boxes) {
     fill_matrices(element_.plan);
     const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
-    const int slots = order_ == 1 ? 4 : 7;
-    Expansion<R> expansion{
-        element_.plan,
-        element_.keys,
-        element_.queries,
-        std::move(boxes),
-        columns_,
-        order_,
-        [this](int64_t begin, int64_t n, double* charge, int64_t pitch) { load(begin, n, charge, pitch); },
-        [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
-          const double error = error_of(element_.plan, bound) + tail;
-          std::vector<double> row(slots * columns_), own(columns_);
-          for (int64_t k = 0; k < n; ++k) {
-            const int64_t i = begin + k;
-            if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
-            for (int s = 0; s < slots * columns_; ++s) row[s] = sums[s * pitch + k];
-            if (problem_.exclude_self) {
-              load(element_.own[i], 1, own.data(), 1);
-              if (!element_.subtract_own(i, own.data(), columns_, order_, row.data())) continue;
-            }
-            if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
-            differentiate(i, row);
-            gradients_->level[i] = RowGradients<R>::kIdle;
-          }
-        }};
+    const int columns = derivatives_->columns, order = derivatives_->order, slots = derivatives_->slots();
+    Expansion<R> expansion{element_.plan,
+                           element_.keys,
+                           element_.queries,
+                           std::move(boxes),
+                           columns,
+                           order,
+                           [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
+                             derivatives_->load(begin, n, charge, pitch);
+                           },
+                           [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
+                             const double error = error_of(element_.plan, bound) + tail;
+                             std::vector<double> row(slots * columns), own(columns);
+                             for (int64_t k = 0; k < n; ++k) {
+                               const int64_t i = begin + k;
+                               if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
+                               for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
+                               if (problem_.exclude_self) {
+                                 derivatives_->load(element_.own[i], 1, own.data(), 1);
+                                 if (!element_.subtract_own(i, own.data(), columns, order, row.data())) continue;
+                               }
+                               if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
+                               differentiate(i, row.data());
+                               gradients_->level[i] = RowGradients<R>::kIdle;
+                             }
+                           }};
     expansion.run(serial_);
   }
 
   // row (slots, columns): see GridEvaluate.
-  void differentiate(int64_t i, const std::vector<double>& row) {
+  void differentiate(int64_t i, const double* row) {
     const int64_t channels = problem_.channels, features = problem_.features;
-    const double total = row[0];
+    const Derivatives<R>& of = *derivatives_;
     for (int a = 0; a < kAxes; ++a) {
       const Axis& axis = element_.plan.axis[a];
       if (axis.feature < 0 || axis.scale == 0) continue;
-      const double* const first = row.data() + (1 + a) * columns_;
-      const double* const second = order_ == 2 ? row.data() + (4 + a) * columns_ : nullptr;
       const double by_lse = gradients_->lse[i];
-      double by_query = by_lse * first[0] / total, by_w = 0;
-      // sum c z^2 K; with channels less what cancels in the difference.
-      const double place = flat_column_[a] ? query_place(a, i) : 0, square = axis.half * axis.half;
-      const auto scores = [&](int64_t c) {
-        return flat_column_[a] ? first[flat_column_[a] + c] - place * first[c] : second[c] / square;
-      };
-      const double all = task_.grad_w ? scores(0) : 0;
-      if (task_.grad_w && by_lse != 0) by_w = by_lse * ((all + (flat_column_[a] ? 0 : total)) / total);
+      double by_query = by_lse * (of.first(a, row, 0) / row[0]) * axis.to_local(), by_w = 0;
+      if (task_.grad_w && by_lse != 0) {
+        by_w = -by_lse * ((of.squares(a, row, 0, i) + of.left_out(a, row)) / row[0]) / element_.w(axis.feature);
+      }
       for (int64_t c = 1; c <= channels; ++c) {
-        const double grad = gradients_->out[i * channels + c - 1], mean = row[c] / total;
-        by_query += grad * ((first[c] - mean * first[0]) / total);
-        if (task_.grad_w) by_w += grad * ((scores(c) - mean * all) / total);
+        const double grad = gradients_->out[i * channels + c - 1];
+        by_query += grad * of.by_query(a, row, c);
+        if (task_.grad_w) by_w += grad * of.by_w(a, row, c, i);
       }
-      if (task_.grad_query) {
-        task_.grad_query[result_row(i) * features + axis.feature] = static_cast<R>(by_query * axis.to_local());
-      }
-      if (task_.grad_w) by_w_[i * features + axis.feature] = -by_w / element_.w(axis.feature);
+      if (task_.grad_query) task_.grad_query[result_row(i) * features + axis.feature] = static_cast<R>(by_query);
+      if (task_.grad_w) by_w_[i * features + axis.feature] = by_w;
     }
   }
 
@@ -222,9 +178,7 @@ class QueryBackward {
   Element<R> element_;
   std::unique_ptr<RowGradients<R>> gradients_;
   Buffer<double> by_w_;  // (rows, features) what each row adds to the gradient of w
-  int columns_ = 0, order_ = 1;
-  bool flat_[kAxes];
-  int flat_column_[kAxes] = {};  // the first column of charges times places along an axis, 0 for none
+  std::optional<Derivatives<R>> derivatives_;
 };
 
 }  // namespace

@@ -83,6 +83,22 @@ def assert_right(
     return found
 
 
+def assert_tangents_right(query, key, value, w, key_weight=None, exclude_self=False) -> None:
+    """Gradients of query and w as products with what the forward pass gave, which calls for lse go without."""
+    leaves = query.clone().requires_grad_(), w.clone().requires_grad_()
+    options = dict(key_weight=key_weight, exclude_self=exclude_self, method="fgt", backend="native")
+    if exclude_self:
+        key = key.clone()
+    out = nwfast.nadaraya_watson(leaves[0], key, value, leaves[1], **options)
+    saved = [tensor.shape for tensor in out.grad_fn.saved_tensors if tensor is not None]
+    assert saved[-2:] == [query.shape, query.shape]
+    cotangent = torch.randn_like(out)
+    right = solve(query, key, value, w, key_weight, cotangent, exclude_self=exclude_self, boxes=BOXES)
+    found = dict(zip(("query", "w"), torch.autograd.grad(out, leaves, cotangent), strict=True))
+    for name, result in {"out": out, **found}.items():
+        assert_accurate(result, right[name], name)
+
+
 def problem(kind, features, w, dtype, n=300, m=200, channels=1, seed=1):
     generator = np.random.default_rng(seed)
     points = places(kind, n + m, features, generator)[generator.permutation(n + m)]
@@ -93,7 +109,9 @@ def problem(kind, features, w, dtype, n=300, m=200, channels=1, seed=1):
 
 @pairwise("features, kind, w, dtype", (2, 3), KINDS, (0.0, 1e-6, 0.3, 6.0, 300.0, 1e6), DTYPES)
 def test_at_every_bandwidth(features, kind, w, dtype):
-    assert_right(*problem(kind, features, w, dtype))
+    data = problem(kind, features, w, dtype)
+    assert_right(*data)
+    assert_tangents_right(*data)
 
 
 def assert_as_textbook(query, key, value, w, exclude_self=False) -> None:
@@ -144,6 +162,7 @@ def test_far_queries(features, distance, dtype):
     query[::7] += distance / 4 * torch.randn(len(query[::7]), features, dtype=dtype)
     query[3] = torch.tensor([1e30, -1e30, 1.0][:features], dtype=dtype)
     assert_right(query, key, value, w, grad_lse=False)
+    assert_tangents_right(query, key, value, w)
 
 
 @every_other("features, w, dtype", (2, 3), (0.5, 6.0, 60.0), DTYPES)
@@ -151,6 +170,7 @@ def test_leave_one_out(features, w, dtype):
     _, key, value, w = problem("uniform", features, w, dtype, n=400)
     value[5] = 1e6  # the row's own value would drown all others
     assert_right(key.clone(), key, value, w, exclude_self=True)
+    assert_tangents_right(key, key, value, w, torch.rand(len(key), dtype=dtype), exclude_self=True)
     assert_right(key.flip(0), key, value, w, exclude_self=True)
 
 
@@ -250,7 +270,10 @@ def test_same_bits_for_any_number_of_threads(features, w):
             torch.set_num_threads(count)
             leaves = [x.clone().requires_grad_() for x in (query, key, value, w)]
             out, lse = nwfast.nadaraya_watson(*leaves, method="fgt", backend="native", return_lse=True)
-            results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+            gradients = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+            one = nwfast.nadaraya_watson(*leaves[:2], value[:, :1], leaves[3], method="fgt", backend="native")
+            by_tangents = torch.autograd.grad(one.sum(), [leaves[0], leaves[3]])
+            results.append((out, lse, *gradients, *by_tangents))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -268,6 +291,11 @@ def test_rows_that_are_no_numbers(features):
     kept = torch.ones(len(query), dtype=torch.bool)
     kept[[3, 5]] = False
     assert torch.equal(out[kept], expected[kept])
+    leaves = query.requires_grad_(), w.requires_grad_()
+    out = nwfast.nadaraya_watson(leaves[0], key, value, leaves[1], method="fgt", backend="native")
+    assert torch.autograd.grad(out.sum(), leaves, retain_graph=True)[1].isnan().all()
+    by_query, by_w = torch.autograd.grad(out[kept].sum(), leaves)
+    assert by_w.isfinite().all() and (by_query[~kept] == 0).all()
     key[7] = torch.nan  # counts for every row
     out = nwfast.nadaraya_watson(query, key, value, w, method="fgt", backend="native")
     assert out.isnan().all()
@@ -329,6 +357,18 @@ def test_meshes_agree_with_series(exclude_self, data):
     for place, (single, double) in enumerate(zip(*results, strict=True)):
         scale = 1e-2 * terms if place == 4 else double.abs().max()
         assert (single - double).abs().max() <= 1e-6 * scale, place
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_second_derivatives_where_there_are_tangents(features):
+    query, key, value, w = problem("uniform", features, 6.0, torch.float64, n=30, m=20)
+    leaves = query.requires_grad_(), w.requires_grad_()
+
+    def out(query, w):
+        return nwfast.nadaraya_watson(query, key, value, w, method="fgt", backend="native")
+
+    assert torch.autograd.gradcheck(out, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(out, leaves)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["all", "leave-one-out, weights"])

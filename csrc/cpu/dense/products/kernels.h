@@ -169,12 +169,18 @@ NWFAST_ONE_COPY void product_rows(const ProductRows& task) {
   for (int64_t r = 0; r < task.rows; ++r) task.shift[r] = task.constant[r] - static_cast<double>(top[r]);
 }
 
-// u_ij, and p_ij in `weights`, for `rows` rows from `first` on and the keys [begin, begin + count): (rows,
-// kProductKeys) each.
+// u_ij, and p_ij in `weights`, for `rows` rows (at most 2 kProductRows) from `first` on and the keys [begin, begin +
+// count): (rows, kProductKeys) each.
 NWFAST_ONE_COPY void product_pulls(const ProductGradRows& task, int64_t first, int64_t rows, int64_t begin,
                                    int64_t count, float* weights, float* pulls) {
   const ProductData& data = task.data;
   alignas(64) float block[kBlockRows * kBlockColumns];
+  float least[2 * kProductRows];
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = first + i;
+    least[i] = least_score(task.inverse_total[row], task.value_grad + row * task.value_pitch, data.channels,
+                           task.lse_grad[row]);
+  }
   const int64_t padded = padded_rows(rows);
   product_scores(data, task.query + first * data.features, padded, begin, count, weights);
   mask_own(task.excluded ? task.excluded + first : nullptr, rows, begin, count, weights);
@@ -190,7 +196,8 @@ NWFAST_ONE_COPY void product_pulls(const ProductGradRows& task, int64_t first, i
         for (int v = 0; v < kBlockVectors; ++v) {
           const int64_t at = place + v * kLanes<float>;
           const Vec<float> product = load(block + i * kBlockColumns + v * kLanes<float>);
-          const Vec<float> weight = exp2<float>(load(weights + at) - task.top[row]) * task.inverse_total[row];
+          const Vec<float> score = drop_below<float>(load(weights + at) - task.top[row], least[r + i]);
+          const Vec<float> weight = exp2<float>(score) * task.inverse_total[row];
           store<float>(weights + at, weight);
           // The difference first: where a row's weight is all on one key it is exactly 0, and the gradient of lse is
           // left.
