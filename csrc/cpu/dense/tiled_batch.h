@@ -95,24 +95,47 @@ class TiledBatch {
     // Vectors may begin at any key, and end as far beyond the last.
     key_.allocate(features * data.pitch + kPadding);
     query.allocate(m * features);
-    Buffer<T> column(m);
     bool uniform = true;
     for (int64_t f = 1; f < features; ++f) uniform &= std::fabs(w[f]) == std::fabs(w[0]);
+    // Rows in blocks that stay in the cache while one feature of them after the other is read.
+    constexpr int64_t kBlock = 256;
+    T column[kBlock];
+    std::vector<Range> ranges(features);
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t count = std::min(kBlock, n - begin);
+      for (int64_t f = 0; f < features; ++f) {
+        T* const key = key_.get() + f * data.pitch + begin;
+        read_keys(problem.key, key_offset + f * problem.key.column_stride, begin, count, key);
+        ranges[f].include(key, count);
+      }
+    }
+    for (const Range& range : ranges) finite_keys_ &= range.finite;
+    const auto read_queries = [&](int64_t begin, int64_t f) {
+      const int64_t count = std::min(kBlock, m - begin);
+      const View& view = problem.query;
+      read(view, query_offset + f * view.column_stride + begin * view.row_stride, count, view.row_stride, column);
+      return count;
+    };
+    for (int64_t begin = 0; begin < m; begin += kBlock) {
+      for (int64_t f = 0; f < features; ++f) {
+        const int64_t count = read_queries(begin, f);
+        for (int64_t i = 0; i < count; ++i) query[(begin + i) * features + f] = column[i];
+        ranges[f].include(column, count);
+      }
+    }
     Buffer<double> largest(features), near(features);  // of the coordinates; of those within reach of the origin
     for (int64_t f = 0; f < features; ++f) {
       T* const key = key_.get() + f * data.pitch;
-      read_keys(problem.key, key_offset + f * problem.key.column_stride, n, key);
       for (int64_t j = n; j < data.pitch; ++j) key[j] = 0;
-      read(problem.query, query_offset + f * problem.query.column_stride, m, problem.query.row_stride, column.get());
-      for (int64_t i = 0; i < m; ++i) query[i * features + f] = column[i];
-      Range range;
-      range.include(key, n);
-      finite_keys_ &= range.finite;
-      range.include(column.get(), m);
-      largest[f] = near[f] = range.magnitude();
+      largest[f] = near[f] = ranges[f].magnitude();
       const double scale = std::fabs(w[f]) * kRoot;
-      if (largest[f] * scale > kReach) near[f] = std::fmax(near_of(key, n, scale), near_of(column.get(), m, scale));
-      if (!range.finite) infinite_ = true;
+      if (largest[f] * scale > kReach) {
+        near[f] = near_of(key, n, scale);
+        for (int64_t begin = 0; begin < m; begin += kBlock) {
+          near[f] = std::fmax(near[f], near_of(column, read_queries(begin, f), scale));
+        }
+      }
+      if (!ranges[f].finite) infinite_ = true;
     }
     double near_all = 0, largest_all = 0;
     for (int64_t f = 0; uniform && f < features; ++f) {
@@ -131,8 +154,9 @@ class TiledBatch {
   }
 
   template <typename V>
-  void read_keys(const View& view, int64_t offset, int64_t n, V* out) const {
-    order_ ? gather(view, offset, order_, n, view.row_stride, out) : read(view, offset, n, view.row_stride, out);
+  void read_keys(const View& view, int64_t offset, int64_t begin, int64_t n, V* out) const {
+    order_ ? gather(view, offset, order_ + begin, n, view.row_stride, out)
+           : read(view, offset + begin * view.row_stride, n, view.row_stride, out);
   }
 
   static double near_of(const T* x, int64_t n, double scale) {
@@ -195,7 +219,7 @@ class TiledBatch {
     }
     for (int64_t c = 0; c < channels; ++c) {
       T* const packed = columns ? value_columns_.get() + c * data.pitch : column.get();
-      read_keys(problem.value, offset + c * problem.value.column_stride, n, packed);
+      read_keys(problem.value, offset + c * problem.value.column_stride, 0, n, packed);
       values[c] = Range();
       values[c].include(packed, n);
       centre[c] = static_cast<T>(values[c].centre());
@@ -216,7 +240,7 @@ class TiledBatch {
     const int64_t n = problem.keys;
     weight.allocate(n);
     log_weight_.allocate(data.pitch + kPadding);
-    read_keys(problem.key_weight, offset, n, weight.get());
+    read_keys(problem.key_weight, offset, 0, n, weight.get());
     double low = INFINITY, high = 0;
     for (int64_t j = 0; j < n; ++j) {
       finite_weights_ &= weight[j] >= 0 && weight[j] < INFINITY;

@@ -15,30 +15,35 @@ namespace nwfast {
 namespace NWFAST_ISA {
 
 constexpr int kBlockRows = NWFAST_LEVEL == 512 ? 12 : 6;
-constexpr int kBlockVectors = NWFAST_LEVEL == 512 ? 1 : 2;
+constexpr int kBlockVectors = 2;
 constexpr int kBlockColumns = kBlockVectors * kLanes<float>;
-static_assert(kProductRows % 12 == 0 && kProductKeys % 12 == 0 && kPanel % kBlockColumns == 0);
+static_assert(kProductRows % 12 == 0 && kProductKeys % kBlockColumns == 0);
+static_assert(kPanel % kBlockColumns == 0 || (kPanel == kLanes<float> && kPanelsTogether % kBlockVectors == 0));
 
-// block (kBlockRows, kBlockColumns) = left @ right, or += : left[r, k] at left[r * row + k * step], right[k] at right +
-// k
-// * kPanel.
+// From the first vector of a block's columns to the second, for panels of `depth` rows: they lie side by side, or in
+// two panels.
+NWFAST_INLINE int64_t next_vector(int64_t depth) { return kPanel == kLanes<float> ? depth * kPanel : kLanes<float>; }
+
+// block (kBlockRows, kVectors vectors; distance kBlockColumns) = left @ right, or += : left[r, k] at left[r * row + k *
+// step], right[k] at right + k * kPanel, its second vector `next` further.
+template <int kVectors>
 NWFAST_ONE_COPY void multiply_block(const float* left, int64_t row, int64_t step, int64_t depth, const float* right,
-                                    bool add, float* block) {
-  Vec<float> sum[kBlockRows][kBlockVectors] = {};
+                                    int64_t next, bool add, float* block) {
+  Vec<float> sum[kBlockRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<float> column[kBlockVectors];
-    for (int v = 0; v < kBlockVectors; ++v) column[v] = load(right + k * kPanel + v * kLanes<float>);
+    Vec<float> column[kVectors];
+    for (int v = 0; v < kVectors; ++v) column[v] = load(right + k * kPanel + v * next);
 #pragma GCC unroll 12
     for (int r = 0; r < kBlockRows; ++r) {
       const Vec<float> x = splat<float>(left[r * row + k * step]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kBlockVectors; ++v) sum[r][v] += x * column[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kBlockRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kBlockVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       float* const to = block + r * kBlockColumns + v * kLanes<float>;
       store<float>(to, add ? sum[r][v] + load(to) : sum[r][v]);
     }
@@ -49,11 +54,13 @@ NWFAST_ONE_COPY void multiply_block(const float* left, int64_t row, int64_t step
 NWFAST_ONE_COPY void add_product(const float* left, int64_t row, int64_t step, int64_t rows, int64_t depth,
                                  const float* right, int64_t distance, int64_t columns, double* out) {
   alignas(64) float block[kBlockRows * kBlockColumns];
+  const int64_t next = next_vector(distance);
   for (int64_t c = 0; c < columns; c += kBlockColumns) {
     const float* const panel = right + c / kPanel * distance * kPanel + c % kPanel;
     const int64_t some = columns - c < kBlockColumns ? columns - c : kBlockColumns;
+    const auto multiply = some > kLanes<float> ? multiply_block<kBlockVectors> : multiply_block<1>;
     for (int64_t first = 0; first < rows; first += kBlockRows) {
-      multiply_block(left + first * row, row, step, depth, panel, false, block);
+      multiply(left + first * row, row, step, depth, panel, next, false, block);
       const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
       for (int64_t r = 0; r < count; ++r) {
         const float* const from = block + r * kBlockColumns;
@@ -81,7 +88,8 @@ NWFAST_ONE_COPY void product_scores(const ProductData& data, const float* query,
     for (int64_t first = 0; first < rows; first += kBlockRows) {
       for (int64_t f = 0; f < data.features; f += kProductDepth) {
         const int64_t depth = data.features - f < kProductDepth ? data.features - f : kProductDepth;
-        multiply_block(query + first * data.features + f, data.features, 1, depth, panel + f * kPanel, f > 0, block);
+        multiply_block<kBlockVectors>(query + first * data.features + f, data.features, 1, depth, panel + f * kPanel,
+                                      next_vector(data.features), f > 0, block);
       }
 #pragma GCC unroll 12
       for (int r = 0; r < kBlockRows; ++r) {
@@ -189,8 +197,8 @@ NWFAST_ONE_COPY void product_pulls(const ProductGradRows& task, int64_t first, i
     const float* const panel = data.value_lanes + key / kPanel * data.channels * kPanel + key % kPanel;
     for (int64_t r = 0; r < padded; r += kBlockRows) {
       // In one sum, as offset_grad is made.
-      multiply_block(task.value_grad + (first + r) * task.value_pitch, task.value_pitch, 1, data.channels, panel, false,
-                     block);
+      multiply_block<kBlockVectors>(task.value_grad + (first + r) * task.value_pitch, task.value_pitch, 1,
+                                    data.channels, panel, next_vector(data.channels), false, block);
       for (int64_t i = 0; i < kBlockRows && r + i < rows; ++i) {
         const int64_t row = first + r + i, place = (r + i) * kProductKeys + j;
         for (int v = 0; v < kBlockVectors; ++v) {

@@ -68,12 +68,20 @@ class ProductPanels {
     data.pitch = d.pitch;
   }
 
+  // Of keys, the last of which may be empty.
+  static int64_t key_panels(int64_t n) {
+    return (panels_of(n) + kPanelsTogether - 1) / kPanelsTogether * kPanelsTogether;
+  }
+  static int64_t keys_of(int64_t panel, int64_t n) {
+    return std::max<int64_t>(0, std::min(kPanel, n - panel * kPanel));
+  }
+
   float coordinate(float x, int64_t f) const {
     return static_cast<float>((static_cast<double>(x) - centre_[f]) * scale(f));
   }
 
   void pack_keys(Values layout) {
-    const int64_t n = data.n, features = data.features, panels = panels_of(n);
+    const int64_t n = data.n, features = data.features, panels = key_panels(n);
     centre_.allocate(features);
     key_lanes_.allocate(panels * features * kPanel);
     Buffer<double> square(n);
@@ -84,7 +92,7 @@ class ProductPanels {
       centre_[f] = (sums[0] + sums[1] + sums[2] + sums[3]) / static_cast<double>(n);
     }
     for (int64_t p = 0; p < panels; ++p) {
-      const int64_t some = std::min(kPanel, n - p * kPanel);
+      const int64_t some = keys_of(p, n);
       double squares[kPanel] = {};
       for (int64_t f = 0; f < features; ++f) {
         const float* const key = batch_.data.key + f * batch_.data.pitch + p * kPanel;
@@ -113,12 +121,12 @@ class ProductPanels {
     std::nth_element(sorted.begin(), sorted.begin() + n / 2, sorted.end());
     const double median = sorted[n / 2];
     charge_centre_ = -median;
-    charge_.allocate(panels_of(n) * kPanel);
+    charge_.allocate(key_panels(n) * kPanel);
     for (int64_t j = 0; j < n; ++j) {
       const double weight = batch_.data.log_weight ? static_cast<double>(batch_.data.log_weight[j]) : 0;
       charge_[j] = static_cast<float>(median - square[j] + weight);
     }
-    std::fill(charge_.get() + n, charge_.get() + panels_of(n) * kPanel, -INFINITY);
+    std::fill(charge_.get() + n, charge_.get() + key_panels(n) * kPanel, -INFINITY);
     data.key_charge = charge_.get();
     // Whether or not they are part of the scores: shifts know of weights.
     for (int64_t j = 0; batch_.weight.get() && j < n; ++j) {
@@ -132,7 +140,7 @@ class ProductPanels {
     const int64_t n = data.n;
     if (count % kPanel) std::fill_n(to + count / kPanel * n * kPanel, n * kPanel, 0.0f);
     for (int64_t p = 0; p < panels_of(n); ++p) {
-      const int64_t some = std::min(kPanel, n - p * kPanel);
+      const int64_t some = keys_of(p, n);
       for (int64_t c = 0; c < count; ++c) {
         const float* const lane = lanes + (p * count + c) * kPanel;
         float* const column = to + (c / kPanel * n + p * kPanel) * kPanel + c % kPanel;
@@ -143,7 +151,7 @@ class ProductPanels {
 
   void pack_values(Values layout) {
     const TiledData<float>& d = batch_.data;
-    const int64_t n = data.n, channels = data.channels, panels = panels_of(n);
+    const int64_t n = data.n, channels = data.channels, panels = key_panels(n);
     if (layout == Values::kForward) {
       data.value_columns = d.value_columns;
       if (d.value_columns) return;
@@ -154,7 +162,7 @@ class ProductPanels {
     }
     values_.allocate(panels * channels * kPanel);
     for (int64_t p = 0; p < panels; ++p) {
-      const int64_t some = std::min(kPanel, n - p * kPanel);
+      const int64_t some = keys_of(p, n);
       for (int64_t c = 0; c < channels; ++c) {
         float* const lane = values_.get() + (p * channels + c) * kPanel;
         std::copy_n(d.value_columns + c * d.pitch + p * kPanel, some, lane);

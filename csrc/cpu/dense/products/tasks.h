@@ -6,11 +6,12 @@
 
 namespace nwfast {
 
-constexpr int64_t kPanel = 16;         // numbers of a panel: one of the widest vectors
-constexpr int64_t kProductRows = 48;   // rows that share a tile of keys
-constexpr int64_t kProductKeys = 96;   // keys of a tile
-constexpr int64_t kProductDepth = 32;  // features whose products are added up in float
-constexpr int64_t kRowPadding = 12;    // rows that may be read beyond the last
+constexpr int64_t kPanel = 16;          // numbers of a panel: one of the widest vectors
+constexpr int64_t kPanelsTogether = 2;  // of keys, whose number is a multiple: kernels may read so many at once
+constexpr int64_t kProductRows = 48;    // rows that share a tile of keys
+constexpr int64_t kProductKeys = 96;    // keys of a tile
+constexpr int64_t kProductDepth = 32;   // features whose products are added up in float
+constexpr int64_t kRowPadding = 12;     // rows that may be read beyond the last
 
 // One batch element. Coordinates are about a centre, in units of the score: t_ij = charge_j - constant_i + 2 x_i.u_j,
 // where most charges are near 0.
