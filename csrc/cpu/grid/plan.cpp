@@ -222,7 +222,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
     boxes = occupied(extent, axes);
     for (int f = 0; f < extent.features; ++f) {
       const Axis& axis = axes[f];
-      const double spread = axis.single ? 1 : std::floor((extent.high[f] - extent.low[f]) / axis.side) + 2;
+      const double spread = axis.single ? 1 : (extent.high[f] - extent.low[f]) / axis.side + 1;
       nodes[f] = spread * axis.spacings + kWindowNodes;
       all *= nodes[f];
       size *= axis.terms;

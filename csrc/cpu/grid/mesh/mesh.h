@@ -40,7 +40,7 @@ constexpr double kFadeFrom = 7.2, kFadeTo = 9.3;
 // feature. Of a node of a box: to clear it, and to add it to the mesh or to copy it from there. Of a row of nodes, even
 // one that is left out.
 constexpr double mesh_point_work(int features) { return features == 2 ? 350 : 3500; }
-constexpr double kMeshNodeWork = 110, kMeshCopyWork = 16, kMeshRowWork = 100;
+constexpr double kMeshNodeWork = 110, kMeshCopyWork = 40, kMeshRowWork = 100;
 
 // Of the translation of boxes' own meshes: half of what series take, but of tensors that are larger than the caches in
 // three features.
