@@ -70,7 +70,14 @@ def _several(scale: Scale) -> Iterator[Ratio]:
     n = scale.several[-1]
     for features, w in several.W.items():
         group = f"gradients, N = M = {n}, D = {features}, w = {w:g}"
-        for kind, limit in ("to w, q", 2), ("to q, k, v, w", 5), ("leave-one-out step in w", 3):
+        limits = {
+            "to w, q": 2,
+            "to q, k, v, w": 5,
+            "leave-one-out step in w": 3,
+            several.LOSS: 3,
+            several.LINE: 2,
+        }
+        for kind, limit in limits.items():
             what = f"D = {features}, N = M = {n}, {kind}, over the forward"
             yield Ratio(what, group, kind, "forward", limit, at_least=False)
     group = f"growth, N = M = {n} and {4 * n}, D = 2, w = {several.W[2]:g}"

@@ -43,12 +43,13 @@ def data(n: int, features: int, w: float, clustered: bool = False) -> Data:
 
 
 KINDS = {"forward": "", "to w, q": "qw", "to q, k, v, w": "qkvw", "leave-one-out step in w": "w"}
+LOSS, LINE = "leave_one_out_loss and its gradient in w", "local_linear"
 
 
 def gradients(question: str, n: int, features: int, seconds: float) -> Group:
-    """Ours alone, at one size: the forward pass, gradients with one w for each feature, and a leave-one-out step in w.
+    """Ours alone, at one size: the forward pass, gradients with one w for each feature, leave-one-out, local lines.
 
-    Checked are rows of the result and of the gradient of the queries.
+    Checked are rows of the result and of the gradient of the queries, and the loss.
     """
     given = functools.partial(data, n, features, W[features])
     name = f"gradients, N = M = {n}, D = {features}, w = {W[features]:g}"
@@ -62,7 +63,52 @@ def gradients(question: str, n: int, features: int, seconds: float) -> Group:
         )
         for kind in KINDS
     }
+    for kind, build, verify in (LOSS, _build_loss, _verify_loss), (LINE, _build_line, _verify_line):
+        build, verify = functools.partial(build, given), functools.partial(verify, given)
+        entries[kind] = Entry("native fgt", f"{kind}: {name}", n * n, build, verify)
     return Group(question, name, n, seconds, entries)
+
+
+def _build_loss(make: Callable[[], Data]) -> Call:
+    given = make()
+    w = given.w.repeat(given.features).requires_grad_()
+
+    def call() -> tuple[Tensor, Tensor]:
+        loss = nwfast.leave_one_out_loss(given.key, given.value, w, method="fgt", backend="native")
+        return loss.detach(), *torch.autograd.grad(loss, w)
+
+    return call
+
+
+def _verify_loss(make: Callable[[], Data], found: tuple) -> float:
+    """Against the formula in double, of a forward pass whose rows another entry checks."""
+    given = make()
+    key, value = given.key.double(), given.value.double()
+    w = given.w.repeat(given.features).double().requires_grad_()
+    out = nwfast.nadaraya_watson(key, key, value, w, exclude_self=True, method="fgt", backend="native")
+    loss = (out - value).square().mean()
+    (gradient,) = torch.autograd.grad(loss, w)
+    errors = (found[0] - loss).abs() / loss, (found[1] - gradient).abs().max() * given.w / loss
+    worst = float(torch.stack(errors).detach().max())
+    if not worst <= workloads.TOLERANCE:
+        raise workloads.WrongResultError(f"{LOSS}, D = {given.features}: off by {worst:.3g}")
+    return worst
+
+
+def _build_line(make: Callable[[], Data]) -> Call:
+    return functools.partial(nwfast.local_linear, *make().inputs, method="fgt", backend="native")
+
+
+def _verify_line(make: Callable[[], Data], found: Tensor) -> float:
+    query, key, value, w = (tensor.double() for tensor in make().inputs)
+    rows = torch.linspace(0, len(query) - 1, min(CHECKED, len(query))).long()
+    expected = torch.cat(
+        [nwfast.local_linear(query[some], key, value, w, backend="reference") for some in rows.split(2)]
+    )
+    worst = float((found[rows] - expected).abs().max() / expected.abs().max())
+    if not worst <= workloads.TOLERANCE:
+        raise workloads.WrongResultError(f"{LINE}, D = {key.shape[1]}: off by {worst:.3g}")
+    return worst
 
 
 def _build(make: Callable[[], Data], kind: str) -> Call:
