@@ -79,7 +79,7 @@ template <typename T>
 struct TiledData {
   int64_t n, features, channels;
   int64_t pitch;           // padded n: the distance between features in key and channels in value_columns
-  int64_t channel_pitch;   // padded channels: the distance between keys in value_rows
+  int64_t channel_pitch;   // channels, padded where they are many: the distance between keys in value_rows
   const T* key;            // (features, pitch)
   const T* value_columns;  // (channels, pitch), or null where only value_rows is needed
   const T* value_rows;     // (n, channel_pitch), or null

@@ -51,7 +51,7 @@ class TiledBatch {
     d.features = problem.features;
     d.channels = problem.channels;
     d.pitch = padded(d.n);
-    d.channel_pitch = (d.channels + 63) / 64 * 64;
+    d.channel_pitch = d.channels <= kMaxColumns ? d.channels : (d.channels + 63) / 64 * 64;
     odd.assign(problem.queries, false);
     pack_coordinates(problem, batch, b);
     pack_values(problem, problem.value.offset(batch, b), layout);
