@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .forward import FAR_DOUBLE, FAR_FLOAT, MOST_TOTAL
-from .terms import centre_of_values, element, far_top, nearest_key, unit_of
+from .terms import centre_of_values, element, far_top, nearest_key, own_score, unit_of
 
 FLAG_ROWS = tl.constexpr(64)
 SMALLEST_TOTAL = tl.constexpr(2.0**-60)
@@ -100,5 +100,11 @@ def describe_rows(
                     query_at, query_d, key_at, key_n, key_d, w_at, w_d, weight_at, weight_n, n, skip,
                     tl.maximum(origin, 0), D, WEIGHTED, T, BLOCK_F,
                 )  # fmt: skip
+                if SINGLE:  # a row that was near in the forward pass: its total is not relative to the top
+                    own_shift = tl.load(state + 2 * (first + r))
+                    square = own_score(
+                        query_at, query_d, key_at, tl.maximum(origin, 0) * key_n, key_d, w_at, w_d, D, T
+                    )
+                    top = tl.where(own_shift == 0.0, square, top)
                 tl.store(origins + first + r, origin)
                 tl.store(tops + first + r, top)

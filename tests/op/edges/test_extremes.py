@@ -546,3 +546,24 @@ def test_coordinates_of_few_digits(backend, features, channels, dtype):
             )
             for name, result in zip(("out", "lse", *names), (*found, *gradients), strict=True):
                 assert_accurate(result.detach(), right[name], f"{method} {name}")
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [1, 2])
+@pytest.mark.parametrize("share", [2.0**-30, 2.0**-8, 0.9])
+def test_weighted_keys_at_the_end_of_the_dtype(backend, share, features, dtype):
+    """Rows on keys so far out: weights count once, as anywhere."""
+    most = torch.finfo(dtype).max * share
+    key = torch.tensor([most, most, -most], dtype=dtype)[:, None].expand(-1, features).contiguous()
+    value = torch.tensor([1.0, 4.0, -2.0], dtype=dtype)
+    weight = torch.tensor([0.4, 0.1, 0.3], dtype=dtype)
+    inputs = [key[:2].clone(), key, value, torch.tensor(1.0, dtype=dtype), weight]
+    if features == 1:
+        inputs[0], inputs[1] = inputs[0][:, 0], inputs[1][:, 0]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = nwfast.nadaraya_watson(*leaves[:4], key_weight=leaves[4], backend=backend)
+    torch.testing.assert_close(out, torch.full_like(out, 1.6), rtol=1e-6, atol=0)
+    by_query, _, by_value, by_w, by_weight = torch.autograd.grad(out.sum(), leaves)
+    torch.testing.assert_close(by_value, torch.tensor([1.6, 0.4, 0.0], dtype=dtype), rtol=1e-6, atol=0)
+    torch.testing.assert_close(by_weight, torch.tensor([-2.4, 9.6, 0.0], dtype=dtype), rtol=1e-6, atol=0)
+    assert (by_query == 0).all() and (by_w == 0).all()
