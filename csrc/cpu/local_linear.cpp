@@ -75,7 +75,7 @@ Lines local_linear(const Tensor& query, const Tensor& key, const Tensor& value, 
   if (method == Method::kAuto && !empty_batch) {
     Problem all = kept.problem();  // the columns of the passes that serve otherwise
     all.channels += problem.features;
-    serves = linear_is_faster(all);
+    serves = linear_is_faster(kept.problem()) || linear_is_faster(all);
   }
   const bool wide = problem.query.dtype == Dtype::kDouble;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
