@@ -4,9 +4,10 @@ With weights p of a row (those of the Nadaraya-Watson fit) and D features,
 
     m = E[v],  e = E[k] - q,  S = Cov(k, k),  B = Cov(k, v),  slope = S^+ B,  fit = m - e . slope
 
-Everything is in float64. The kernels give E of v and k, and B and S are d out / d q / w^2 for the values [v, k]: one
-query-side pass for each column, or, native in linear time, tangents that come with the means. Where w is next to 0 it
-is raised until scores differ by less than rounding.
+Native, in linear time, two and three features: one pass that solves most rows itself, in float32 for inputs in that
+(`csrc/cpu/grid/local_linear.cpp`). All else is in float64. The kernels give E of v and k, and B and S are d out / d q
+/ w^2 for the values [v, k]: one query-side pass for each column, or, native in linear time, tangents that come with
+the means. Where w is next to 0 it is raised until scores differ by less than rounding.
 
 First derivatives (functions of p alone but for q) are those of a Nadaraya-Watson fit with the values v, k v, k and k k,
 whose cotangents make of them, with s the cotangent of the slope and g that of the fit,
@@ -17,6 +18,7 @@ so that every backend, in its own time and O(M + N) memory, gives them. The squa
 so many bandwidths that this shows, and for second derivatives, the reference is differentiated.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from ..backends import local_linear as formula
 from . import by_reference
 from .autograd import reduce_to, reduce_weights
 from .by_reference import NEEDS
-from .schema import KERNELS, define
+from .schema import KERNELS, LINES, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
 MOST_EXTENT = 6000.0
@@ -45,7 +47,12 @@ def local_linear(
     key_weight: Tensor | None,
     exclude_self: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(fit (*B, M, C), slope (*B, M, D, C)) of canonical inputs in float64, differentiable."""
+    """(fit (*B, M, C), slope (*B, M, D, C)) of canonical inputs, differentiable; in float64 or float32."""
+    inputs = query, key, value, w, key_weight
+    if kernel in LINES and _is_plain(*inputs):
+        found = _in_one_pass(kernel, *inputs, exclude_self, False)
+        if found is not None:
+            return found[:2]
     if query.dtype != torch.float64:  # narrower coordinates have products in float64
         return _local_linear(kernel, query, key, value, w, key_weight, exclude_self)
     unit = formula.extreme_unit(key, w.double(), key_weight)
@@ -97,7 +104,94 @@ def rows(
     return Rows(fit, slope, offset, inverse)
 
 
+def _is_plain(*inputs: Tensor | None) -> bool:
+    """Whether a call is eager, of plain tensors, and nothing to differentiate."""
+    if (
+        is_captured()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return False
+    differentiable = torch.is_grad_enabled()
+    return torch.autograd.forward_ad._current_level < 0 and all(
+        x is None or (type(x) in (Tensor, torch.nn.Parameter) and not (differentiable and x.requires_grad))
+        for x in inputs
+    )
+
+
+def _in_one_pass(kernel, query, key, value, w, key_weight, exclude_self, moments):
+    """What `_forward` returns, in the arithmetic dtype, means and inverse only if asked for; None if it does not serve.
+
+    Rows of which the pass has the moments alone are solved here; those that it leaves go the general way, alone where
+    they do not leave a key out by their number.
+    """
+    features, channels = query.shape[-1], value.shape[-1]
+    if kernel not in LINES or features not in (2, 3):
+        return None
+    *found, left, weak, sums = LINES[kernel](query, key, value, w, key_weight, exclude_self, moments)
+    if left.numel() > 0 and (left[0] < 0 or exclude_self):
+        return None
+    if left.numel() == 0 and weak.numel() == 0:
+        return found
+    rows = query.shape[-2]
+    batch = backends.batch_shape(query, key, value)
+    count = math.prod(batch)
+
+    def of_element(tensor, b, dims):
+        """One batch element, in float64."""
+        full = tensor.expand(*batch, *tensor.shape[-dims:]).reshape(count, *tensor.shape[-dims:])
+        return full[b].double()
+
+    def put(b, own, some):
+        for whole, part in zip(found, some, strict=True):
+            if whole.numel() > 0:
+                whole.view(count, rows, *part.shape[1:])[b, own] = part.to(whole.dtype)
+
+    sums = sums.view(weak.numel(), -1) if weak.numel() > 0 else sums
+    for b in range(count):
+        of_left, of_weak = (
+            slice(*torch.searchsorted(some, torch.tensor([b * rows, (b + 1) * rows])).tolist())
+            for some in (left, weak)
+        )
+        if of_left.start == of_left.stop and of_weak.start == of_weak.stop:
+            continue
+        places, keys, values, scale = (
+            of_element(x, b, dims) for x, dims in ((query, 2), (key, 2), (value, 2), (w, 1))
+        )
+        weight = key_weight if key_weight is None else of_element(key_weight, b, 1)
+        own = left[of_left] - b * rows
+        if own.numel() > 0:
+            put(b, own, _by_passes(places[own], keys, values, scale, weight, False, kernel))
+        own = weak[of_weak] - b * rows
+        if own.numel() > 0:
+            frame = formula.frame(places[own], keys, scale, weight)
+            put(b, own, _by_moments(frame, sums[of_weak], features, channels))
+    return found
+
+
+def _by_moments(frame, sums, features, channels):
+    """(fit, slope, means, inverse) from E[v], E[k] - q, Cov(k, k) and Cov(k, v) of rows, side by side."""
+    mean, offset, spread, common = sums.split([channels, features, features**2, features * channels], -1)
+    inverse = torch.cat(
+        [
+            formula.inverse_of(frame, *parts)
+            for parts in zip(
+                offset.split(_ROWS), spread.unflatten(-1, (features, features)).split(_ROWS), strict=True
+            )
+        ]
+    )
+    slope = inverse @ common.unflatten(-1, (features, channels))
+    return formula.fit_of(mean, offset, slope), slope, torch.cat([mean, offset + frame.query], -1), inverse
+
+
 def _forward(query, key, value, w, key_weight, exclude_self, kernel):
+    found = _in_one_pass(kernel, query, key, value, w, key_weight, exclude_self, True)
+    if found is not None:
+        return tuple(found)
+    return _by_passes(query, key, value, w, key_weight, exclude_self, kernel)
+
+
+def _by_passes(query, key, value, w, key_weight, exclude_self, kernel):
     kernels = KERNELS[kernel]
     features, channels = query.shape[-1], value.shape[-1]
     frame = formula.frame(query, key, w, key_weight)

@@ -230,6 +230,16 @@ for _name in _LEAVE_ONE_OUT:
     )
 LEAVE_ONE_OUT = {name: getattr(torch.ops.nwfast, f"{name}_leave_one_out").default for name in _LEAVE_ONE_OUT}
 
+# Local lines in one pass, where the linear method serves: see csrc/cpu/local_linear.cpp.
+_LINES = ("native_fgt", "native_auto")
+for _name in _LINES:
+    torch.library.define(
+        f"nwfast::{_name}_local_linear",
+        "(Tensor query, Tensor key, Tensor value, Tensor w, Tensor? key_weight, bool exclude_self, bool moments) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+LINES = {name: getattr(torch.ops.nwfast, f"{name}_local_linear").default for name in _LINES}
+
 KERNELS = {name: _Kernels(name) for name in backends.operators()}
 for _name in KERNELS:
     if _name.startswith("numba"):

@@ -23,8 +23,11 @@ struct Element {
   std::vector<int64_t> outside;  // rows outside of the grid, by the caller's numbers
   double mass = 0;               // of all keys, in units of batch.weight_unit
   bool anywhere = false;         // whether the grid is for queries that are not there yet, as many as keys
+  bool moments = false;          // whether covariances of keys are asked for, see Plan; set before it is prepared
+  double key_low[kAxes], key_high[kAxes];
 
-  // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold.
+  // False where the dense drivers have to serve: numbers that are not finite, or scales beyond what cells can hold;
+  // with `moments` also keys that do not extend over a bandwidth, whose covariances would lose digits.
   bool prepare(const Problem& problem, int64_t b, int order, Values layout, bool weigh, bool serial) {
     const int64_t n = problem.keys, m = problem.queries;
     const int features = static_cast<int>(problem.features);
@@ -41,6 +44,7 @@ struct Element {
     extent.order = order;
     extent.columns = static_cast<int>(problem.channels) + 1;
     extent.expand = anywhere;
+    extent.moments = moments;
     for (int f = 0; f < features; ++f) {
       extent.scale[f] = std::fabs(w_[f]);
       if (!(extent.scale[f] < kMostScale)) return false;
@@ -53,8 +57,9 @@ struct Element {
         queries_range.low = -kMostCoordinate;
         queries_range.high = kMostCoordinate;
       }
-      extent.key_low[f] = extent.low[f] = keys_range.low;
-      extent.key_high[f] = extent.high[f] = keys_range.high;
+      extent.key_low[f] = extent.low[f] = key_low[f] = keys_range.low;
+      extent.key_high[f] = extent.high[f] = key_high[f] = keys_range.high;
+      if (moments && !(extent.scale[f] * (keys_range.high / 2 - keys_range.low / 2) > 1)) return false;
       if (queries_range.high >= queries_range.low) {
         // Queries further away than this from all keys are not summed in cells.
         const double far = plan.radius_at(kLevelDistance[kLevels - 1]) / extent.scale[f];

@@ -66,6 +66,8 @@ struct Expansion {
   std::vector<std::unique_ptr<Translated>> spare;
   // (all boxes of targets) where they are not null: series and bounds are put here, and not evaluated.
   double *kept_series = nullptr, *kept_bound = nullptr;
+  // With order 1: sums have the second derivatives of the first column behind them, see GridEvaluate.
+  bool pairs = false;
 
   void run(bool serial);
   int slots() const { return order == 0 ? 1 : order == 1 ? 4 : 7; }

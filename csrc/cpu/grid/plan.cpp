@@ -25,6 +25,27 @@ double truncation_of(int features, int terms, int order) {
   return Accuracy<R>::kTruncation[features - 2] / growth;
 }
 
+// Of second derivatives by places in bandwidths over that of values: in the mean over a box, since T^4 / 3 is that of
+// its ends alone.
+double moment_growth(int terms, double half) {
+  return terms * terms * terms / std::numbers::sqrt2 / std::fmin(1, half * half);
+}
+
+// Half the width of boxes in bandwidths.
+template <typename R>
+double half_of(const Extent& extent, int terms) {
+  if (!extent.moments) {
+    const double truncation = truncation_of<R>(extent.features, terms, extent.order);
+    return std::min(linear::half_width(terms, truncation), Accuracy<R>::kLargestHalf);
+  }
+  const double most = Accuracy<R>::kTruncation[extent.features - 2] * Accuracy<R>::kMomentTruncation;
+  double half = 1;
+  for (int step = 0; step < 6; ++step) {
+    half = std::min(linear::half_width(terms, most / moment_growth(terms, half)), Accuracy<R>::kLargestHalf);
+  }
+  return half;
+}
+
 // One axis for boxes of this half width; `terms` at most.
 template <typename R>
 void set_axis(const Extent& extent, int f, double half, int terms, Axis& axis) {
@@ -64,6 +85,17 @@ bool set_mesh_axis(const Extent& extent, int f, int spacings, Axis& axis) {
   axis.terms = axis.spacings + kWindowNodes - 1;
   axis.node_reach = std::min(node_reach(axis.width() / axis.spacings), axis.single ? axis.terms - 1 : INT_MAX);
   return !axis.single || axis.half >= kLeastMeshHalf;
+}
+
+// How much larger than for points that are spread evenly within cells the bound of a mesh's error is, whose cells are
+// wide: the sum of exp(-z^2 / 8) by distances of cells over that by distances of points.
+double evenly_spread(const Axis& axis) {
+  double cells = 1;
+  for (int64_t apart = 1; !axis.single && apart < kMostPairs; ++apart) {
+    const double gap = axis.gap_of(apart);
+    cells += 2 * std::exp(-gap * gap / 8);
+  }
+  return std::fmax(1, cells * axis.width() / (2 * std::sqrt(2 * std::numbers::pi)));
 }
 
 // The cells of a window, between these axes.
@@ -198,7 +230,8 @@ bool make_plan(const Extent& extent, Plan& plan) {
   plan.log_span = log_span_of<R>(extent.keys);
   plan.radius = plan.radius_at(kLevelDistance[0]);
   double best = INFINITY;
-  const double points = static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order);
+  const double points =
+      static_cast<double>(extent.keys) + static_cast<double>(extent.queries) * (1 + extent.order + extent.moments);
   const double multiply = extent.columns * kMultiply;
   Axis chosen[kAxes];
   // Of translating all boxes between these axes, and the number of boxes.
@@ -237,8 +270,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
   };
   for (const int terms : kTerms) {
     if (terms == 4) continue;
-    const double half = std::min(linear::half_width(terms, truncation_of<R>(extent.features, terms, extent.order)),
-                                 Accuracy<R>::kLargestHalf);
+    const double half = half_of<R>(extent, terms);
     if (2 * plan.radius / (2 * half) + 3 > kMostPairs) continue;
     Axis axes[kAxes];
     double size = 1, boxes;
@@ -255,6 +287,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
     std::copy(axes, axes + kAxes, chosen);
   }
   plan.order = extent.order;
+  plan.moments = extent.moments;
   plan.mesh = plan.one_mesh = false;
   for (const int spacings : kMeshSpacings) {
     if (sizeof(R) == 8) break;
@@ -304,7 +337,8 @@ bool make_plan(const Extent& extent, Plan& plan) {
   by_cells(extent, chosen, order);
   const int places[2][kAxes] = {{0, 2, 1}, {0, 1, 2}};
   double all = 1;
-  plan.truncation = 0;
+  double even = 1;
+  plan.truncation = plan.moment_error = 0;
   for (int a = 0; a < kAxes; ++a) plan.axis[a] = Axis();
   for (int i = 0; i < extent.features; ++i) {
     const int f = order[i];
@@ -312,6 +346,10 @@ bool make_plan(const Extent& extent, Plan& plan) {
     axis = chosen[f];
     plan.truncation +=
         axis.spacings > 0 ? mesh_kind(extent.order).error : linear::expansion_error(axis.terms, axis.half);
+    even *= axis.spacings > 0 ? evenly_spread(axis) : 1;
+    plan.moment_error += axis.spacings > 0
+                             ? kMeshSecondError
+                             : linear::expansion_error(axis.terms, axis.half) * moment_growth(axis.terms, axis.half);
     if (axis.single) continue;
     const double most = std::fmax(std::fabs(extent.key_low[f]), std::fabs(extent.key_high[f]));
     if (!(most * axis.scale < kMostScaled) || !(most / axis.side < kMostIndex / 4)) return false;
@@ -327,6 +365,7 @@ bool make_plan(const Extent& extent, Plan& plan) {
     axis.reach = static_cast<int64_t>(std::fmin(std::ceil(plan.radius / axis.width()), spread));
   }
   plan.truncation *= 1 + plan.truncation;  // products of the errors of two features
+  plan.moment_error /= even;
   return all < kMostCells;
 }
 template bool make_plan<float>(const Extent&, Plan&);

@@ -53,18 +53,22 @@ constexpr double kLevelDistance[kLevels] = {2, 6, 16};  // in bandwidths
 // kBeyond: the share of the nearest key's term that all keys beyond a row's window may add. kAccept: how far off sums
 // may be, relative to a row's total: rows whose bound is more are summed another way. Truncation is of the series of
 // one feature, such that this does not happen where points are dense: a sum of exp(-z^2 / 4) over boxes, by the
-// distance of the boxes, is up to 5 times that of exp(-z^2 / 2) over points in each feature.
+// distance of the boxes, is up to 5 times that of exp(-z^2 / 2) over points in each feature. kMoments: kAccept of
+// second derivatives in bandwidths where they make covariances (Plan::moments), for which series may be so many times
+// (kMomentTruncation) as far off as for those that make gradients.
 template <typename R>
 struct Accuracy;
 template <>
 struct Accuracy<float> {
   static constexpr double kAccept = 1e-7, kBeyond = 5e-9, kTruncation[2] = {1e-9, 2e-10}, kLargestHalf = 1.5;
   static constexpr double kPair = 0.45;  // nanoseconds of a pair in direct sums
+  static constexpr double kMoments = 2e-6, kMomentTruncation = 100;
 };
 template <>
 struct Accuracy<double> {
   static constexpr double kAccept = 4e-13, kBeyond = 2.5e-14, kTruncation[2] = {4e-15, 8e-16}, kLargestHalf = 1.25;
   static constexpr double kPair = 1.4;
+  static constexpr double kMoments = 4e-11, kMomentTruncation = 100;
 };
 constexpr double kMultiply = 0.06;  // nanoseconds of a multiply-add in expansions
 // Of the window of a cell: to begin with, for each row of cells that it crosses, and for each key that is copied.
@@ -119,15 +123,18 @@ struct Axis {
 struct Plan {
   int features = 2;
   Axis axis[kAxes];
-  int order = 0;          // of the derivatives that are asked for
-  bool mesh = false;      // whether boxes have meshes rather than series
-  bool one_mesh = false;  // whether these are parts of one, in three features
-  bool direct = false;    // whether cells are as wide as suits direct sums, and no box is expanded
-  double truncation = 0;  // of the sums of values, relative to Axis::decay of a source's charge
-  double log_span = 0;    // log of the ratio of all charges to what may be left out of a row near a key
-  double radius = 0;      // keys further from a row near a key are left out
-  double near = 0;        // nor do those further than this count, if they are not many times what is within: see beyond
-  double boxes = 0;       // that are occupied, told by a sample
+  int order = 0;  // of the derivatives that are asked for
+  bool moments =
+      false;  // whether second derivatives of the first column are, by pairs of axes, as good as Accuracy::kMoments
+  bool mesh = false;        // whether boxes have meshes rather than series
+  bool one_mesh = false;    // whether these are parts of one, in three features
+  bool direct = false;      // whether cells are as wide as suits direct sums, and no box is expanded
+  double truncation = 0;    // of the sums of values, relative to Axis::decay of a source's charge
+  double moment_error = 0;  // the same of second derivatives by places in bandwidths, where plans have moments
+  double log_span = 0;      // log of the ratio of all charges to what may be left out of a row near a key
+  double radius = 0;        // keys further from a row near a key are left out
+  double near = 0;   // nor do those further than this count, if they are not many times what is within: see beyond
+  double boxes = 0;  // that are occupied, told by a sample
   double translation = 0;  // of all boxes, in multiply-adds of a column
   double work = 0;         // the time that it is expected to take, in nanoseconds
 
@@ -148,6 +155,7 @@ struct Extent {
   int64_t keys, queries;
   int order;                                // of the derivatives that are asked for
   int columns;                              // of charges
+  bool moments = false;                     // see Plan
   bool expand = false;                      // whether all boxes will be expanded
   std::vector<double> sample[kAxes];        // some of the keys
   std::vector<double> query_sample[kAxes];  // of the queries; empty for those that are like the keys

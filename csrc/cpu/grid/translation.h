@@ -284,11 +284,12 @@ void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, con
   reverse(rows.terms);
   rows.window = plan.window();
   rows.order = plan.mesh ? std::min(order, 1) : order;
+  rows.pairs = pairs;
   rows.series = series;
   rows.columns = columns;
   rows.sums_pitch = kSeriesPoints;
   const int64_t slot = columns * kSeriesPoints;
-  Buffer<double> sums(slots() * slot);
+  Buffer<double> sums(slots() * slot + (pairs ? kPairSlots * kSeriesPoints : 0));
   rows.sums = sums.get();
   for (int64_t begin = first; begin < last; begin += kSeriesPoints) {
     rows.n = std::min(kSeriesPoints, last - begin);
@@ -299,6 +300,12 @@ void Expansion<R>::evaluate_box(const Box& box, int64_t first, int64_t last, con
       std::swap_ranges(sums.get() + slot, sums.get() + 2 * slot, sums.get() + 3 * slot);
     }
     if (plan.one_mesh && order == 2) evaluate_squares(rows);
+    if (plan.one_mesh && pairs) {
+      // aa and cc, ab and bc.
+      double* const first = sums.get() + slots() * slot;
+      std::swap_ranges(first, first + kSeriesPoints, first + 2 * kSeriesPoints);
+      std::swap_ranges(first + 3 * kSeriesPoints, first + 4 * kSeriesPoints, first + 5 * kSeriesPoints);
+    }
     finish(begin, rows.n, sums.get(), kSeriesPoints, bound);
   }
 }

@@ -13,6 +13,7 @@
 #include "../dense/tiled_kernels.h"
 #include "../grid/kernels/convolve.h"
 #include "../grid/kernels/mesh.h"
+#include "../grid/kernels/moments.h"
 #include "../linear/kernels/finish.h"
 #include "../linear/kernels/near_keys.h"
 #include "../linear/kernels/series.h"
@@ -41,8 +42,8 @@ extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<doubl
 
 template <typename T>
 constexpr GridKernels<T> grid_table() {
-  return {grid_product,        grid_moments<T>, grid_evaluate<T>, grid_spread<T>,
-          grid_interpolate<T>, grid_fold,       grid_convolve,    grid_convolve_rows};
+  return {grid_product, grid_moments<T>, grid_evaluate<T>,   grid_spread<T>,        grid_interpolate<T>,
+          grid_fold,    grid_convolve,   grid_convolve_rows, grid_window_moments<T>};
 }
 extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
 extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();

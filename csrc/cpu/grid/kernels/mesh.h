@@ -21,7 +21,7 @@ NWFAST_INLINE AnyQuad& quad(double* p) { return *reinterpret_cast<AnyQuad*>(p); 
 
 constexpr int kMeshPoints = 16;  // whose windows are held at once
 
-// Of one feature: the first node of each point's window, and its weights with their derivatives, if kOrder is 1, by the
+// Of one feature: the first node of each point's window, and its weights with their derivatives up to kOrder by the
 // place in a box.
 template <int kOrder>
 struct Windows {
@@ -109,9 +109,10 @@ NWFAST_INLINE void sum_plane(const double* row, int64_t pitch, const double (*we
   }
 }
 
-// All slots of one column at one point. kFlat: there is no second feature.
-template <int kOrder, bool kFlat>
-NWFAST_INLINE void interpolate_point(const double* series, const int* terms, const Windows<kOrder>* windows, int i,
+// All slots of one column at one point, with kOrder 2 in the order of kFirstSlots and kPairSlots. kFlat: there is no
+// second feature. kOrders: of the derivatives that windows have.
+template <int kOrder, bool kFlat, int kOrders>
+NWFAST_INLINE void interpolate_point(const double* series, const int* terms, const Windows<kOrders>* windows, int i,
                                      double* slots) {
   const int64_t a_terms = terms[0], b_terms = terms[1];
   const auto &by_a = windows[0].weight[i], &by_c = windows[2].weight[i];
@@ -120,8 +121,11 @@ NWFAST_INLINE void interpolate_point(const double* series, const int* terms, con
   Quad along_c[kOrder + 1][kQuads] = {};
   if constexpr (kFlat) {
     sum_plane<kOrder>(plane, a_terms, by_c, along_c);
+    if (kOrder > 0) slots[2] = 0;
+    if (kOrder > 1) slots[5] = slots[7] = slots[9] = 0;
   } else {
     Quad along_b[kOrder + 1][kQuads] = {};  // but for its first entry, which along_c has as well
+    Quad along_both[kQuads] = {};
     for (int c = 0; c < kWindowNodes; ++c, plane += b_terms * a_terms) {
       Quad sums[kOrder + 1][kQuads] = {};
       sum_plane<kOrder>(plane, a_terms, windows[1].weight[i], sums);
@@ -131,23 +135,33 @@ NWFAST_INLINE void interpolate_point(const double* series, const int* terms, con
         for (int v = 0; v < kQuads; ++v) {
           along_c[o][v] += sums[0][v] * by_c[o][c];
           if (o > 0) along_b[o][v] += sums[o][v] * by_c[0][c];
+          if (o > 1) along_both[v] += sums[kOrder > 0][v] * by_c[kOrder > 0][c];
         }
       }
     }
-    for (int o = 1; o <= kOrder; ++o) slots[3 * o - 1] = dot_quads(along_b[o], by_a[0]);
+    if (kOrder > 0) slots[2] = dot_quads(along_b[kOrder > 0], by_a[0]);
+    if constexpr (kOrder > 1) {
+      slots[5] = dot_quads(along_b[2], by_a[0]);
+      slots[7] = dot_quads(along_b[1], by_a[1]);
+      slots[9] = dot_quads(along_both, by_a[0]);
+    }
   }
   slots[0] = dot_quads(along_c[0], by_a[0]);
-  for (int o = 1; o <= kOrder; ++o) {
-    slots[3 * o - 2] = dot_quads(along_c[0], by_a[o]);
-    if (kFlat) slots[3 * o - 1] = 0;
-    slots[3 * o] = dot_quads(along_c[o], by_a[0]);
+  if constexpr (kOrder > 0) {
+    slots[1] = dot_quads(along_c[0], by_a[1]);
+    slots[3] = dot_quads(along_c[1], by_a[0]);
+  }
+  if constexpr (kOrder > 1) {
+    slots[4] = dot_quads(along_c[0], by_a[2]);
+    slots[6] = dot_quads(along_c[2], by_a[0]);
+    slots[8] = dot_quads(along_c[1], by_a[1]);
   }
 }
 
-template <typename R, int kOrder, bool kFlat>
+template <typename R, int kOrder, bool kFlat, bool kPairs>
 NWFAST_ONE_COPY void interpolate(const GridEvaluate<R>& task) {
-  Windows<kOrder> windows[3];
-  constexpr int kSlots = 3 * kOrder + 1;
+  constexpr int kOrders = kPairs ? 2 : kOrder, kSlots = 3 * kOrder + 1;
+  Windows<kOrders> windows[3];
   const int size = task.terms[0] * task.terms[1] * task.terms[2];
   for (int64_t begin = 0; begin < task.n; begin += kMeshPoints) {
     const int n = static_cast<int>(task.n - begin < kMeshPoints ? task.n - begin : kMeshPoints);
@@ -155,24 +169,34 @@ NWFAST_ONE_COPY void interpolate(const GridEvaluate<R>& task) {
       if (task.x[f]) windows[f].fill(*task.window, task.x[f] + begin, n, task.centre[f], task.scale[f], task.terms[f]);
     }
     for (int column = 0; column < task.columns; ++column) {
+      const double* const series = task.series + column * size;
+      double* const to = task.sums + begin;
       for (int i = 0; i < n; ++i) {
-        double slots[kSlots];
-        interpolate_point<kOrder, kFlat>(task.series + column * size, task.terms, windows, i, slots);
-        for (int s = 0; s < kSlots; ++s) {
-          task.sums[(s * task.columns + column) * task.sums_pitch + begin + i] = slots[s];
+        double slots[kFirstSlots + kPairSlots];
+        if (kPairs && column == 0) {
+          interpolate_point<kOrders, kFlat, kOrders>(series, task.terms, windows, i, slots);
+          for (int s = 0; s < kPairSlots; ++s) {
+            to[(kFirstSlots * task.columns + s) * task.sums_pitch + i] = slots[kFirstSlots + s];
+          }
+        } else {
+          interpolate_point<kOrder, kFlat, kOrders>(series, task.terms, windows, i, slots);
         }
+        for (int s = 0; s < kSlots; ++s) to[(s * task.columns + column) * task.sums_pitch + i] = slots[s];
       }
     }
   }
 }
 
+template <typename R, bool kFlat>
+void interpolate_in(const GridEvaluate<R>& task) {
+  task.pairs        ? interpolate<R, 1, kFlat, true>(task)
+  : task.order == 0 ? interpolate<R, 0, kFlat, false>(task)
+                    : interpolate<R, 1, kFlat, false>(task);
+}
+
 template <typename R>
 void grid_interpolate(const GridEvaluate<R>& task) {
-  if (!task.x[1]) {
-    task.order == 0 ? interpolate<R, 0, true>(task) : interpolate<R, 1, true>(task);
-  } else {
-    task.order == 0 ? interpolate<R, 0, false>(task) : interpolate<R, 1, false>(task);
-  }
+  task.x[1] ? interpolate_in<R, false>(task) : interpolate_in<R, true>(task);
 }
 
 // (outer, terms, inner) along the feature in the middle.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../dense/kernels.h"
+
 namespace nwfast {
 
 constexpr int kGridTerms = 32;            // of the series of one feature, at most
@@ -12,6 +14,8 @@ constexpr int kTapPadding = 3;            // zeros before and behind the taps of
 constexpr int kWindowNodes = 12;          // of a mesh that a point adds to, along one feature
 constexpr int kWindowDegree = 14;         // of the polynomials that a window is made of
 constexpr int kMostSlots = 7;             // values, first and second derivatives in three features
+constexpr int kFirstSlots = 4;            // values and first derivatives
+constexpr int kPairSlots = 6;             // second derivatives by pairs of axes: aa, bb, cc, ab, ac, bc
 constexpr int64_t kMatrixPadding = 8;     // doubles behind each array that kernels may read, and do not use
 constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are written in
 
@@ -19,9 +23,9 @@ constexpr int64_t kEvaluatedPoints = 16;  // a multiple of which results are wri
 constexpr int place_of_degree(int n, int terms) { return n % 2 ? terms / 2 + n / 2 : n / 2; }
 
 // What a point adds to the nodes around it, by its place f in [0, 1] between two of them: polynomials of 2 f - 1, the
-// coefficient of each power for all nodes side by side; and those of the derivatives by f.
+// coefficient of each power for all nodes side by side; and those of the first and second derivatives by f.
 struct GridWindow {
-  alignas(64) double power[2][kWindowDegree + 1][kWindowNodes];
+  alignas(64) double power[3][kWindowDegree + 1][kWindowNodes];
 };
 
 // The translation of tensors along one feature: to (rows, terms) = sum_o (left (rows, terms) @ matrix_o), over boxes o
@@ -77,6 +81,7 @@ struct GridMoments {
 // A series and its derivatives by the places in a box: for each point
 //   sums (slots, columns, sums_pitch) = sum_abc series (columns, terms[2], terms[1], terms[0])_cba T_a T_b T_c
 // Slot 0 has the values; with `order` 1 slots 1 to 3 the first derivatives by axis; with 2 slots 4 to 6 the second.
+// With `pairs` (and order 1) there follow, (kPairSlots, sums_pitch), the second derivatives of the first column alone.
 template <typename R>
 struct GridEvaluate {
   const R* x[3];
@@ -85,10 +90,23 @@ struct GridEvaluate {
   int terms[3];
   const GridWindow* window;
   int order;
+  bool pairs;
   const double* series;
   int columns;
   double* sums;
   int64_t sums_pitch;
+};
+
+// Rows and the keys of a window, one by one: see moments.h.
+template <typename R>
+struct GridWindowMoments {
+  TiledData<R> data;  // with values in columns
+  int64_t rows;
+  const R* query;           // (rows, features), packed
+  const int64_t* excluded;  // (rows) or null
+  double *total, *shift;    // (rows)
+  double*
+      sums;  // (rows, features + pairs + channels (1 + features)) in the order of moments.h, pairs (f, g) by f, then g
 };
 
 template <typename R>
@@ -105,6 +123,7 @@ struct GridKernels {
   // Of one mesh for all boxes.
   void (*convolve)(const GridConvolution&);
   void (*convolve_rows)(const GridRowConvolution&);
+  void (*window_moments)(const GridWindowMoments<R>&);
 };
 
 template <typename R>

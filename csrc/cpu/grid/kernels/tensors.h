@@ -249,6 +249,7 @@ void grid_moments(const GridMoments<R>& task) {
 
 constexpr int kEvaluateVectors = kEvaluatedPoints >= 2 * kD ? 2 : 1;
 constexpr int kEvaluateLanes = kEvaluateVectors * kD;
+constexpr int kColumnSlots = kFirstSlots + kPairSlots;
 
 // T_n, and with kOrder its first and second derivatives by the place.
 template <int kOrder>
@@ -303,12 +304,13 @@ NWFAST_INLINE void contract_rows(const double* series, int depth, const double (
 }
 
 // Adds kRows rows of a series, times the polynomials of another feature from degree number `at` on: the value, its
-// derivatives by the first feature and by the other, and the second ones.
-template <int kOrder, int kRows>
+// derivatives by the first feature and by the other, and the second ones, that by both with kPairs.
+template <int kOrder, int kRows, bool kPairs>
 NWFAST_INLINE void add_rows(const double* series, int depth, const double (*a)[kGridTerms][kEvaluateLanes],
                             const double (*other)[kGridTerms][kEvaluateLanes], int at, DVec (&value)[kEvaluateVectors],
                             DVec (&by_a)[kEvaluateVectors], DVec (&by_other)[kEvaluateVectors],
-                            DVec (&by_aa)[kEvaluateVectors], DVec (&by_others)[kEvaluateVectors]) {
+                            DVec (&by_aa)[kEvaluateVectors], DVec (&by_others)[kEvaluateVectors],
+                            DVec (&by_both)[kEvaluateVectors]) {
   DVec rows[kOrder + 1][kRows][kEvaluateVectors] = {};
   contract_rows<kOrder, kRows>(series, depth, a, rows);
 #pragma GCC unroll 4
@@ -325,30 +327,34 @@ NWFAST_INLINE void add_rows(const double* series, int depth, const double (*a)[k
         by_aa[v] += rows[kOrder][r][v] * factor;
         by_others[v] += rows[0][r][v] * load(other[2][at + r] + v * kD);
       }
+      if (kPairs) by_both[v] += rows[kOrder > 0][r][v] * load(other[1][at + r] + v * kD);
     }
   }
 }
 
-// The series of one column at kEvaluateLanes points: all slots of it. kFlat: there is no second feature.
-template <int kOrder, bool kFlat>
+// The series of one column at kEvaluateLanes points: all slots of it, and with kPairs derivatives by ab, ac and bc
+// behind them. kFlat: there is no second feature.
+template <int kOrder, bool kFlat, bool kPairs>
 NWFAST_INLINE void evaluate_column(const double* series, const int* terms,
                                    const double (*table)[3][kGridTerms][kEvaluateLanes],
-                                   DVec (&sums)[kMostSlots][kEvaluateVectors]) {
+                                   DVec (&sums)[kColumnSlots][kEvaluateVectors]) {
   constexpr int kRows = kOrder == 0 ? 4 : 2;
   const int a_terms = terms[0], b_terms = terms[1], c_terms = terms[2];
-  for (int s = 0; s < kMostSlots; ++s) {
+  for (int s = 0; s < kColumnSlots; ++s) {
     for (int v = 0; v < kEvaluateVectors; ++v) sums[s][v] = DVec{};
   }
   if (kFlat) {
     for (int c = 0; c < c_terms; c += kRows, series += kRows * a_terms) {
-      add_rows<kOrder, kRows>(series, a_terms, table[0], table[2], c, sums[0], sums[1], sums[3], sums[4], sums[6]);
+      add_rows<kOrder, kRows, kPairs>(series, a_terms, table[0], table[2], c, sums[0], sums[1], sums[3], sums[4],
+                                      sums[6], sums[8]);
     }
     return;
   }
   for (int c = 0; c < c_terms; ++c) {
-    DVec part[5][kEvaluateVectors] = {};  // value, by a, by b, by aa, by bb
+    DVec part[6][kEvaluateVectors] = {};  // value, by a, by b, by aa, by bb, by ab
     for (int b = 0; b < b_terms; b += kRows, series += kRows * a_terms) {
-      add_rows<kOrder, kRows>(series, a_terms, table[0], table[1], b, part[0], part[1], part[2], part[3], part[4]);
+      add_rows<kOrder, kRows, kPairs>(series, a_terms, table[0], table[1], b, part[0], part[1], part[2], part[3],
+                                      part[4], part[5]);
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kEvaluateVectors; ++v) {
@@ -364,11 +370,16 @@ NWFAST_INLINE void evaluate_column(const double* series, const int* terms,
         sums[5][v] += part[4][v] * factor;
         sums[6][v] += part[0][v] * load(table[2][2][c] + v * kD);
       }
+      if (kPairs) {
+        sums[7][v] += part[5][v] * factor;
+        sums[8][v] += part[1][v] * load(table[2][1][c] + v * kD);
+        sums[9][v] += part[2][v] * load(table[2][1][c] + v * kD);
+      }
     }
   }
 }
 
-template <typename R, int kOrder, bool kFlat>
+template <typename R, int kOrder, bool kFlat, bool kPairs>
 NWFAST_ONE_COPY void evaluate(const GridEvaluate<R>& task) {
   alignas(64) double t[kEvaluateLanes], table[3][3][kGridTerms][kEvaluateLanes];
   constexpr int kSlots = kOrder == 0 ? 1 : kOrder == 1 ? 4 : 7;
@@ -378,31 +389,37 @@ NWFAST_ONE_COPY void evaluate(const GridEvaluate<R>& task) {
     for (int f = 0; f < 3; ++f) {
       if (!task.x[f]) continue;
       fill_places<kEvaluateLanes>(task.x[f] + begin, n, task.centre[f], task.scale[f], t);
-      fill_derivatives<kOrder>(t, task.terms[f], table[f]);
+      fill_derivatives<kPairs ? 2 : kOrder>(t, task.terms[f], table[f]);
     }
-    for (int column = 0; column < task.columns; ++column) {
-      DVec sums[kMostSlots][kEvaluateVectors];
-      evaluate_column<kOrder, kFlat>(task.series + column * size, task.terms, table, sums);
-      for (int s = 0; s < kSlots; ++s) {
-        for (int v = 0; v < kEvaluateVectors; ++v) {
-          store<double>(task.sums + (s * task.columns + column) * task.sums_pitch + begin + v * kD, sums[s][v]);
-        }
+    DVec sums[kColumnSlots][kEvaluateVectors];
+    const auto put = [&](int slot, int64_t row) __attribute__((always_inline)) {
+      for (int v = 0; v < kEvaluateVectors; ++v) {
+        store<double>(task.sums + row * task.sums_pitch + begin + v * kD, sums[slot][v]);
       }
+    };
+    for (int column = 0; column < task.columns; ++column) {
+      if (kPairs && column == 0) {
+        evaluate_column<2, kFlat, true>(task.series, task.terms, table, sums);
+        for (int s = 0; s < kPairSlots; ++s) put(kFirstSlots + s, kFirstSlots * task.columns + s);
+      } else {
+        evaluate_column<kOrder, kFlat, false>(task.series + column * size, task.terms, table, sums);
+      }
+      for (int s = 0; s < kSlots; ++s) put(s, s * task.columns + column);
     }
   }
 }
 
+template <typename R, bool kFlat>
+void evaluate_in(const GridEvaluate<R>& task) {
+  task.pairs        ? evaluate<R, 1, kFlat, true>(task)
+  : task.order == 0 ? evaluate<R, 0, kFlat, false>(task)
+  : task.order == 1 ? evaluate<R, 1, kFlat, false>(task)
+                    : evaluate<R, 2, kFlat, false>(task);
+}
+
 template <typename R>
 void grid_evaluate(const GridEvaluate<R>& task) {
-  if (task.terms[1] == 1) {
-    task.order == 0   ? evaluate<R, 0, true>(task)
-    : task.order == 1 ? evaluate<R, 1, true>(task)
-                      : evaluate<R, 2, true>(task);
-  } else {
-    task.order == 0   ? evaluate<R, 0, false>(task)
-    : task.order == 1 ? evaluate<R, 1, false>(task)
-                      : evaluate<R, 2, false>(task);
-  }
+  task.terms[1] == 1 ? evaluate_in<R, true>(task) : evaluate_in<R, false>(task);
 }
 
 }  // namespace NWFAST_ISA

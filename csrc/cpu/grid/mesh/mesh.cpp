@@ -66,7 +66,7 @@ GridWindow make_window(int order) {
       std::copy_n(last, kCount, before);
       std::copy_n(next, kCount, last);
     }
-    for (int o = 0; o < 2; ++o) {
+    for (int o = 0; o < 3; ++o) {
       for (int k = 0; k < kCount; ++k) window.power[o][k][node] = static_cast<double>(power[k]);
       for (int k = 0; k + 1 < kCount; ++k) power[k] = 2 * (k + 1) * power[k + 1];  // by f, of powers of 2 f - 1
       power[kCount - 1] = 0;

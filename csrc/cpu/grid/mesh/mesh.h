@@ -29,6 +29,7 @@ struct MeshKind {
   double spacing, shape, error;
 };
 constexpr MeshKind kMeshKinds[2] = {{0.35, 2.45, 1e-11}, {0.3, 2.7, 8e-11}};
+constexpr double kMeshSecondError = 7e-9;  // of second derivatives by the place in bandwidths, of the second kind
 constexpr const MeshKind& mesh_kind(int order) { return kMeshKinds[order > 0]; }
 constexpr double kLeastMeshHalf = 1;                     // half width of a cell, in bandwidths
 constexpr int kMeshSpacings[] = {5, 9, 13, 19, 25, 29};  // of a box; with B of them it has B + kWindowNodes - 1 nodes
