@@ -1,7 +1,6 @@
 // The operators nwfast::native_fgt_local_linear and native_auto_local_linear: local lines in two and three features in
-// one pass (grid/local_linear.h), of canonical input. Results are in the arithmetic dtype of query: fit (*B, M, C),
-// slope
-// (*B, M, D, C); with `moments` means (*B, M, C + D) and inverse (*B, M, D, D), else these are empty; and of
+// one pass (grid/local_linear.h), of canonical input. Results are in the arithmetic dtype of query: fit (*B, M, C) and
+// slope (*B, M, D, C); with `moments` means (*B, M, C + D) and inverse (*B, M, D, D), else these are empty; and of
 // LocalLinearRows the rows that are left, those that are weak and the moments of these. The first are [-1] where the
 // dense method is faster, or the data is none for this pass: there are no results then.
 
