@@ -51,9 +51,7 @@ template <typename T>
 void add_dense(const Problem& problem, const Buffer<T>& out, const Buffer<double>& state,
                const Buffer<double>& grad_out, double* grad_w) {
   BackwardTask<T> task{};
-  task.grad_out.data = grad_out.get();
-  task.grad_out.dtype = Dtype::kDouble;
-  task.grad_out.row_stride = 1;
+  task.grad_out = array_view(grad_out.get(), 1, 0);
   task.out = out.get();
   task.state = state.get();
   task.grad_w = grad_w;

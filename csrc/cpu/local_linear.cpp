@@ -41,35 +41,18 @@ template <Method method>
 Lines local_linear(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
                    const std::optional<Tensor>& key_weight, bool exclude_self, bool moments) {
   Problem problem;
-  Batch& batch = problem.batch;
   TinyWeights weights;
   problem.exclude_self = exclude_self;
-  read_sizes(query, key, value, w, problem);
+  read_canonical(query, key, value, w, problem);
   check(problem.features == 2 || problem.features == 3);
-  batch.rank = static_cast<int>(query.dim()) - 2;
-  for (int dim = 0; dim < batch.rank; ++dim) {
-    batch.sizes[dim] = common_size(query, key, value, dim);
-    batch.count *= batch.sizes[dim];
-  }
-  const auto matrix = [&](const Tensor& tensor) {
-    return view_of(tensor, batch, batch.rank, batch.rank, batch.rank + 1);
-  };
-  const auto vector = [&](const Tensor& tensor) {
-    const int last = static_cast<int>(tensor.dim()) - 1;
-    return view_of(tensor, batch, last, last, last);
-  };
-  problem.query = matrix(query);
-  problem.key = matrix(key);
-  problem.value = matrix(value);
-  problem.w = vector(w);
   check_sizes(key_weight, problem);
   if (key_weight) {
-    problem.key_weight = vector(*key_weight);
+    problem.key_weight = vector_view(*key_weight, problem.batch);
     weights.rescale(problem);
   }
   const WithoutLeftOut kept(problem, false);
   grid::LocalLinearRows rest;
-  const bool empty_batch = batch.count == 0 || problem.queries == 0;
+  const bool empty_batch = problem.batch.count == 0 || problem.queries == 0;
   bool serves = true;
   if (method == Method::kAuto && !empty_batch) {
     Problem all = kept.problem();  // the columns of the passes that serve otherwise

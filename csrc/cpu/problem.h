@@ -33,6 +33,17 @@ struct View : ViewOf<kMaxRank> {
   }
 };
 
+// Of an array without leading dimensions.
+template <typename T>
+View array_view(const T* data, int64_t row_stride, int64_t column_stride) {
+  View view;
+  view.data = data;
+  view.dtype = sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble;
+  view.row_stride = row_stride;
+  view.column_stride = column_stride;
+  return view;
+}
+
 using Problem = ProblemOf<View, kMaxRank>;
 
 // Contiguous results of the forward pass, in the arithmetic dtype; tangents may be null.

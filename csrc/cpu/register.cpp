@@ -53,18 +53,6 @@ struct Call {
   bool features() const { return form == Form::kCanonical; }
 };
 
-// (*B, rows, columns) in canonical form.
-View matrix_view(const Tensor& tensor, const Batch& batch) {
-  const int ndim = static_cast<int>(tensor.dim());
-  return view_of(tensor, batch, ndim - 2, ndim - 2, ndim - 1);
-}
-
-// (*B, n): key weights, w, gradients of lse.
-View vector_view(const Tensor& tensor, const Batch& batch) {
-  const int ndim = static_cast<int>(tensor.dim());
-  return view_of(tensor, batch, ndim - 1, ndim - 1, ndim - 1);
-}
-
 // The gradient of out.
 View output_view(const Tensor& tensor, const Call& call) {
   switch (call.form) {
@@ -115,16 +103,7 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
     check(problem.key.dtype == problem.query.dtype && problem.value.dtype == problem.query.dtype &&
           problem.w.dtype == problem.query.dtype);
   } else {
-    read_sizes(query, key, value, w, problem);
-    batch.rank = ndim - 2;
-    for (int dim = 0; dim < ndim - 2; ++dim) {
-      batch.sizes[dim] = common_size(query, key, value, dim);
-      batch.count *= batch.sizes[dim];
-    }
-    problem.query = matrix_view(query, batch);
-    problem.key = matrix_view(key, batch);
-    problem.value = matrix_view(value, batch);
-    problem.w = vector_view(w, batch);
+    read_canonical(query, key, value, w, problem);
   }
   check_sizes(key_weight, problem);
   if (key_weight) {

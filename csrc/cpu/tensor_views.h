@@ -32,6 +32,34 @@ inline View view_of(const Tensor& tensor, const Batch& batch, int leading, int r
   return view;
 }
 
+// (*B, rows, columns) in canonical form.
+inline View matrix_view(const Tensor& tensor, const Batch& batch) {
+  const int ndim = static_cast<int>(tensor.dim());
+  return view_of(tensor, batch, ndim - 2, ndim - 2, ndim - 1);
+}
+
+// (*B, n): key weights, w, gradients of lse.
+inline View vector_view(const Tensor& tensor, const Batch& batch) {
+  const int ndim = static_cast<int>(tensor.dim());
+  return view_of(tensor, batch, ndim - 1, ndim - 1, ndim - 1);
+}
+
+// Sizes and views of the canonical form, but for key weights.
+inline void read_canonical(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& w,
+                           Problem& problem) {
+  Batch& batch = problem.batch;
+  read_sizes(query, key, value, w, problem);
+  batch.rank = static_cast<int>(query.dim()) - 2;
+  for (int dim = 0; dim < batch.rank; ++dim) {
+    batch.sizes[dim] = common_size(query, key, value, dim);
+    batch.count *= batch.sizes[dim];
+  }
+  problem.query = matrix_view(query, batch);
+  problem.key = matrix_view(key, batch);
+  problem.value = matrix_view(value, batch);
+  problem.w = vector_view(w, batch);
+}
+
 template <typename T>
 T* data(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;

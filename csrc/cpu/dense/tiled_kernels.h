@@ -94,13 +94,7 @@ void tiled_rows_in(const TiledRows<T>& task) {
       for (int r = 0; r < kQ; ++r) {
         const S* const row = scores + r * kTileKeys;
         T* const weight_row = weights + r * kTileKeys;
-        Vec<S> high = splat<S>(top[r]);
-        for (int64_t j = 0; j < count; j += kLanes<S>) {
-          const Vec<S> score = load(row + j);
-          high = select<S>(score > high, score, high);
-        }
-        S highest = top[r];
-        for (int i = 0; i < kLanes<S>; ++i) highest = high[i] > highest ? high[i] : highest;
+        const S highest = highest_score(row, count, top[r]);
         if (highest > top[r]) {
           if (total[r] != 0 && r < rows) {
             const double factor = __builtin_exp2(static_cast<double>(top[r]) - static_cast<double>(highest));

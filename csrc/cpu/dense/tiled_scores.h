@@ -167,6 +167,18 @@ NWFAST_ONE_COPY void scores_of(const TiledData<T>& data, const T* const* query, 
   }
 }
 
+// The highest of `count` scores and `high`.
+template <typename T>
+NWFAST_INLINE T highest_score(const T* row, int64_t count, T high) {
+  Vec<T> highs = splat<T>(high);
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const Vec<T> score = load(row + j);
+    highs = select<T>(score > highs, score, highs);
+  }
+  for (int i = 0; i < kLanes<T>; ++i) high = highs[i] > high ? highs[i] : high;
+  return high;
+}
+
 // Keys beyond n and excluded keys get no weight.
 template <typename T>
 NWFAST_INLINE void mask_scores(int64_t n, int64_t begin, int64_t count, const int64_t* excluded, int rows,

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "element.h"
+#include "translation.h"
 
 namespace nwfast {
 namespace grid {
@@ -82,6 +83,39 @@ class Derivatives {
   int channels_ = 0;
   int flat_column_[kAxes] = {};  // the first column of charges times places along an axis, 0 for none
 };
+
+// use(i, row) for the queries i of some boxes that are wanted(i) and whose sums, without their own keys, are good
+// enough: row (slots, columns) as GridEvaluate has them.
+template <typename R, typename Wanted, typename Use>
+void expand_queries(Element<R>& element, const Derivatives<R>& derivatives, std::vector<int64_t> boxes, bool serial,
+                    const Wanted& wanted, const Use& use) {
+  fill_matrices(element.plan);
+  const double tail = Plan::beyond(element.plan.radius) * element.mass;
+  const int columns = derivatives.columns, order = derivatives.order, slots = derivatives.slots();
+  Expansion<R> expansion{
+      element.plan,
+      element.keys,
+      element.queries,
+      std::move(boxes),
+      columns,
+      order,
+      [&](int64_t begin, int64_t n, double* charge, int64_t pitch) { derivatives.load(begin, n, charge, pitch); },
+      [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
+        const double error = error_of(element.plan, bound) + tail;
+        std::vector<double> row(slots * columns), own(columns);
+        for (int64_t k = 0; k < n; ++k) {
+          const int64_t i = begin + k;
+          if (!wanted(i)) continue;
+          for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
+          if (element.sorted.exclude_self) {
+            derivatives.load(element.own[i], 1, own.data(), 1);
+            if (!element.subtract_own(i, own.data(), columns, order, row.data())) continue;
+          }
+          if (row[0] * Accuracy<R>::kAccept >= error) use(i, row.data());
+        }
+      }};
+  expansion.run(serial);
+}
 
 }  // namespace grid
 }  // namespace nwfast

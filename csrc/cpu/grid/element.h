@@ -202,12 +202,10 @@ struct Element {
     sorted.features = problem.features;
     sorted.channels = channels;
     sorted.exclude_self = problem.exclude_self;
-    set_view(sorted.query, queries.columns.get(), queries.pitch);
-    set_view(sorted.key, keys.columns.get(), keys.pitch);
-    set_view(sorted.value, value_.get(), n);
-    sorted.w.data = w_.get();
-    sorted.w.dtype = Dtype::kDouble;
-    sorted.w.column_stride = 1;
+    sorted.query = array_view(queries.columns.get(), 1, queries.pitch);
+    sorted.key = array_view(keys.columns.get(), 1, keys.pitch);
+    sorted.value = array_view(value_.get(), 1, n);
+    sorted.w = array_view(w_.get(), 0, 1);
     mass = static_cast<double>(n);
     if (problem.key_weight.data) {
       weighted_ = true;
@@ -220,9 +218,7 @@ struct Element {
         any |= weight_[j] > 0;
       }
       if (!valid || !any) return false;
-      sorted.key_weight.data = weight_.get();
-      sorted.key_weight.dtype = Dtype::kDouble;
-      sorted.key_weight.row_stride = 1;
+      sorted.key_weight = array_view(weight_.get(), 1, 0);
     }
     if (problem.exclude_self) {
       key_place.allocate(n);
@@ -240,13 +236,6 @@ struct Element {
       mass = weight_before_[n];
     }
     return true;
-  }
-
-  static void set_view(View& view, const R* data, int64_t pitch) {
-    view.data = data;
-    view.dtype = sizeof(R) == 4 ? Dtype::kFloat : Dtype::kDouble;
-    view.row_stride = 1;
-    view.column_stride = pitch;
   }
 
   Buffer<double> w_, weight_, weight_before_;
@@ -286,9 +275,7 @@ struct LeftOverRows {
       read(from.query, offset + rows[i] * from.query.row_stride, from.features, from.query.column_stride,
            query_.get() + i * from.features);
     }
-    problem.query.data = query_.get();
-    problem.query.row_stride = from.features;
-    problem.query.column_stride = 1;
+    problem.query = array_view(query_.get(), from.features, 1);
     if (!from.exclude_self) return;
     own_.allocate(count);
     for (int64_t i = 0; i < count; ++i) own_[i] = element.key_place[rows[i]];

@@ -32,7 +32,14 @@ class Forward {
       expanded =
           choose_boxes(element_.plan, element_.keys, element_.queries, derivatives.columns, derivatives.order, serial_);
     }
-    if (!expanded.empty()) expand(std::move(expanded), derivatives);
+    if (!expanded.empty()) {
+      const auto all = [](int64_t) { return true; };
+      expand_queries(element_, derivatives, std::move(expanded), serial_, all, [&](int64_t i, const double* row) {
+        write(i, 0, row[0], row + 1);
+        if (order > 0) differentiate(i, derivatives, row);
+        left_[i] = 0;
+      });
+    }
     for (int level = 0; level < kLevels; ++level) {
       std::vector<int64_t> rows;
       for (int64_t i = 0; i < m; ++i) {
@@ -49,53 +56,17 @@ class Forward {
   }
 
  private:
-  // total and values (with `stride`) are sums relative to 2^-shift.
-  void write(int64_t i, double shift, double total, const double* values, int64_t stride) const {
+  // total and values are sums relative to 2^-shift.
+  void write(int64_t i, double shift, double total, const double* values) const {
     const TiledBatch<R>& batch = element_.batch;
-    write_row(result_, b_ * problem_.queries + element_.queries.order[i], problem_.channels, batch.centre.get(),
-              batch.values.get(), shift, total, batch.weight_unit, values, stride);
+    write_row(result_, result_row(i), problem_.channels, batch.centre.get(), batch.values.get(), shift, total,
+              batch.weight_unit, values, 1);
   }
 
   int64_t result_row(int64_t i) const { return b_ * problem_.queries + element_.queries.order[i]; }
   // Of a row: tangents of the query (features, channels), and of w (features).
   R* by_query(int64_t i) const { return result_.tangent_q + result_row(i) * problem_.features * problem_.channels; }
   R* by_w(int64_t i) const { return result_.tangent_w + result_row(i) * problem_.features; }
-
-  void expand(std::vector<int64_t> boxes, const Derivatives<R>& derivatives) {
-    fill_matrices(element_.plan);
-    const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
-    const int columns = derivatives.columns, order = derivatives.order, slots = derivatives.slots();
-    Expansion<R> expansion{
-        element_.plan,
-        element_.keys,
-        element_.queries,
-        std::move(boxes),
-        columns,
-        order,
-        [&](int64_t begin, int64_t n, double* charge, int64_t pitch) { derivatives.load(begin, n, charge, pitch); },
-        [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
-          const double error = error_of(element_.plan, bound) + tail;
-          std::vector<double> row(slots * columns), own(columns);
-          for (int64_t k = 0; k < n; ++k) {
-            const double* from = sums + k;
-            int64_t stride = pitch;
-            if (problem_.exclude_self || order > 0) {
-              for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
-              from = row.data();
-              stride = 1;
-            }
-            if (problem_.exclude_self) {
-              derivatives.load(element_.own[begin + k], 1, own.data(), 1);
-              if (!element_.subtract_own(begin + k, own.data(), columns, order, row.data())) continue;
-            }
-            if (!(from[0] * Accuracy<R>::kAccept >= error)) continue;
-            write(begin + k, 0, from[0], from + stride, stride);
-            if (order > 0) differentiate(begin + k, derivatives, row.data());
-            left_[begin + k] = 0;
-          }
-        }};
-    expansion.run(serial_);
-  }
 
   // row (slots, columns): see GridEvaluate.
   void differentiate(int64_t i, const Derivatives<R>& derivatives, const double* row) const {
@@ -154,7 +125,7 @@ class Forward {
                 }
               }
             }
-            write(i, shift[k], total[k], sums, 1);
+            write(i, shift[k], total[k], sums);
             left_[i] = 0;
           }
           if (result_.tangent_w) differentiate_directly(rows.data() + run.begin, task, window);
@@ -225,9 +196,7 @@ class Forward {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t other = 0; other < channels; ++other) picked[other] = other == c;
       BackwardTask<R> task{};
-      task.grad_out.data = picked.get();
-      task.grad_out.dtype = Dtype::kDouble;
-      task.grad_out.column_stride = 1;
+      task.grad_out = array_view(picked.get(), 0, 1);
       task.out = out.get();
       task.state = state.get();
       task.grad_query = by_query.get();

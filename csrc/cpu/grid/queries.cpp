@@ -31,7 +31,13 @@ class QueryBackward {
     if (rows > 0) {
       std::vector<int64_t> boxes = choose_boxes(element_.plan, element_.keys, element_.queries, derivatives_->columns,
                                                 derivatives_->order, serial_);
-      if (!boxes.empty()) expand(std::move(boxes));
+      if (!boxes.empty()) {
+        const auto wanted = [&](int64_t i) { return gradients_->level[i] != RowGradients<R>::kIdle; };
+        expand_queries(element_, *derivatives_, std::move(boxes), serial_, wanted, [&](int64_t i, const double* row) {
+          differentiate(i, row);
+          gradients_->level[i] = RowGradients<R>::kIdle;
+        });
+      }
       for (int level = 0; level < kLevels; ++level) sum_directly(level);
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -48,38 +54,6 @@ class QueryBackward {
 
  private:
   int64_t result_row(int64_t i) const { return b_ * problem_.queries + element_.queries.order[i]; }
-
-  void expand(std::vector<int64_t> boxes) {
-    fill_matrices(element_.plan);
-    const double tail = Plan::beyond(element_.plan.radius) * element_.mass;
-    const int columns = derivatives_->columns, order = derivatives_->order, slots = derivatives_->slots();
-    Expansion<R> expansion{element_.plan,
-                           element_.keys,
-                           element_.queries,
-                           std::move(boxes),
-                           columns,
-                           order,
-                           [this](int64_t begin, int64_t n, double* charge, int64_t pitch) {
-                             derivatives_->load(begin, n, charge, pitch);
-                           },
-                           [&](int64_t begin, int64_t n, const double* sums, int64_t pitch, double bound) {
-                             const double error = error_of(element_.plan, bound) + tail;
-                             std::vector<double> row(slots * columns), own(columns);
-                             for (int64_t k = 0; k < n; ++k) {
-                               const int64_t i = begin + k;
-                               if (gradients_->level[i] == RowGradients<R>::kIdle) continue;
-                               for (int s = 0; s < slots * columns; ++s) row[s] = sums[s * pitch + k];
-                               if (problem_.exclude_self) {
-                                 derivatives_->load(element_.own[i], 1, own.data(), 1);
-                                 if (!element_.subtract_own(i, own.data(), columns, order, row.data())) continue;
-                               }
-                               if (!(row[0] * Accuracy<R>::kAccept >= error)) continue;
-                               differentiate(i, row.data());
-                               gradients_->level[i] = RowGradients<R>::kIdle;
-                             }
-                           }};
-    expansion.run(serial_);
-  }
 
   // row (slots, columns): see GridEvaluate.
   void differentiate(int64_t i, const double* row) {

@@ -124,22 +124,13 @@ struct LeftOverBackward {
       std::copy_n(from.state + 2 * row, 2, state_.get() + 2 * i);
     }
     task = BackwardTask<R>();
-    task.grad_out = view(grad_.get(), channels);
-    if (from.grad_lse.data) task.grad_lse = view(lse_.get(), 1);
+    task.grad_out = array_view(grad_.get(), channels, 1);
+    if (from.grad_lse.data) task.grad_lse = array_view(lse_.get(), 1, 1);
     task.out = out_.get();
     task.state = state_.get();
   }
 
  private:
-  static View view(const double* data, int64_t row_stride) {
-    View result;
-    result.data = data;
-    result.dtype = Dtype::kDouble;
-    result.row_stride = row_stride;
-    result.column_stride = 1;
-    return result;
-  }
-
   Buffer<R> out_;
   Buffer<double> state_, grad_, lse_;
 };

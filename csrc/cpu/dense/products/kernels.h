@@ -115,21 +115,6 @@ NWFAST_INLINE void mask_own(const int64_t* excluded, int64_t rows, int64_t begin
   }
 }
 
-// The highest of a row's scores and `high`.
-NWFAST_INLINE float highest_score(const float* row, int64_t count, float high) {
-  Vec<float> highs[kBlockVectors];
-  for (int v = 0; v < kBlockVectors; ++v) highs[v] = splat<float>(high);
-  for (int64_t j = 0; j < count; j += kBlockColumns) {
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const Vec<float> score = load(row + j + v * kLanes<float>);
-      highs[v] = select<float>(score > highs[v], score, highs[v]);
-    }
-  }
-  for (int v = 1; v < kBlockVectors; ++v) highs[0] = select<float>(highs[v] > highs[0], highs[v], highs[0]);
-  for (int i = 0; i < kLanes<float>; ++i) high = highs[0][i] > high ? highs[0][i] : high;
-  return high;
-}
-
 NWFAST_ONE_COPY void product_rows(const ProductRows& task) {
   const ProductData& data = task.data;
   alignas(64) float weights[kProductRows * kProductKeys] = {};  // first scores

@@ -12,7 +12,7 @@ namespace nwfast {
 namespace NWFAST_ISA {
 
 template <typename T>
-constexpr T kLeastScore = sizeof(T) == 4 ? T(-64) : T(-200);  // in base 2: weights below it are 0
+constexpr T kLeastScore = sizeof(T) == 4 ? T(-64) : T(-200);  // weights of less are 0, see least_score
 
 // Sums of the vectors of a tile are kept in double, lane by lane, up to the last tile.
 template <typename T>
@@ -34,9 +34,7 @@ NWFAST_INLINE void sum_offsets(const TiledData<T>& data, const T* query, int64_t
   constexpr int kPairs = kFeatures * (kFeatures + 1) / 2;
   Vec<T> sum = {}, first[kFeatures] = {}, second[kPairs] = {}, value = {}, by_value[kFeatures] = {};
   for (int64_t j = 0; j < count; j += kLanes<T>) {
-    // Products with what is next to nothing would be denormal numbers, which take a hundred times as long.
-    const Vec<T> score = load(scores + j) - top;
-    const Vec<T> weight = select<T>(score > kLeastScore<T>, exp2<T>(score), Vec<T>{});
+    const Vec<T> weight = exp2<T>(drop_below<T>(load(scores + j) - top, kLeastScore<T>));
     store<T>(scores + j, weight);
     sum += weight;
     Vec<T> offset[kFeatures];
@@ -100,13 +98,7 @@ NWFAST_ONE_COPY void window_moments(const GridWindowMoments<T>& task) {
       for (int r = 0; r < rows; ++r) {
         T* const row = scores + r * kTileKeys;
         double* const sums = task.sums + (first + r) * all;
-        Vec<T> high = splat<T>(top[r]);
-        for (int64_t j = 0; j < count; j += kLanes<T>) {
-          const Vec<T> score = load(row + j);
-          high = select<T>(score > high, score, high);
-        }
-        T highest = top[r];
-        for (int i = 0; i < kLanes<T>; ++i) highest = high[i] > highest ? high[i] : highest;
+        const T highest = highest_score(row, count, top[r]);
         if (highest > top[r] && begin > 0) {
           const double factor = __builtin_exp2(static_cast<double>(top[r]) - static_cast<double>(highest));
           for (int i = 0; i < 1 + kFirst; ++i) wide[r][i] *= factor;
