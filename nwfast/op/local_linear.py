@@ -30,6 +30,7 @@ from ..backends import local_linear as formula
 from . import by_reference
 from .autograd import reduce_to, reduce_weights
 from .by_reference import NEEDS
+from .call import is_transformed
 from .schema import KERNELS, LINES, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
@@ -49,25 +50,26 @@ def local_linear(
 ) -> tuple[Tensor, Tensor]:
     """(fit (*B, M, C), slope (*B, M, D, C)) of canonical inputs, differentiable; in float64 or float32."""
     inputs = query, key, value, w, key_weight
-    if kernel in LINES and _is_plain(*inputs):
+    plain = kernel in LINES and _is_plain(*inputs)
+    if plain:
         found = _in_one_pass(kernel, *inputs, exclude_self, False)
         if found is not None:
             return found[:2]
     if query.dtype != torch.float64:  # narrower coordinates have products in float64
-        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self)
+        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self, plain)
     unit = formula.extreme_unit(key, w.double(), key_weight)
     seen = (
         query.device.type == "cpu" and not is_captured() and not torch._C._are_functorch_transforms_active()
     )
     if seen and bool((unit == 1).all()):
-        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self)
+        return _local_linear(kernel, query, key, value, w, key_weight, exclude_self, plain)
     most = torch.finfo(torch.float64).max
     w = (w.double() * unit.squeeze(-2)).clamp(-most, most)
-    fit, slope = _local_linear(kernel, query / unit, key / unit, value, w, key_weight, exclude_self)
+    fit, slope = _local_linear(kernel, query / unit, key / unit, value, w, key_weight, exclude_self, False)
     return fit, slope / unit.mT.unsqueeze(-3)
 
 
-def _local_linear(kernel, query, key, value, w, key_weight, exclude_self):
+def _local_linear(kernel, query, key, value, w, key_weight, exclude_self, plain):
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     if kernel == "reference" or forward_mode or torch._C._are_functorch_transforms_active():
         if not is_captured():
@@ -75,6 +77,8 @@ def _local_linear(kernel, query, key, value, w, key_weight, exclude_self):
         return formula.forward(query, key, value, w, key_weight, exclude_self)
     query, key, value, w = query.double(), key.double(), value.double(), w.double()
     key_weight = key_weight if key_weight is None else key_weight.double()
+    if plain:  # what the operator would try first did not serve
+        return _by_passes(query, key, value, w, key_weight, exclude_self, kernel)[:2]
     return _LOCAL_LINEAR(query, key, value, w, key_weight, exclude_self, kernel)[:2]
 
 
@@ -106,14 +110,10 @@ def rows(
 
 def _is_plain(*inputs: Tensor | None) -> bool:
     """Whether a call is eager, of plain tensors, and nothing to differentiate."""
-    if (
-        is_captured()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if is_captured() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     differentiable = torch.is_grad_enabled()
-    return torch.autograd.forward_ad._current_level < 0 and all(
+    return all(
         x is None or (type(x) in (Tensor, torch.nn.Parameter) and not (differentiable and x.requires_grad))
         for x in inputs
     )
