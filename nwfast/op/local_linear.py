@@ -30,7 +30,6 @@ from ..backends import local_linear as formula
 from . import by_reference
 from .autograd import reduce_to, reduce_weights
 from .by_reference import NEEDS
-from .call import is_transformed
 from .schema import KERNELS, LINES, define
 
 # Bandwidths over which keys may extend for the squares of their coordinates to carry first derivatives to some 1e-8.
@@ -110,10 +109,14 @@ def rows(
 
 def _is_plain(*inputs: Tensor | None) -> bool:
     """Whether a call is eager, of plain tensors, and nothing to differentiate."""
-    if is_captured() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+    if (
+        is_captured()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         return False
     differentiable = torch.is_grad_enabled()
-    return all(
+    return torch.autograd.forward_ad._current_level < 0 and all(
         x is None or (type(x) in (Tensor, torch.nn.Parameter) and not (differentiable and x.requires_grad))
         for x in inputs
     )
