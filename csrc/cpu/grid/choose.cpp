@@ -4,7 +4,7 @@
 // that the choice costs some microseconds whatever the size. Times are those of one core with AVX2, in nanoseconds;
 // only their ratio counts. benchmarks/studies/method_cost.py --features 2 measures how good it is.
 
-#include "plan.h"
+#include "far/rows.h"
 
 namespace nwfast {
 namespace grid {
@@ -20,6 +20,8 @@ constexpr double kWork = 1.5;  // what the plan's estimate leaves out
 // The dense drivers leave far pairs out where there are many: for each point its order and the search, in two and three
 // features, and pairs of the boxes that are left.
 constexpr double kSkippingPairs = 1 << 22, kSkippedPoint[2] = {500, 1200}, kLeft = 2;
+// Of rows of doubles beyond what doubles hold of scores (most_score), which dense drivers compute in long double.
+constexpr double kLongPair = 20, kLongDistance = 37;
 
 int64_t sample(const View& view, const Batch& batch, int64_t n, int64_t most, int features, std::vector<double>* to) {
   const int64_t count = std::min(n, most), offset = view.offset(batch, 0);
@@ -65,7 +67,7 @@ bool faster(const Problem& problem) {
   Plan plan;
   if (!make_plan<R>(extent, plan)) return false;
   // Rows too far from all keys for the grid.
-  double far = 0;
+  double far = 0, farthest = 0;
   for (int64_t i = 0; i < queries; ++i) {
     double nearest = INFINITY;
     for (int64_t j = 0; j < keys; ++j) {
@@ -79,12 +81,19 @@ bool faster(const Problem& problem) {
     // The nearest key of all is nearer than that of the sample.
     const double share = std::pow(static_cast<double>(keys) / n, 1.0 / features);
     far += !(std::sqrt(nearest) * share <= 2 * kLevelDistance[kLevels - 1]);
+    farthest += wide && !(std::sqrt(nearest) * share <= 2 * kLongDistance);
   }
+  const double rows = m / static_cast<double>(queries);
   if (m * n >= kSkippingPairs) {
     const double near = pairs_within(extent, plan.radius, nullptr);
     dense = std::fmin(dense, (m + n) * kSkippedPoint[features - 2] + kLeft * near * pair);
   }
-  const double left_over = far / static_cast<double>(queries) * dense;
+  const double by_long_double = farthest * rows * n * kLongPair;
+  double left_over = far * rows / m * dense + by_long_double;
+  if (far_serves(problem.exclude_self, problem.channels)) {
+    left_over = std::fmin(left_over, far_time(n, far * rows, features));
+  }
+  dense += by_long_double;
   return fixed + kWork * plan.work + (plan.direct ? 0 : kSeriesCall) + left_over < dense;
 }
 

@@ -5,6 +5,7 @@
 
 #include "crowded.h"
 #include "derivatives.h"
+#include "far/rows.h"
 #include "tangents.h"
 
 namespace nwfast {
@@ -41,12 +42,8 @@ class Forward {
       });
     }
     for (int level = 0; level < kLevels; ++level) {
-      std::vector<int64_t> rows;
-      for (int64_t i = 0; i < m; ++i) {
-        if (left_[i]) rows.push_back(i);
-      }
-      if (rows.empty()) break;
-      sum_directly(rows, level);
+      if (order == 0 && level < 2) sum_far(level, left_over);
+      sum_directly(left_rows(), level);
     }
     for (int64_t i = 0; i < m; ++i) {
       if (left_[i]) left_over.push_back(element_.queries.order[i]);
@@ -56,6 +53,37 @@ class Forward {
   }
 
  private:
+  // Those without a result, ascending.
+  std::vector<int64_t> left_rows() const {
+    std::vector<int64_t> rows;
+    for (int64_t i = 0; i < element_.queries.n; ++i) {
+      if (left_[i]) rows.push_back(i);
+    }
+    return rows;
+  }
+
+  // The rows that have no result yet, and those outside of the grid, over the tree of far/tree.h where that is less
+  // work than direct sums of this level; leaves in `outside` those that it did not settle.
+  void sum_far(int level, std::vector<int64_t>& outside) {
+    const std::vector<int64_t> rows = left_rows();
+    if (!far_pays(element_, rows, level, outside.size())) return;
+    std::vector<int64_t> numbers;  // by the caller's
+    for (const int64_t i : rows) numbers.push_back(element_.queries.order[i]);
+    numbers.insert(numbers.end(), outside.begin(), outside.end());
+    const int64_t known = static_cast<int64_t>(rows.size());
+    std::vector<int64_t> unsettled;
+    sum_far_rows(element_, problem_, b_, numbers, serial_, [&](int64_t k, double shift, const double* sums) {
+      if (sums[0] > 0 && std::isfinite(sums[0]) && std::isfinite(shift)) {
+        write_row(result_, b_ * problem_.queries + numbers[k], problem_.channels, element_.batch.centre.get(),
+                  element_.batch.values.get(), shift, sums[0], element_.batch.weight_unit, sums + 1, 1);
+        if (k < known) left_[rows[k]] = 0;
+      } else if (k >= known) {
+        unsettled.push_back(numbers[k]);
+      }
+    });
+    outside.swap(unsettled);
+  }
+
   // total and values are sums relative to 2^-shift.
   void write(int64_t i, double shift, double total, const double* values) const {
     const TiledBatch<R>& batch = element_.batch;
@@ -85,6 +113,7 @@ class Forward {
   }
 
   void sum_directly(const std::vector<int64_t>& rows, int level) {
+    if (rows.empty()) return;
     const double most = most_score<R, R>(problem_);
     const int64_t features = problem_.features, channels = problem_.channels;
     over_windows(

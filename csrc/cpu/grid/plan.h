@@ -25,7 +25,7 @@
 //
 // Which sums to trust. A row whose total is not well above what its way may have left out or rounded, is summed again:
 // directly, within a larger radius, and what that does not settle, over all keys by the dense driver (LeftOverRows of
-// element.h).
+// element.h). Where that is more work, forward passes sum such rows over a tree of the keys (far/tree.h).
 //
 // Everything is in double but direct sums, which have the precision of the data.
 

@@ -47,6 +47,9 @@ inline __m256 load_float(unsigned mask, const float* x) {
 inline __m512d repeat_pair(unsigned mask, __m128d x) {
   return each_lane<__m512d>(mask, [&](unsigned i) { return x[i % 2]; });
 }
+inline __m512d multiply_subtract(__m512d x, __m512d y, __m512d z) {
+  return each_lane<__m512d>(0xff, [&](unsigned i) { return std::fma(x[i], y[i], -z[i]); });
+}
 inline unsigned signs(__m512i x) {
   unsigned bits = 0;
   for (unsigned i = 0; i < 8; ++i) bits |= unsigned(x[i] < 0) << i;
@@ -67,5 +70,6 @@ inline unsigned signs(__m512i x) {
 #define _mm512_maskz_loadu_pd(mask, x) nwfast::emulated::load_double(mask, x)
 #define _mm256_maskz_loadu_ps(mask, x) nwfast::emulated::load_float(mask, x)
 #define _mm512_maskz_broadcast_f64x2(mask, x) nwfast::emulated::repeat_pair(mask, x)
+#define _mm512_fmsub_pd(x, y, z) nwfast::emulated::multiply_subtract(x, y, z)
 #define _mm512_movepi64_mask(x) nwfast::emulated::signs(x)
 // clang-format on

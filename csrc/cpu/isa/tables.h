@@ -12,6 +12,7 @@
 #include "../dense/skipping/select.h"
 #include "../dense/tiled_kernels.h"
 #include "../grid/kernels/convolve.h"
+#include "../grid/kernels/far.h"
 #include "../grid/kernels/mesh.h"
 #include "../grid/kernels/moments.h"
 #include "../linear/kernels/finish.h"
@@ -42,8 +43,8 @@ extern constexpr LinearKernels<double> kDoubleLinearKernels = linear_table<doubl
 
 template <typename T>
 constexpr GridKernels<T> grid_table() {
-  return {grid_product, grid_moments<T>, grid_evaluate<T>,   grid_spread<T>,        grid_interpolate<T>,
-          grid_fold,    grid_convolve,   grid_convolve_rows, grid_window_moments<T>};
+  return {grid_product,  grid_moments<T>,    grid_evaluate<T>,       grid_spread<T>, grid_interpolate<T>, grid_fold,
+          grid_convolve, grid_convolve_rows, grid_window_moments<T>, far_direct,     far_expansion,       far_moments};
 }
 extern constexpr GridKernels<float> kFloatGridKernels = grid_table<float>();
 extern constexpr GridKernels<double> kDoubleGridKernels = grid_table<double>();

@@ -15,12 +15,6 @@ constexpr int64_t kMostLocal = 4096;      // and its points
 constexpr int64_t kLeastToCount = 512;    // points whose median is looked for in a histogram
 constexpr int kBins = 1024;
 
-// Of n > kBoxPoints points: those before the split, a multiple of the parts that are to be nodes.
-int64_t left_of(int64_t n) {
-  const int64_t unit = n > kGroupPoints ? kGroupPoints : kBoxPoints;
-  return (n / 2 + unit / 2) / unit * unit;
-}
-
 int64_t depth_of(int64_t n) {
   int64_t depth = 1;
   for (; n > kBoxPoints; ++depth) n = std::max(left_of(n), n - left_of(n));

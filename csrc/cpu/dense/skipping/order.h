@@ -16,6 +16,12 @@ namespace nwfast {
 
 constexpr int64_t kBoxPoints = 32, kGroupPoints = 512;
 
+// Of n > kBoxPoints points of a node: how many its first child has.
+inline int64_t left_of(int64_t n) {
+  const int64_t unit = n > kGroupPoints ? kGroupPoints : kBoxPoints;  // a multiple of the parts that are to be nodes
+  return (n / 2 + unit / 2) / unit * unit;
+}
+
 class SpatialOrder {
  public:
   // points (n, features), finite; n < 2^32. The order does not depend on the number of threads.

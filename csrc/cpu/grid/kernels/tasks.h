@@ -109,6 +109,63 @@ struct GridWindowMoments {
       sums;  // (rows, features + pairs + channels (1 + features)) in the order of moments.h, pairs (f, g) by f, then g
 };
 
+// Far rows (see ../far/tree.h). Places are in bandwidths and relative to a key u* near a group of rows: y = w (x - u*)
+// of a row, e = w (u - u*) of a key. Sums are relative to the Gaussian of u*, exp(-|x - u|^2 / 2 + |x - u*|^2 / 2) =
+// exp(e.y - |e|^2 / 2): for a row however far away, of numbers near 1.
+constexpr int64_t kFarRows = 32;  // of a group, and in all arrays of rows
+// Expansions have terms of lower degrees than this.
+constexpr int far_degrees(int features) { return features == 2 ? 26 : 20; }
+
+// Terms of so many features that have a degree below `degrees`.
+constexpr int far_terms(int features, int degrees) {
+  return features == 2 ? degrees * (degrees + 1) / 2 : degrees * (degrees + 1) * (degrees + 2) / 6;
+}
+
+// Rows of a group: y, and what rounding took from it; null where exponents of doubles are good enough without.
+struct FarPlaces {
+  int64_t rows;
+  const double *place, *rest;  // (features, kFarRows)
+};
+
+// sums (columns, kFarRows) += sum_j charge_cj exp(e_j.y_i - |e_j|^2 / 2), for n keys.
+struct FarDirect {
+  int features, columns;
+  FarPlaces rows;
+  int64_t n;
+  const double* key;     // (features, pitch), as the caller has them
+  const double* charge;  // (columns, pitch)
+  int64_t pitch;
+  const double *reference, *scale;  // (features) u* as keys are, and w
+  double* sums;
+};
+
+// The same of an expansion: with z = y - e for its centre, and terms z^a of the exponents a of lower degrees,
+//   sums += exp(e.y - |e|^2 / 2) sum_a coefficient_ca (z half)^a
+// Terms are in the order of their degree, in a degree of the exponent of the last feature, then of the second.
+struct FarExpansion {
+  int features, columns, degrees;
+  FarPlaces rows;
+  const double* centre;             // (features) as keys are
+  const double *reference, *scale;  // (features)
+  const double* half;               // (features) what offsets of keys are in units of
+  const double* coefficients;       // (columns, pitch)
+  int64_t pitch;
+  double* sums;
+};
+
+// The coefficients: sum_j charge_cj exp(-|d_j|^2 / 2) (d_j / half)^a / a!, for offsets d = w (u - centre).
+struct FarMoments {
+  int features, columns, degrees;
+  int64_t n;
+  const double *key, *charge;
+  int64_t key_pitch;
+  const double *centre, *scale, *half;  // (features) the centre as keys are
+  const double* inverse_factorial;      // 1 / a!, in the order of terms
+  double* scratch;                      // (2, terms, kPadding)
+  double* coefficients;
+  int64_t pitch;
+};
+
 template <typename R>
 struct GridKernels {
   void (*product)(const GridProduct&);
@@ -124,6 +181,10 @@ struct GridKernels {
   void (*convolve)(const GridConvolution&);
   void (*convolve_rows)(const GridRowConvolution&);
   void (*window_moments)(const GridWindowMoments<R>&);
+  // In double whatever the data is.
+  void (*far_direct)(const FarDirect&);
+  void (*far_expansion)(const FarExpansion&);
+  void (*far_moments)(const FarMoments&);
 };
 
 template <typename R>
