@@ -161,58 +161,61 @@ NWFAST_INLINE void far_direct_rows(const FarDirect& task, int64_t first) {
   }
 }
 
-// kColumns columns of them.
-template <int kFeatures, int kVectors, int kColumns>
-NWFAST_INLINE void far_terms_of(const FarExpansion& task, int64_t first, const Vec<double> (*z)[kVectors],
-                                const Vec<double>* weight, int column) {
-  FarTerms<kFeatures, kVectors> terms;
-  const double* coefficient[kColumns];
-  Vec<double> sum[2][kColumns][kVectors] = {};  // of even and odd places: shorter chains
-  for (int c = 0; c < kColumns; ++c) {
-    coefficient[c] = task.coefficients + (column + c) * task.pitch;
-    for (int v = 0; v < kVectors; ++v) sum[0][c][v] += coefficient[c][0];
-    ++coefficient[c];
-  }
-  for (int degree = 1; degree < task.degrees; ++degree) {
-    terms.raise_degree(z);
-    const int count = terms.count();
-    const auto add = [&](int k, int parity) {
-      for (int c = 0; c < kColumns; ++c) {
-        for (int v = 0; v < kVectors; ++v) sum[parity][c][v] += terms.term(k)[v] * coefficient[c][k];
-      }
-    };
-    int k = 0;
-    for (; k + 1 < count; k += 2) {
-      add(k, 0);
-      add(k + 1, 1);
-    }
-    if (k < count) add(k, 0);
-    for (int c = 0; c < kColumns; ++c) coefficient[c] += count;
-  }
-  for (int c = 0; c < kColumns; ++c) {
-    for (int v = 0; v < kVectors; ++v) {
-      double* const to = task.sums + (column + c) * kFarRows + first + v * kLanes<double>;
-      store<double>(to, load(to) + weight[v] * (sum[0][c][v] + sum[1][c][v]));
-    }
-  }
-}
-
+// Of an expansion, at some rows: the Gaussian of its centre, and z in units of its extent.
 template <int kFeatures, int kVectors, bool kExact>
-NWFAST_INLINE void far_expansion_rows(const FarExpansion& task, int64_t first) {
+NWFAST_INLINE void far_weights(const FarExpansion& task, int64_t first, Vec<double>* weight,
+                               Vec<double> (*z)[kVectors]) {
   const FarVectors<kFeatures, kVectors, kExact> rows(task.rows, first);
   const FarExponent<kFeatures, kExact> e(task.centre, 1, task.reference, task.scale);
-  Vec<double> z[kFeatures][kVectors], weight[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     weight[v] = exp2<double>(rows.exponent(e, v));
     for (int f = 0; f < kFeatures; ++f) {
       z[f][v] = (load(task.rows.place + f * kFarRows + first + v * kLanes<double>) - e.e[f].high) * task.half[f];
     }
   }
-  int column = 0;
-  for (; column + 1 < task.columns; column += 2) {
-    far_terms_of<kFeatures, kVectors, 2>(task, first, z, weight, column);
+}
+
+template <int kFeatures, int kVectors>
+NWFAST_ONE_COPY void far_expansion_rows(const FarExpansion& task, int64_t first) {
+  Vec<double> z[kFeatures][kVectors], weight[kVectors];
+  if (task.rows.rest) {
+    far_weights<kFeatures, kVectors, true>(task, first, weight, z);
+  } else {
+    far_weights<kFeatures, kVectors, false>(task, first, weight, z);
   }
-  if (column < task.columns) far_terms_of<kFeatures, kVectors, 1>(task, first, z, weight, column);
+  for (int column = 0; column < task.columns; column += 2) {
+    const int columns = task.columns - column < 2 ? 1 : 2;  // one is computed twice
+    FarTerms<kFeatures, kVectors> terms;
+    const double* coefficient[2];
+    Vec<double> sum[2][2][kVectors] = {};  // of even and odd places: shorter chains
+    for (int c = 0; c < 2; ++c) {
+      coefficient[c] = task.coefficients + (c < columns ? column + c : column) * task.pitch;
+      for (int v = 0; v < kVectors; ++v) sum[0][c][v] += coefficient[c][0];
+      ++coefficient[c];
+    }
+    const auto add = [&](int k, int parity) {
+      for (int c = 0; c < 2; ++c) {
+        for (int v = 0; v < kVectors; ++v) sum[parity][c][v] += terms.term(k)[v] * coefficient[c][k];
+      }
+    };
+    for (int degree = 1; degree < task.degrees; ++degree) {
+      terms.raise_degree(z);
+      const int count = terms.count();
+      int k = 0;
+      for (; k + 1 < count; k += 2) {
+        add(k, 0);
+        add(k + 1, 1);
+      }
+      if (k < count) add(k, 0);
+      for (int c = 0; c < 2; ++c) coefficient[c] += count;
+    }
+    for (int c = 0; c < columns; ++c) {
+      for (int v = 0; v < kVectors; ++v) {
+        double* const to = task.sums + (column + c) * kFarRows + first + v * kLanes<double>;
+        store<double>(to, load(to) + weight[v] * (sum[0][c][v] + sum[1][c][v]));
+      }
+    }
+  }
 }
 
 // Two vectors of rows at once, or the one that there is.
@@ -224,13 +227,13 @@ NWFAST_ONE_COPY void far_direct_of(const FarDirect& task) {
   }
   if (first < task.rows.rows) far_direct_rows<kFeatures, 1, kExact>(task, first);
 }
-template <int kFeatures, bool kExact>
-NWFAST_ONE_COPY void far_expansion_of(const FarExpansion& task) {
+template <int kFeatures>
+void far_expansion_of(const FarExpansion& task) {
   int64_t first = 0;
   for (; first + kLanes<double> < task.rows.rows; first += 2 * kLanes<double>) {
-    far_expansion_rows<kFeatures, 2, kExact>(task, first);
+    far_expansion_rows<kFeatures, 2>(task, first);
   }
-  if (first < task.rows.rows) far_expansion_rows<kFeatures, 1, kExact>(task, first);
+  if (first < task.rows.rows) far_expansion_rows<kFeatures, 1>(task, first);
 }
 
 template <int kFeatures>
@@ -287,11 +290,7 @@ inline void far_direct(const FarDirect& task) {
   }
 }
 inline void far_expansion(const FarExpansion& task) {
-  if (task.rows.rest) {
-    task.features == 2 ? far_expansion_of<2, true>(task) : far_expansion_of<3, true>(task);
-  } else {
-    task.features == 2 ? far_expansion_of<2, false>(task) : far_expansion_of<3, false>(task);
-  }
+  task.features == 2 ? far_expansion_of<2>(task) : far_expansion_of<3>(task);
 }
 inline void far_moments(const FarMoments& task) {
   task.features == 2 ? far_moments_of<2>(task) : far_moments_of<3>(task);
