@@ -22,17 +22,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-COMPILE = [
-    "-O3",
-    "-g0",
-    "-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11; Python's comes with py_limited_api
-    # Contraction to fused multiply-adds, and no more of -ffast-math: infinities, NaN and the order of additions count.
-    # (-ffast-math itself would, at linking, switch the whole process that loads the extension to flush-to-zero.)
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+KERNELS = runpy.run_path("csrc/cpu/isa/compile.py")
+# The stable ABI of torch 2.11; Python's comes with py_limited_api.
+COMPILE = [*KERNELS["FLAGS"], "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Extensions that this build leaves out, and why.
 LEFT_OUT: dict[str, str] = {}
 NVCC = [
@@ -92,14 +84,13 @@ def cuda_extension() -> Extension:
 
 
 def units() -> list[str]:
-    """What is compiled: each instruction set's kernels, and all other sources of csrc/cpu as one unit for each folder.
+    """What is compiled beside the kernels: all other sources of csrc/cpu, as one unit for each folder.
 
     Sources of a folder share most of what takes time, templates and torch's headers, which are then compiled once;
     prepared keys are of the grid's templates.
     """
     folders: dict[str, list[str]] = {}
-    kernels = sorted(glob("csrc/cpu/isa/*.cpp"))
-    for path in sorted(set(glob("csrc/cpu/**/*.cpp", recursive=True)) - set(kernels)):
+    for path in sorted(set(glob("csrc/cpu/**/*.cpp", recursive=True)) - set(glob("csrc/cpu/isa/*.cpp"))):
         parts = path.split(os.sep)
         folder = parts[2] if len(parts) > 3 else "cpu"
         folders.setdefault("grid" if folder == "prepared" else folder, []).append("/".join(parts))
@@ -111,7 +102,7 @@ def units() -> list[str]:
         if not unit.exists() or unit.read_text() != text:  # one that stays the same is not compiled again
             unit.write_text(text)
         made.append(str(unit))
-    return made + kernels
+    return made
 
 
 def extensions() -> list[Extension]:
@@ -205,7 +196,14 @@ def build_commands(found: list[Extension]) -> dict:
         return {"build_py": BuildModules}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_py": BuildModules, "build_ext": BuildExtension}
+    class BuildExtensions(BuildExtension):
+        """Compiles the kernels first: `make setup` has done so already."""
+
+        def build_extensions(self) -> None:
+            found[0].extra_objects = KERNELS["compile_kernels"]()
+            super().build_extensions()
+
+    return {"build_py": BuildModules, "build_ext": BuildExtensions}
 
 
 if __name__ == "__main__":

@@ -2,36 +2,22 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
-#include <exception>
-#include <mutex>
+#include <cstdint>
 #include <vector>
 
 #include "problem.h"
 
 namespace nwfast {
 
-// body(i) for each block, by whichever thread comes first: blocks own their results, so the order does not matter.
+// Calls `call(body, i)` for each block, by whichever thread comes first: blocks own their results, so the order does
+// not matter.
+void run_blocks(int64_t blocks, bool serial, void (*call)(const void* body, int64_t i), const void* body);
+int64_t thread_count();
+
+// body(i) for each block. Bodies are long, and each is compiled once, whether one thread runs it or many.
 template <typename Body>
 void parallel_blocks(int64_t blocks, bool serial, const Body& body) {
-  if (serial || blocks <= 1) {
-    for (int64_t i = 0; i < blocks; ++i) body(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex guard;
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    try {
-      for (int64_t i = next++; i < blocks; i = next++) body(i);
-    } catch (...) {  // must not cross the C interface
-      const std::lock_guard<std::mutex> lock(guard);
-      error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
+  run_blocks(blocks, serial, [](const void* it, int64_t i) { (*static_cast<const Body*>(it))(i); }, &body);
 }
 
 // Below so many pairs a second thread costs more than it does. Nothing to do with kChoicePairs, of the same size.

@@ -16,7 +16,9 @@ _RECORD = "_build.json"
 
 def digest(root: Path) -> str:
     """A digest of what the extensions are compiled from, in a folder of nwfast's sources; empty where it is none."""
-    paths = [path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    paths = [
+        path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")
+    ]
     if not paths or not (root / "setup.py").exists():
         return ""
     found = hashlib.sha256()

@@ -124,13 +124,14 @@ NWFAST_INLINE void single_key_groups(const SingleKeys<T>& task) {
 
 template <typename T>
 void single_keys(const SingleKeys<T>& task) {
+  constexpr Scores kUnit = sizeof(T) == 4 && NWFAST_LEVEL > 128 ? Scores::kUnit : Scores::kNear;
   for (int64_t i = 0; i < task.key_end - task.key_begin; ++i) {
     task.sum_value[i] = task.sum_weight[i] = task.sum_offset[i] = 0;
   }
   if (task.wide) {
     single_key_groups<T, sizeof(T) == 8 ? Scores::kWide : Scores::kNear>(task);
-  } else if (sizeof(T) == 4 && task.scale == 1) {
-    single_key_groups<T, sizeof(T) == 4 ? Scores::kUnit : Scores::kNear>(task);
+  } else if (kUnit == Scores::kUnit && task.scale == 1) {
+    single_key_groups<T, kUnit>(task);
   } else {
     single_key_groups<T, Scores::kNear>(task);
   }

@@ -79,6 +79,10 @@ NWFAST_ONE_COPY void flush_sums(const Vec<T>* sums, int rows, double* out) {
   }
 }
 
+// What is hardly ever needed has one copy, for weighted keys and all sums.
+template <int kRows, Scores kMode>
+constexpr bool kRare = kMode == Scores::kWide || (kMode == Scores::kFar && (kRows == 1 || NWFAST_LEVEL == 128));
+
 template <typename T, int kRows, Scores kMode, bool kCharged, bool kScores, bool kOffsets>
 struct SingleAccumulator {
   static constexpr int kCount = 2 + 2 * kScores + 2 * kOffsets;
@@ -113,7 +117,9 @@ struct SingleAccumulator {
     const Vec<T> scale = splat<T>(task.scale);
     const int64_t j = vector * kLanes<T>;
     const Vec<T> key = load(task.key + j);
-    const Vec<T> charge = kCharged ? load(task.total_charge + j) : Vec<T>{};
+    const Vec<T> charge = !kCharged                                   ? Vec<T>{}
+                          : kRare<kRows, kMode> && !task.total_charge ? splat<T>(1)
+                                                                      : load(task.total_charge + j);
     Vec<T> offset, score, value = load(task.value_charge + j);
     if (relative(kMode)) {
       score = relative_score<T, kMode>(key, nearest[r], mirrored[r], scale, offset);
@@ -208,7 +214,9 @@ NWFAST_INLINE void single_group_sums(const SingleRows<T>& task, int64_t first, i
 
 template <typename T, int kRows, Scores kMode>
 NWFAST_INLINE void single_group_of(const SingleRows<T>& task, int64_t first, int rows) {
-  if (task.total_charge) {
+  if constexpr (kRare<kRows, kMode>) {
+    single_group<T, kRows, kMode, true, true, true>(task, first, rows);
+  } else if (task.total_charge) {
     single_group_sums<T, kRows, kMode, true>(task, first, rows);
   } else {
     single_group_sums<T, kRows, kMode, false>(task, first, rows);
@@ -218,7 +226,7 @@ NWFAST_INLINE void single_group_of(const SingleRows<T>& task, int64_t first, int
 template <typename T, int kRows>
 NWFAST_INLINE void single_groups(const SingleRows<T>& task) {
   // The driver scales float coordinates alone.
-  constexpr Scores kUnit = kRows > 1 && sizeof(T) == 4 ? Scores::kUnit : Scores::kNear;
+  constexpr Scores kUnit = kRows > 1 && sizeof(T) == 4 && NWFAST_LEVEL > 128 ? Scores::kUnit : Scores::kNear;
   for (int64_t first = 0; first < task.rows; first += kRows) {
     const int rows = static_cast<int>(task.rows - first < kRows ? task.rows - first : kRows);
     bool far = false;

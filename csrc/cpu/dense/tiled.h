@@ -38,7 +38,7 @@ template <typename Run>
 void over_elements(const Problem& problem, int64_t blocks, const Run& run) {
   const double work = static_cast<double>(problem.queries) * static_cast<double>(problem.keys) *
                       static_cast<double>(problem.features + problem.channels);
-  if (problem.batch.count > blocks || problem.batch.count >= 8 * torch::stable::get_num_threads()) {
+  if (problem.batch.count > blocks || problem.batch.count >= 8 * thread_count()) {
     parallel_blocks(problem.batch.count, work * static_cast<double>(problem.batch.count) < kSerialPairs,
                     [&](int64_t b) { run(b, true); });
     return;

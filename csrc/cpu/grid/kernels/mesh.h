@@ -99,6 +99,9 @@ NWFAST_INLINE double dot_quads(const Quad* x, const double* weight) {
 template <int kOrder>
 NWFAST_INLINE void sum_plane(const double* row, int64_t pitch, const double (*weight)[kWindowNodes],
                              Quad (&sums)[kOrder + 1][kQuads]) {
+#if NWFAST_LEVEL == 128
+#pragma GCC unroll 1  // for the few processors that run it, compiled in a fraction of the time
+#endif
   for (int b = 0; b < kWindowNodes; ++b, row += pitch) {
 #pragma GCC unroll 3
     for (int v = 0; v < kQuads; ++v) {
@@ -158,8 +161,8 @@ NWFAST_INLINE void interpolate_point(const double* series, const int* terms, con
   }
 }
 
-template <typename R, int kOrder, bool kFlat, bool kPairs>
-NWFAST_ONE_COPY void interpolate(const GridEvaluate<R>& task) {
+template <int kOrder, bool kFlat, bool kPairs>
+NWFAST_ONE_COPY void interpolate(const GridEvaluate<double>& task) {
   constexpr int kOrders = kPairs ? 2 : kOrder, kSlots = 3 * kOrder + 1;
   Windows<kOrders> windows[3];
   const int size = task.terms[0] * task.terms[1] * task.terms[2];
@@ -187,16 +190,16 @@ NWFAST_ONE_COPY void interpolate(const GridEvaluate<R>& task) {
   }
 }
 
-template <typename R, bool kFlat>
-void interpolate_in(const GridEvaluate<R>& task) {
-  task.pairs        ? interpolate<R, 1, kFlat, true>(task)
-  : task.order == 0 ? interpolate<R, 0, kFlat, false>(task)
-                    : interpolate<R, 1, kFlat, false>(task);
+template <bool kFlat>
+void interpolate_in(const GridEvaluate<double>& task) {
+  task.pairs        ? interpolate<1, kFlat, true>(task)
+  : task.order == 0 ? interpolate<0, kFlat, false>(task)
+                    : interpolate<1, kFlat, false>(task);
 }
 
 template <typename R>
 void grid_interpolate(const GridEvaluate<R>& task) {
-  task.x[1] ? interpolate_in<R, false>(task) : interpolate_in<R, true>(task);
+  at_doubles(task, task.x[1] ? interpolate_in<false> : interpolate_in<true>);
 }
 
 // (outer, terms, inner) along the feature in the middle.

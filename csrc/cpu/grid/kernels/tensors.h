@@ -20,9 +20,15 @@ using linear::kD;
 // Accumulators of a tile of kRows x kVectors fill about three quarters of the registers.
 constexpr int kTileVectors = NWFAST_LEVEL == 512 ? 24 : 12;
 
-NWFAST_INLINE void store_first(double* p, DVec v, int count) {
-  if (count >= kD) return store<double>(p, v);
-  for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
+// The columns of a tile that there are, where they are no whole vectors.
+template <bool kAdd>
+NWFAST_ONE_COPY void add_ragged(double* to, int to_pitch, int columns, int rows, const double* tile, int pitch) {
+  for (int row = 0; row < rows; ++row, to += to_pitch, tile += pitch) {
+    int i = 0;
+    for (; i + kD <= columns; i += kD) store<double>(to + i, kAdd ? load(to + i) + load(tile + i) : load(tile + i));
+#pragma GCC unroll 1
+    for (; i < columns; ++i) to[i] = kAdd ? to[i] + tile[i] : tile[i];
+  }
 }
 
 template <int kRows, int kVectors, bool kAdd>
@@ -44,21 +50,25 @@ NWFAST_INLINE void product_tile(double* to, int to_pitch, int columns, int64_t p
       }
     }
   }
+  constexpr int kColumns = kVectors * kD;
+  if (columns >= kColumns) {
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        double* const place = to + row * to_pitch + v * kD;
+        store<double>(place, kAdd ? load(place) + sums[row][v] : sums[row][v]);
+      }
+    }
+    return;
+  }
+  alignas(kVectorBytes) double tile[kRows * kColumns];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      double* const place = to + row * to_pitch + v * kD;
-      const int count = columns - v * kD;
-      if (!kAdd) {
-        store_first(place, sums[row][v], count);
-      } else if (count >= kD) {
-        store<double>(place, load(place) + sums[row][v]);
-      } else {
-        for (int lane = 0; lane < count; ++lane) place[lane] += sums[row][v][lane];
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) store<double>(tile + row * kColumns + v * kD, sums[row][v]);
   }
+  add_ragged<kAdd>(to, to_pitch, columns, kRows, tile, kColumns);
 }
 
 template <int kVectors, bool kAdd>
@@ -379,8 +389,40 @@ NWFAST_INLINE void evaluate_column(const double* series, const int* terms,
   }
 }
 
-template <typename R, int kOrder, bool kFlat, bool kPairs>
-NWFAST_ONE_COPY void evaluate(const GridEvaluate<R>& task) {
+// Places of floats become doubles by the block: `run` is long, and one copy of it serves both.
+template <typename Run>
+NWFAST_INLINE void at_doubles(const GridEvaluate<double>& task, const Run& run) {
+  run(task);
+}
+template <typename Run>
+NWFAST_INLINE void at_doubles(const GridEvaluate<float>& task, const Run& run) {
+  constexpr int64_t kBlock = 8 * kEvaluatedPoints;
+  double x[3][kBlock];
+  GridEvaluate<double> part = {};
+  for (int f = 0; f < 3; ++f) {
+    part.x[f] = task.x[f] ? x[f] : nullptr;
+    part.centre[f] = task.centre[f];
+    part.scale[f] = task.scale[f];
+    part.terms[f] = task.terms[f];
+  }
+  part.window = task.window;
+  part.order = task.order;
+  part.pairs = task.pairs;
+  part.series = task.series;
+  part.columns = task.columns;
+  part.sums_pitch = task.sums_pitch;
+  for (int64_t begin = 0; begin < task.n; begin += kBlock) {
+    part.n = task.n - begin < kBlock ? task.n - begin : kBlock;
+    for (int f = 0; f < 3; ++f) {
+      for (int64_t i = 0; task.x[f] && i < part.n; ++i) x[f][i] = static_cast<double>(task.x[f][begin + i]);
+    }
+    part.sums = task.sums + begin;
+    run(part);
+  }
+}
+
+template <int kOrder, bool kFlat, bool kPairs>
+NWFAST_ONE_COPY void evaluate(const GridEvaluate<double>& task) {
   alignas(64) double t[kEvaluateLanes], table[3][3][kGridTerms][kEvaluateLanes];
   constexpr int kSlots = kOrder == 0 ? 1 : kOrder == 1 ? 4 : 7;
   const int size = task.terms[0] * task.terms[1] * task.terms[2];
@@ -409,17 +451,17 @@ NWFAST_ONE_COPY void evaluate(const GridEvaluate<R>& task) {
   }
 }
 
-template <typename R, bool kFlat>
-void evaluate_in(const GridEvaluate<R>& task) {
-  task.pairs        ? evaluate<R, 1, kFlat, true>(task)
-  : task.order == 0 ? evaluate<R, 0, kFlat, false>(task)
-  : task.order == 1 ? evaluate<R, 1, kFlat, false>(task)
-                    : evaluate<R, 2, kFlat, false>(task);
+template <bool kFlat>
+void evaluate_in(const GridEvaluate<double>& task) {
+  task.pairs        ? evaluate<1, kFlat, true>(task)
+  : task.order == 0 ? evaluate<0, kFlat, false>(task)
+  : task.order == 1 ? evaluate<1, kFlat, false>(task)
+                    : evaluate<2, kFlat, false>(task);
 }
 
 template <typename R>
 void grid_evaluate(const GridEvaluate<R>& task) {
-  task.terms[1] == 1 ? evaluate_in<R, true>(task) : evaluate_in<R, false>(task);
+  at_doubles(task, task.terms[1] == 1 ? evaluate_in<true> : evaluate_in<false>);
 }
 
 }  // namespace NWFAST_ISA
