@@ -151,3 +151,15 @@ def test_gradients_take_the_same_rows():
     out.sum().backward()
     assert torch.isfinite(w.grad).all()
     assert torch.allclose(value.grad.sum(), torch.tensor(600.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_keys_without_a_weight_may_lie_nearer(features):
+    generator = torch.Generator().manual_seed(13)
+    query = torch.rand(QUERIES, features, generator=generator, dtype=torch.float64)
+    key = clusters(KEYS, features, 0.02, generator)
+    key[::3] = torch.rand(KEYS // 3, features, generator=generator, dtype=torch.float64)
+    key_weight = torch.ones(KEYS, dtype=torch.float64)
+    key_weight[::3] = 0
+    value = torch.randn(KEYS, 2, generator=generator, dtype=torch.float64)
+    assert_right(query, key, value, torch.full((features,), 400.0, dtype=torch.float64), key_weight)

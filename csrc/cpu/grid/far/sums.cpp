@@ -37,8 +37,7 @@ class FarGroup {
     place(query, n, some);
     std::fill_n(sums.get(), tree_.columns * kFarRows, 0.0);
     least_ = tree_.charge[nearest_];
-    descend();
-    bool settled = true;
+    bool settled = descend();
     for (int64_t i = 0; i < rows; ++i) settled &= sums[i] > 0 && std::isfinite(sums[i]);
     return settled;
   }
@@ -81,7 +80,7 @@ class FarGroup {
     }
   }
 
-  // A key of positive weight near a point: the nearest one.
+  // The key nearest to a point.
   int64_t nearest(const double* point) {
     int64_t best = 0;
     double least = INFINITY;
@@ -103,7 +102,7 @@ class FarGroup {
           const double offset = (point[f] - tree_.key[f * tree_.pitch + j]) * tree_.scale[f];
           square += offset * offset;
         }
-        if (square < least && tree_.charge[j] > 0) {
+        if (square < least) {
           least = square;
           best = j;
         }
@@ -113,7 +112,6 @@ class FarGroup {
   }
 
   double distance_to(const KeyTree::Node& node, const double* point) const {
-    if (!(node.charge > 0)) return INFINITY;
     double square = 0;
     for (int f = 0; f < tree_.features; ++f) {
       const double gap = std::max(0.0, std::max(node.low[f] - point[f], point[f] - node.high[f])) * tree_.scale[f];
@@ -136,16 +134,19 @@ class FarGroup {
     return bounds;
   }
 
-  void descend() {
+  // False where a key is so much nearer to some row than u* that its share would overflow: with u* its nearest key, a
+  // row by itself has none.
+  bool descend() {
     const double share = tree_.negligible() / tree_.nodes[0].charge;
     stack_.assign(1, {0, bounds_of(tree_.nodes[0]).most});
     while (!stack_.empty()) {
       const Item item = stack_.back();
       stack_.pop_back();
       const KeyTree::Node& node = tree_.nodes[item.node];
-      if (!(node.charge > 0) || item.bound < std::log(least_ * share)) continue;
+      if (item.bound < std::log(least_ * share)) continue;
       if (expand(item.node, node)) continue;
       if (node.first < 0) {
+        if (rows_ > 1 && item.bound > kMostExponent) return false;
         add_keys(node);
         continue;
       }
@@ -153,6 +154,7 @@ class FarGroup {
       for (int k = 0; k < 2; ++k) children[k] = {node.first + k, bounds_of(tree_.nodes[node.first + k]).most};
       push(children, children[1].bound > children[0].bound);
     }
+    return true;
   }
 
   // Adds a node by its expansion, if that is accurate and cheap enough.

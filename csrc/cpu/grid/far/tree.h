@@ -44,29 +44,31 @@ class KeyTree {
         tolerance_(Accuracy<R>::kAccept / 64),
         negligible_(Accuracy<R>::kBeyond),
         plain_within_(sizeof(R) == 4 ? 1e6 : 32) {
-    const Points<R>& keys = element.keys;
-    const int64_t n = n_ = keys.n;
+    // Those without a weight have no part in any sum, and may lie nearer to a row than all others by any measure.
+    std::vector<int64_t> some;
+    for (int64_t j = 0; j < element.keys.n; ++j) {
+      if (element.weight(j) > 0) some.push_back(j);
+    }
+    const int64_t n = n_ = static_cast<int64_t>(some.size());
     for (int f = 0; f < features; ++f) {
       scale[f] = std::fabs(element.w(f));
       middle_[f] = element.key_low[f] / 2 + element.key_high[f] / 2;
     }
+    const auto column = [&](int f) { return element.keys.columns.get() + f * element.keys.pitch; };
     Buffer<float> points(n * features);
     for (int f = 0; f < features; ++f) {
-      const R* const column = keys.columns.get() + f * keys.pitch;
-      for (int64_t j = 0; j < n; ++j) points[j * features + f] = place(f, column[j]);
+      for (int64_t j = 0; j < n; ++j) points[j * features + f] = place(f, column(f)[some[j]]);
     }
     const SpatialOrder order(points.get(), n, features, serial);
     pitch = padded(n);
     key.allocate(features * pitch);
     charge.allocate(columns * pitch);
-    for (int f = 0; f < features; ++f) {
-      const R* const column = keys.columns.get() + f * keys.pitch;
-      for (int64_t j = 0; j < n; ++j) key[f * pitch + j] = column[order.order()[j]];
-    }
-    Buffer<double> loaded(columns * pitch);
-    element.load(0, n, loaded.get(), pitch);
-    for (int c = 0; c < columns; ++c) {
-      for (int64_t j = 0; j < n; ++j) charge[c * pitch + j] = loaded[c * pitch + order.order()[j]];
+    Buffer<double> loaded(columns * element.keys.n);
+    element.load(0, element.keys.n, loaded.get(), element.keys.n);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t from = some[order.order()[j]];
+      for (int f = 0; f < features; ++f) key[f * pitch + j] = column(f)[from];
+      for (int c = 0; c < columns; ++c) charge[c * pitch + j] = loaded[c * element.keys.n + from];
     }
     build();
   }
