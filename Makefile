@@ -142,9 +142,8 @@ clean:  ## remove everything that was made, .venv included
 	rm -rf .venv build dist demo-output docs/gallery *.egg-info nwfast/*.so .*_cache .hypothesis .benchmarks
 	find nwfast tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
 
-# pip, one process after the other, and the compiler work at the same time: on the kernels at once, on what includes
-# torch's headers once torch is there, which comes first. Compilers are nice: they take what pip leaves, which has no
-# other core to go to, and both end at about the same time.
+# pip and the compiler work at the same time: on the kernels at once, on what includes torch's headers once torch is
+# there, which comes first.
 .venv/build: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("nwfast needs Python 3.10 or later, $(PYTHON) is " + sys.version.split()[0] \
 	    if sys.version_info < (3, 10) else 0)'
@@ -173,11 +172,11 @@ clean:  ## remove everything that was made, .venv included
 	@touch $@
 
 $(KERNELS): csrc/cpu/isa/compile.py $(CPP)
-	@nice $(STEP) "compiling the kernels" build/kernels.log $(PYTHON) csrc/cpu/isa/compile.py
+	@$(STEP) "compiling the kernels" build/kernels.log $(PYTHON) csrc/cpu/isa/compile.py
 	@mkdir -p $(@D); touch $@
 
 # Where it is skipped there is no file, so that the next call tries again.
 $(EXTENSION): .venv/build $(KERNELS) setup.py
-	@PATH="$(CURDIR)/$(BIN):$$PATH" nice $(STEP) "compiling the C++ extension" build/extension.log \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(STEP) "compiling the C++ extension" build/extension.log \
 	    $(BIN)/python setup.py build_ext --inplace
 	@test ! -e $@ || touch $@

@@ -1,5 +1,5 @@
-// One instruction set's kernels; included once by each <isa>.cpp. The longest to compile, and there are three: two
-// cores are busy to the end.
+// One instruction set's kernels; included once by each <isa>.cpp. The longest to compile: nothing of torch belongs
+// here, so that compile.py can begin before torch is there.
 
 #include <cstdint>
 #include <cstring>
