@@ -148,7 +148,7 @@ clean:  ## remove everything that was made, .venv included
 	@$(PYTHON) -c 'import sys; sys.exit("nwfast needs Python 3.10 or later, $(PYTHON) is " + sys.version.split()[0] \
 	    if sys.version_info < (3, 10) else 0)'
 	@test -x $(BIN)/python || $(STEP) "making .venv" build/venv.log $(PYTHON) -m venv .venv
-	@$(STEP) "installing pip" build/pip.log $(BIN)/python -m pip install --no-compile "$(PIP)"
+	-@$(STEP) "installing pip" build/pip.log $(BIN)/python -m pip install --no-compile "$(PIP)"
 	@mkdir -p build; sed -n '/^torch==\|^numpy==/p; /^# build/,/^$$/p' requirements-dev.txt > build/requirements.txt
 	@$(STEP) "installing torch" build/torch.log $(BIN)/python -m pip install --no-compile -r build/requirements.txt
 	@touch $@
