@@ -99,9 +99,6 @@ NWFAST_INLINE double dot_quads(const Quad* x, const double* weight) {
 template <int kOrder>
 NWFAST_INLINE void sum_plane(const double* row, int64_t pitch, const double (*weight)[kWindowNodes],
                              Quad (&sums)[kOrder + 1][kQuads]) {
-#if NWFAST_LEVEL == 128
-#pragma GCC unroll 1  // for the few processors that run it, compiled in a fraction of the time
-#endif
   for (int b = 0; b < kWindowNodes; ++b, row += pitch) {
 #pragma GCC unroll 3
     for (int v = 0; v < kQuads; ++v) {
