@@ -42,8 +42,10 @@ class Forward {
       });
     }
     for (int level = 0; level < kLevels; ++level) {
-      if (order == 0 && level < 2) sum_far(level, left_over);
-      sum_directly(left_rows(), level);
+      std::vector<int64_t> rows = left_rows();
+      if (order == 0 && level < 2 && sum_far(rows, level, left_over)) rows = left_rows();
+      if (rows.empty()) break;
+      sum_directly(rows, level);
     }
     for (int64_t i = 0; i < m; ++i) {
       if (left_[i]) left_over.push_back(element_.queries.order[i]);
@@ -63,10 +65,9 @@ class Forward {
   }
 
   // The rows that have no result yet, and those outside of the grid, over the tree of far/tree.h where that is less
-  // work than direct sums of this level; leaves in `outside` those that it did not settle.
-  void sum_far(int level, std::vector<int64_t>& outside) {
-    const std::vector<int64_t> rows = left_rows();
-    if (!far_pays(element_, rows, level, outside.size())) return;
+  // work than direct sums of this level, as is returned; leaves in `outside` those that it did not settle.
+  bool sum_far(const std::vector<int64_t>& rows, int level, std::vector<int64_t>& outside) {
+    if (!far_pays(element_, rows, level, outside.size())) return false;
     std::vector<int64_t> numbers;  // by the caller's
     for (const int64_t i : rows) numbers.push_back(element_.queries.order[i]);
     numbers.insert(numbers.end(), outside.begin(), outside.end());
@@ -82,6 +83,7 @@ class Forward {
       }
     });
     outside.swap(unsettled);
+    return true;
   }
 
   // total and values are sums relative to 2^-shift.
@@ -113,7 +115,6 @@ class Forward {
   }
 
   void sum_directly(const std::vector<int64_t>& rows, int level) {
-    if (rows.empty()) return;
     const double most = most_score<R, R>(problem_);
     const int64_t features = problem_.features, channels = problem_.channels;
     over_windows(

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -20,6 +21,11 @@ constexpr int64_t kBoxPoints = 32, kGroupPoints = 512;
 inline int64_t left_of(int64_t n) {
   const int64_t unit = n > kGroupPoints ? kGroupPoints : kBoxPoints;  // a multiple of the parts that are to be nodes
   return (n / 2 + unit / 2) / unit * unit;
+}
+
+// A coordinate as orders take it. Far away they may fall together: an order is none of exactness.
+inline float spatial_coordinate(double x, double middle, double scale) {
+  return static_cast<float>(std::fmin(std::fmax((x - middle) * scale, -1e30), 1e30));
 }
 
 class SpatialOrder {

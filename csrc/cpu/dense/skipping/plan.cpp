@@ -110,8 +110,7 @@ int64_t SpatialPlan::home(const double* query) const {
   if (!keys_) return -1;
   std::vector<float> point(scale_.size());
   for (size_t f = 0; f < point.size(); ++f) {
-    const double x = (query[f] - middle_[f]) * scale_[f];
-    point[f] = static_cast<float>(std::fmin(std::fmax(x, -1e30), 1e30));
+    point[f] = spatial_coordinate(query[f], middle_[f], scale_[f]);
   }
   return keys_->home(point.data());
 }
@@ -228,9 +227,7 @@ bool SpatialPlan::scaled(const Problem& problem, const View& view, int64_t b, in
       read(view, offset + begin * view.row_stride + f * view.column_stride, count, view.row_stride, column);
       for (int64_t i = 0; i < count; ++i) {
         if (!std::isfinite(column[i])) finite[begin + i] = whole[part] = false;
-        // Far away they may fall together: the order is none of exactness.
-        const double x = (column[i] - middle_[f]) * scale_[f];
-        out[(begin + i) * features + f] = static_cast<float>(std::fmin(std::fmax(x, -1e30), 1e30));
+        out[(begin + i) * features + f] = spatial_coordinate(column[i], middle_[f], scale_[f]);
       }
     }
   });

@@ -31,10 +31,10 @@ class FarGroup {
   Buffer<double> sums;  // (columns, kFarRows)
   double shift[kFarRows];
 
-  // False where some row was not settled; query (features, n), of which some rows.
-  bool sum(const double* query, int64_t n, const uint32_t* some, int64_t rows) {
+  // False where some row was not settled; query (features, n), of which some rows around `middle`.
+  bool sum(const double* query, int64_t n, const uint32_t* some, int64_t rows, const double* middle) {
     rows_ = rows;
-    place(query, n, some);
+    place(query, n, some, middle);
     std::fill_n(sums.get(), tree_.columns * kFarRows, 0.0);
     least_ = tree_.charge[nearest_];
     bool settled = descend();
@@ -48,19 +48,16 @@ class FarGroup {
     double centre;  // over all rows, of the centre of the node
     double reach;   // of |d.z|
   };
+  struct Item {
+    int64_t node;
+    double bound;   // what it is looked at by: its squared distance, or the most that it may add
+    Bounds bounds;  // of what is summed
+  };
 
   // Rows relative to the key nearest to their middle.
-  void place(const double* query, int64_t n, const uint32_t* some) {
+  void place(const double* query, int64_t n, const uint32_t* some, const double* middle) {
     const int64_t padded_rows = padded(rows_);
-    double middle[kAxes];
-    for (int f = 0; f < tree_.features; ++f) {
-      double low = INFINITY, high = -INFINITY;
-      for (int64_t i = 0; i < rows_; ++i) {
-        low = std::min(low, query[f * n + some[i]]);
-        high = std::max(high, query[f * n + some[i]]);
-      }
-      middle[f] = low / 2 + high / 2;
-    }
+    double farthest = 0;
     nearest_ = nearest(middle);
     std::fill_n(shift, kFarRows, 0.0);
     for (int f = 0; f < tree_.features; ++f) {
@@ -77,14 +74,16 @@ class FarGroup {
         high_[f] = std::max(high_[f], y);
         shift[i] += y * y * kHalfLog2E;
       }
+      farthest = std::max(farthest, std::max(std::fabs(low_[f]), std::fabs(high_[f])));
     }
+    places_ = {rows_, place_, farthest > tree_.plain_within() ? rest_ : nullptr};
   }
 
   // The key nearest to a point.
   int64_t nearest(const double* point) {
     int64_t best = 0;
     double least = INFINITY;
-    stack_.assign(1, {0, 0.0});
+    stack_.assign(1, {0, 0.0, {}});
     while (!stack_.empty()) {
       const Item item = stack_.back();
       stack_.pop_back();
@@ -92,7 +91,9 @@ class FarGroup {
       const KeyTree::Node& node = tree_.nodes[item.node];
       if (node.first >= 0) {
         Item children[2];
-        for (int k = 0; k < 2; ++k) children[k] = {node.first + k, distance_to(tree_.nodes[node.first + k], point)};
+        for (int k = 0; k < 2; ++k) {
+          children[k] = {node.first + k, distance_to(tree_.nodes[node.first + k], point), {}};
+        }
         push(children, children[1].bound < children[0].bound);
         continue;
       }
@@ -134,32 +135,35 @@ class FarGroup {
     return bounds;
   }
 
+  Item item_of(int64_t node) const {
+    const Bounds bounds = bounds_of(tree_.nodes[node]);
+    return {node, bounds.most, bounds};
+  }
+
   // False where a key is so much nearer to some row than u* that its share would overflow: with u* its nearest key, a
   // row by itself has none.
   bool descend() {
     const double share = tree_.negligible() / tree_.nodes[0].charge;
-    stack_.assign(1, {0, bounds_of(tree_.nodes[0]).most});
+    stack_.assign(1, item_of(0));
     while (!stack_.empty()) {
       const Item item = stack_.back();
       stack_.pop_back();
       const KeyTree::Node& node = tree_.nodes[item.node];
       if (item.bound < std::log(least_ * share)) continue;
-      if (expand(item.node, node)) continue;
+      if (expand(item.node, node, item.bounds)) continue;
       if (node.first < 0) {
         if (rows_ > 1 && item.bound > kMostExponent) return false;
         add_keys(node);
         continue;
       }
-      Item children[2];
-      for (int k = 0; k < 2; ++k) children[k] = {node.first + k, bounds_of(tree_.nodes[node.first + k]).most};
+      const Item children[2] = {item_of(node.first), item_of(node.first + 1)};
       push(children, children[1].bound > children[0].bound);
     }
     return true;
   }
 
   // Adds a node by its expansion, if that is accurate and cheap enough.
-  bool expand(int64_t number, const KeyTree::Node& node) {
-    const Bounds bounds = bounds_of(node);
+  bool expand(int64_t number, const KeyTree::Node& node, const Bounds& bounds) {
     const double most = std::max(bounds.most, bounds.centre);
     if (most > kMostExponent || bounds.reach > kMostReach) return false;
     const double allowed = tree_.tolerance() * least_ / node.charge;
@@ -173,14 +177,11 @@ class FarGroup {
     if (expansion > keys * (kKeyWork + tree_.features + tree_.columns)) return false;
     FarExpansion task;
     double centre[kAxes], half[kAxes];
-    for (int f = 0; f < tree_.features; ++f) {
-      centre[f] = node.low[f] / 2 + node.high[f] / 2;
-      half[f] = (node.high[f] / 2 - node.low[f] / 2) * tree_.scale[f];
-    }
+    tree_.extent(node, centre, half);
     task.features = tree_.features;
     task.columns = tree_.columns;
     task.degrees = degrees;
-    task.rows = places();
+    task.rows = places_;
     task.centre = centre;
     task.reference = reference_;
     task.scale = tree_.scale;
@@ -197,7 +198,7 @@ class FarGroup {
     FarDirect task;
     task.features = tree_.features;
     task.columns = tree_.columns;
-    task.rows = places();
+    task.rows = places_;
     task.n = node.end - node.begin;
     task.key = tree_.key.get() + node.begin;
     task.charge = tree_.charge.get() + node.begin;
@@ -209,14 +210,6 @@ class FarGroup {
     update();
   }
 
-  FarPlaces places() const {
-    double farthest = 0;
-    for (int f = 0; f < tree_.features; ++f) {
-      farthest = std::max(farthest, std::max(std::fabs(low_[f]), std::fabs(high_[f])));
-    }
-    return {rows_, place_, farthest > tree_.plain_within() ? rest_ : nullptr};
-  }
-
   // What every row has at least: what may be left out is relative to it.
   void update() {
     double least = INFINITY;
@@ -224,10 +217,6 @@ class FarGroup {
     least_ = std::max(least_, least);
   }
 
-  struct Item {
-    int64_t node;
-    double bound;
-  };
   // Two children, the one to look at first last.
   void push(const Item* children, bool second_first) {
     stack_.push_back(children[second_first ? 0 : 1]);
@@ -241,6 +230,7 @@ class FarGroup {
   std::vector<Item> stack_;
   int64_t rows_ = 0, nearest_ = 0;
   double least_ = 0;
+  FarPlaces places_{};
   alignas(64) double place_[kAxes * kFarRows], rest_[kAxes * kFarRows];
   double reference_[kAxes], low_[kAxes], high_[kAxes];
 };
@@ -252,9 +242,10 @@ class FarRows {
       : tree_(tree), query_(query), n_(n), shift_(shift), sums_(sums), group_(tree) {}
 
   void sum(const uint32_t* some, int64_t rows) {
-    const double extent = extent_of(some, rows);
+    double middle[kAxes];
+    const double extent = extent_of(some, rows, middle);
     const bool wide = rows > kNarrowRows ? extent > kWideGroup : rows > 1 && extent > kWidestGroup;
-    if (rows <= kFarRows && !wide && (group_.sum(query_, n_, some, rows) || rows == 1)) {
+    if (rows <= kFarRows && !wide && (group_.sum(query_, n_, some, rows, middle) || rows == 1)) {
       for (int64_t i = 0; i < rows; ++i) {
         shift_[some[i]] = group_.shift[i];
         for (int c = 0; c < tree_.columns; ++c) sums_[some[i] * tree_.columns + c] = group_.sums[c * kFarRows + i];
@@ -267,7 +258,8 @@ class FarRows {
   }
 
  private:
-  double extent_of(const uint32_t* some, int64_t rows) const {
+  // The sum of half extents of some rows, in bandwidths, and their middle.
+  double extent_of(const uint32_t* some, int64_t rows, double* middle) const {
     double extent = 0;
     for (int f = 0; f < tree_.features; ++f) {
       double low = INFINITY, high = -INFINITY;
@@ -275,6 +267,7 @@ class FarRows {
         low = std::min(low, query_[f * n_ + some[i]]);
         high = std::max(high, query_[f * n_ + some[i]]);
       }
+      middle[f] = low / 2 + high / 2;
       extent += (high / 2 - low / 2) * tree_.scale[f];
     }
     return extent;

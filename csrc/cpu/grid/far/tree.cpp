@@ -65,10 +65,7 @@ const double* KeyTree::expansion(int64_t number, double* scratch) const {
   if (double* const made = kept.load(std::memory_order_acquire)) return made;
   const Node& node = nodes[number];
   double centre[kAxes], half[kAxes];
-  for (int f = 0; f < features; ++f) {
-    centre[f] = node.low[f] / 2 + node.high[f] / 2;
-    half[f] = (node.high[f] / 2 - node.low[f] / 2) * scale[f];
-  }
+  extent(node, centre, half);
   std::unique_ptr<double[]> coefficients(new double[columns * terms()]);
   FarMoments task;
   task.features = features;

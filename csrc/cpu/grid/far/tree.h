@@ -75,9 +75,13 @@ class KeyTree {
   KeyTree(const KeyTree&) = delete;
   KeyTree& operator=(const KeyTree&) = delete;
 
-  // A coordinate as spatial orders take it.
-  float place(int f, double x) const {
-    return static_cast<float>(std::fmin(std::fmax((x - middle_[f]) * scale[f], -1e30), 1e30));
+  float place(int f, double x) const { return spatial_coordinate(x, middle_[f], scale[f]); }
+  // Of a node's expansion: its centre, as keys are, and half of its extent, in bandwidths.
+  void extent(const Node& node, double* centre, double* half) const {
+    for (int f = 0; f < features; ++f) {
+      centre[f] = node.low[f] / 2 + node.high[f] / 2;
+      half[f] = (node.high[f] / 2 - node.low[f] / 2) * scale[f];
+    }
   }
   // Of an expansion: (columns, terms()), made if it is not there yet.
   const double* expansion(int64_t node, double* scratch) const;

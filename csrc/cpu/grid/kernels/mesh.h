@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "doubles.h"
 #include "tensors.h"
 
 namespace nwfast {
